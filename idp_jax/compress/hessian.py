@@ -1,0 +1,136 @@
+"""Second-order information of a linear layer: the Hessian H = 2/n X^T X of its output error, and the factor that GPTQ and
+SparseGPT walk along.
+
+Invariant: float32 with precision=HIGHEST throughout; a column that never saw an input (dead) is decoupled from all others.
+
+The factor is U, upper triangular with H^-1 = U^T U. The papers invert H and factorise the inverse. Here, with J the reversal
+of rows, Cholesky of J H J = L L^T gives H = R R^T with R = J L J upper triangular, so H^-1 = R^-T R^-1 and U = R^-1: one
+factorisation and one triangular solve, and the ill-conditioned inverse never appears. U is unique, so both ways agree.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+_MAX_RETRIES = 4
+_DAMPING_STEP = 10.0
+# Where the ladder goes on from a damping of 0, which no factor could raise.
+_SMALLEST_RETRY = 1e-4
+
+
+class HessianState(NamedTuple):
+    """Running mean over tokens: hessian float32 [I, I] = 2/n X^T X, count float32 scalar n."""
+
+    hessian: jax.Array
+    count: jax.Array
+
+
+class Diagnostics(NamedTuple):
+    """What happened in the factorisation of one Hessian (scalars).
+
+    `damping_used` is a fraction of the mean diagonal, NaN if no damping of the ladder made the Hessian positive definite: the
+    weights that come with it are NaN too. `retries` counts the tenfold increases. `dead_columns` counts inputs that were
+    always 0. `relative_error` is `relative_output_error` of the compressed weights.
+    """
+
+    damping_used: jax.Array
+    retries: jax.Array
+    dead_columns: jax.Array
+    relative_error: jax.Array
+
+
+class InverseFactor(NamedTuple):
+    """Upper Cholesky factor of H^-1 [I, I], the columns that are dead (bool [I]), and the damping that was needed."""
+
+    factor: jax.Array
+    dead: jax.Array
+    damping_used: jax.Array
+    retries: jax.Array
+
+
+def empty_state(inputs: int) -> HessianState:
+    """The state before the first token."""
+    return HessianState(jnp.zeros((inputs, inputs), jnp.float32), jnp.zeros((), jnp.float32))
+
+
+def accumulate(state: HessianState, x: jax.Array) -> HessianState:
+    """Adds a batch of layer inputs.
+
+    Args:
+      state: what was accumulated so far.
+      x: real (unpadded) tokens of any floating dtype [tokens, I].
+
+    Returns:
+      The mean over all tokens so far.
+    """
+    x = x.astype(jnp.float32)
+    count = state.count + float(x.shape[0])
+    batch = jnp.matmul(x.T, x, precision=_HIGHEST)
+    # Scaled before the sum, not after: the running mean stays in range however many tokens follow.
+    hessian = state.hessian * (state.count / count) + batch * (2.0 / count)
+    return HessianState(hessian, count)
+
+
+def inverse_factor(hessian: jax.Array, damping: float | jax.Array) -> InverseFactor:
+    """Upper triangular U with H^-1 = U^T U, after damping.
+
+    Args:
+      hessian: float32 [I, I], symmetric positive semidefinite.
+      damping: what to add to the diagonal, as a fraction of the mean diagonal over live columns. Multiplied by 10, at most
+        four times, while the Cholesky factorisation fails.
+
+    Returns:
+      The factor and how it was reached; the factor is NaN if every damping failed. Dead columns have H_ii = 1 and no coupling,
+      the mean leaves them out so that the damping does not depend on the scale of the inputs.
+    """
+    diagonal = jnp.diagonal(hessian)
+    dead = diagonal == 0.0
+    live_count = jnp.maximum(jnp.sum(~dead, dtype=jnp.float32), 1.0)
+    mean = jnp.sum(diagonal) / live_count
+    ones = jnp.where(dead, 1.0, 0.0)
+
+    def factorise(fraction: jax.Array) -> jax.Array:
+        damped = hessian + jnp.diag(ones + fraction * mean)
+        lower = jax.lax.linalg.cholesky(damped[::-1, ::-1], symmetrize_input=False)
+        identity = jnp.eye(hessian.shape[0], dtype=jnp.float32)
+        inverse = jax.lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
+        return inverse[::-1, ::-1]
+
+    def failed(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        factor, _, retries = state
+        return ~jnp.all(jnp.isfinite(factor)) & (retries < _MAX_RETRIES)
+
+    def retry(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        _, fraction, retries = state
+        fraction = jnp.where(fraction == 0.0, _SMALLEST_RETRY, fraction * _DAMPING_STEP)
+        return factorise(fraction), fraction, retries + jnp.int32(1)
+
+    fraction = jnp.asarray(damping, jnp.float32)
+    factor, fraction, retries = jax.lax.while_loop(failed, retry, (factorise(fraction), fraction, jnp.int32(0)))
+    finite = jnp.all(jnp.isfinite(factor))
+    return InverseFactor(
+        jnp.where(finite, factor, jnp.nan), dead, jnp.where(finite, fraction, jnp.nan), retries
+    )
+
+
+def relative_output_error(weights: jax.Array, compressed: jax.Array, hessian: jax.Array) -> jax.Array:
+    """Squared output error of compressed weights relative to the output itself, over the calibration tokens.
+
+    Args:
+      weights: float32 [O, I], before.
+      compressed: float32 [O, I], after.
+      hessian: float32 [I, I].
+
+    Returns:
+      tr(E H E^T) / tr(W H W^T) with E = W - W_hat: a float32 scalar, 0 if both are 0.
+    """
+    error = _energy(weights - compressed, hessian)
+    output = _energy(weights, hessian)
+    return jnp.where(error == 0.0, 0.0, error / output)
+
+
+def _energy(matrix: jax.Array, hessian: jax.Array) -> jax.Array:
+    """tr(M H M^T)."""
+    return jnp.sum(jnp.matmul(matrix, hessian, precision=_HIGHEST) * matrix)

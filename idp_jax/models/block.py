@@ -1,0 +1,118 @@
+"""One transformer block, written as the four stages that compression needs.
+
+Within a stage all matrices read the same input (q, k, v | o | gate, up | down), so a Hessian is shared by a stage. The forward pass is the
+composition of the stages and nothing else: what is calibrated is what runs.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+
+from idp_jax.models.config import ModelConfig
+from idp_jax.models.layers import Norm, attention, rotate
+from idp_jax.sharding import constrain
+
+STAGES = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
+_ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+
+@struct.dataclass
+class Context:
+    """What every layer of one forward pass shares.
+
+    Attributes:
+        visible: bool [B, T, T], see `layers.visibility`.
+        rotation: cosines and sines [B, T, H], or None where positions are learned.
+        past_mask: bool [B | 1, S], or None without a past.
+    """
+
+    visible: jax.Array
+    rotation: tuple[jax.Array, jax.Array] | None
+    past_mask: jax.Array | None
+
+
+class Block(nnx.Module):
+    """Attention and MLP of one layer (or of all of them, stacked, before `lax.scan` takes one).
+
+    Weights `q k v o up down` and, in gated MLPs, `gate` are modules of `idp_jax.weights`.
+    """
+
+    def __init__(self, weights: dict, attention_norm: Norm, mlp_norm: Norm, config: ModelConfig):
+        self.q, self.k, self.v, self.o = (weights[name] for name in "qkvo")
+        self.gate = weights.get("gate")
+        self.up, self.down = weights["up"], weights["down"]
+        self.attention_norm = attention_norm
+        self.mlp_norm = mlp_norm
+        self.config = config
+
+    @property
+    def weight_names(self) -> tuple[str, ...]:
+        """The matrices of this block, in the order of `STAGES`."""
+        return tuple(n for stage in STAGES for n in stage if getattr(self, n) is not None)
+
+    def replace(self, **weights) -> "Block":
+        """The same block with some of its weights exchanged."""
+        named = {name: getattr(self, name) for name in self.weight_names}
+        return Block({**named, **weights}, self.attention_norm, self.mlp_norm, self.config)
+
+    def attention_input(self, h: jax.Array) -> jax.Array:
+        """What q, k and v read: [B, T, D] -> [B, T, D]."""
+        return self.attention_norm(h) if self.config.norm_before else h
+
+    def heads(self, x: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Rotated queries [B, T, N, H], rotated keys and values [B, T, K, H]."""
+        config = self.config
+        split = lambda y, heads: y.reshape(*x.shape[:2], heads, config.head_dim)
+        q = split(self.q(x), config.num_heads)
+        k = split(self.k(x), config.num_kv_heads)
+        v = split(self.v(x), config.num_kv_heads)
+        if context.rotation is not None:
+            q, k = rotate(q, *context.rotation), rotate(k, *context.rotation)
+        return q, k, v
+
+    def attention_output(self, x, context: Context, past=None):
+        """What o reads, [B, T, N * H], and this input's keys and values [B, T, K, H]."""
+        q, k, v = self.heads(x, context)
+        past = None if past is None else (*past, context.past_mask)
+        return attention(q, k, v, context.visible, past), (k, v)
+
+    def mlp_input(self, h: jax.Array, attended: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Adds the attention to the residual; returns it and what gate and up read."""
+        h = h + self.o(attended)
+        if self.config.norm_before:
+            return h, self.mlp_norm(h)
+        h = self.attention_norm(h)
+        return h, h
+
+    def mlp_hidden(self, x: jax.Array) -> jax.Array:
+        """What down reads: [B, T, F]."""
+        activation = _ACTIVATIONS[self.config.activation]
+        if self.gate is None:
+            return activation(self.up(x))
+        return activation(self.gate(x)) * self.up(x)
+
+    def output(self, h: jax.Array, hidden: jax.Array) -> jax.Array:
+        """Adds the MLP to the residual: [B, T, D]."""
+        h = h + self.down(hidden)
+        return h if self.config.norm_before else self.mlp_norm(h)
+
+    def __call__(self, h, context: Context, past=None):
+        """The whole block: the new residual stream [B, T, D], and keys and values [B, T, K, H]."""
+        attended, kv = self.attention_output(self.attention_input(h), context, past)
+        h, x = self.mlp_input(h, attended)
+        h = self.output(h, self.mlp_hidden(x))
+        return constrain(h, "batch", "time", "embed_activation"), kv
+
+
+def layer_slice(layers, index) -> "Block":
+    """Layer `index` of stacked layers."""
+    return jax.tree.map(lambda x: x[index], layers)
+
+
+def stack_layers(blocks: list) -> "Block":
+    """Blocks of one kind as one, their arrays stacked on a leading axis."""
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *blocks)

@@ -1,0 +1,75 @@
+"""Keys and values that stand before the input: a soft prompt's prefix, a pool's choice, or a decoding cache.
+
+By causality a prompt's keys and values do not depend on the input that follows it, so a prefix is computed once per model and
+stored. One class serves prefixes and caches; the models only ever attend to a `KV` followed by the input itself.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+@struct.dataclass
+class KV:
+    """Stored keys and values of every layer.
+
+    Attributes:
+        k, v: [L, B, S, K, H]; B is 1 where all rows share them. Keys are stored after RoPE.
+        mask: bool [B, S]: slots that hold something.
+        next_position: int32 [B]: the position of the token that follows.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    mask: jax.Array
+    next_position: jax.Array
+
+    @property
+    def batch(self) -> int:
+        """The number of rows, 1 where shared."""
+        return self.k.shape[1]
+
+    @property
+    def length(self) -> int:
+        """The number of slots S."""
+        return self.k.shape[2]
+
+    def repeat(self, batch: int) -> "KV":
+        """The same prefix for `batch` rows; a KV that already has its own rows is returned as it is."""
+        if self.batch != 1 or batch == 1:
+            return self
+        rows = lambda x, axis: jnp.repeat(x, batch, axis)
+        return KV(rows(self.k, 1), rows(self.v, 1), rows(self.mask, 0), rows(self.next_position, 0))
+
+    def rows(self, index: jax.Array) -> "KV":
+        """Row index[b] of this KV for every b: [B'] -> KV with B' rows."""
+        return KV(self.k[:, index], self.v[:, index], self.mask[index], self.next_position[index])
+
+    def reserve(self, slots: int) -> "KV":
+        """Room for `slots` more tokens, marked empty."""
+        pad = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, slots), (0, 0), (0, 0)])
+        return self.replace(
+            k=pad(self.k), v=pad(self.v), mask=jnp.pad(self.mask, [(0, 0), (0, slots)])
+        )
+
+    def write(self, new: "KV", slot: jax.Array) -> "KV":
+        """Puts the tokens of `new` [L, B, T, K, H] into the slots from `slot` on (in place when donated)."""
+        slot = jnp.asarray(slot, jnp.int32)
+        zero = jnp.int32(0)
+        put = lambda old, x: jax.lax.dynamic_update_slice(
+            old, x.astype(old.dtype), (zero, zero, slot, zero, zero)
+        )
+        mask = jax.lax.dynamic_update_slice(self.mask, new.mask, (zero, slot))
+        return KV(put(self.k, new.k), put(self.v, new.v), mask, new.next_position)
+
+
+def concatenate(first: KV, second: KV) -> KV:
+    """Two stretches of keys and values, one after the other, as one; `second` gives the next position."""
+    batch = max(first.batch, second.batch)
+    first, second = first.repeat(batch), second.repeat(batch)
+    return KV(
+        k=jnp.concatenate([first.k, second.k.astype(first.k.dtype)], 2),
+        v=jnp.concatenate([first.v, second.v.astype(first.v.dtype)], 2),
+        mask=jnp.concatenate([first.mask, second.mask], 1),
+        next_position=second.next_position,
+    )

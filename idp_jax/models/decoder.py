@@ -1,0 +1,202 @@
+"""The decoder: embeddings, one scan over the stacked layers, the final norm and the head.
+
+Compile time does not grow with depth, because the layers are one loop. Everything that stands before an input (a soft prompt's
+prefix, a pool's choice, a decoding cache) is a `KV`; the decoder attends to it and to the input, and
+knows nothing else of prompts.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from idp_jax.models.block import Block, Context
+from idp_jax.models.cache import KV
+from idp_jax.models.config import ModelConfig
+from idp_jax.models.layers import Norm, rope_frequencies, rotation, visibility
+from idp_jax.sharding import constrain
+from idp_jax.weights import Dense
+
+OPT_POSITION_OFFSET = 2  # the first two rows of OPT's position table are never used
+
+
+class Decoder(nnx.Module):
+    """A LLaMA or OPT language model.
+
+    Attributes:
+        embedding: [V, E]; E = `config.embedding_dim`.
+        positions: [max_positions + 2, D], or None with rotary positions.
+        project_in, project_out: weights E -> D and D -> E, or None where E = D.
+        layers: a `Block` whose arrays carry all layers on a leading axis.
+        head: weight E -> V, or None where it is tied to the embedding.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        embedding: jax.Array,
+        layers: Block,
+        final_norm: Norm | None,
+        head: Dense | None = None,
+        positions: jax.Array | None = None,
+        project_in: Dense | None = None,
+        project_out: Dense | None = None,
+    ):
+        self.config = config
+        self.embedding = nnx.Param(embedding)
+        self.positions = None if positions is None else nnx.Param(positions)
+        self.project_in = project_in
+        self.project_out = project_out
+        self.layers = layers
+        self.final_norm = final_norm
+        self.head = head
+
+    def __call__(self, input_ids, attention_mask=None, *, past: KV | None = None) -> jax.Array:
+        """Next-token logits.
+
+        Args:
+            input_ids: int [B, T].
+            attention_mask: int [B, T], 1 for text and 0 for padding on either side; default all 1.
+            past: keys and values that stand before the input.
+
+        Returns:
+            float32 [B, T, V]; rows of padding hold no meaning.
+
+        Raises:
+            ValueError: an id lies outside the vocabulary, or the input is longer than learned positions allow.
+        """
+        input_ids = jnp.asarray(input_ids, jnp.int32)
+        self.check(input_ids, past)
+        mask = None if attention_mask is None else jnp.asarray(attention_mask, jnp.int32)
+        return _logits(self, input_ids, mask, past)
+
+    def check(self, input_ids, past: KV | None = None) -> None:
+        """Refuses ids outside the vocabulary and inputs beyond the learned positions.
+
+        Raises:
+            ValueError: with the offending value.
+        """
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids must be [B, T], got shape {tuple(input_ids.shape)}")
+        low, high = (int(input_ids.min()), int(input_ids.max())) if input_ids.size else (0, 0)
+        if low < 0 or high >= self.config.vocab_size:
+            bad = low if low < 0 else high
+            raise ValueError(
+                f"token id {bad} is outside the vocabulary of {self.config.vocab_size}; "
+                "use the tokenizer that belongs to this model"
+            )
+        end = input_ids.shape[1] + (0 if past is None else past.length)
+        if self.config.rope is None and end > self.config.max_positions:
+            raise ValueError(
+                f"{end} tokens (prompt included) exceed the {self.config.max_positions} learned positions; "
+                "shorten the input"
+            )
+
+    def embed(self, input_ids: jax.Array) -> jax.Array:
+        """Word embeddings [B, T, E]."""
+        return self.embedding[...][input_ids]
+
+    def start(self, embeddings, attention_mask=None, past: KV | None = None):
+        """The residual stream that enters layer 0, and the context that all layers share.
+
+        Args:
+            embeddings: [B, T, E] word or prompt embeddings.
+            attention_mask: int [B, T] or None, see `layers.visibility`.
+
+        Returns:
+            h [B, T, D], the `Context`, and the position of the token after each row's last, [B].
+        """
+        if attention_mask is None:
+            attention_mask = jnp.ones(embeddings.shape[:2], jnp.int32)
+        visible = visibility(attention_mask)
+        first = jnp.zeros((1,), jnp.int32) if past is None else past.next_position
+        # A token's position is the number of tokens it sees before itself, whatever the padding.
+        seen = visible.sum(-1, dtype=jnp.int32)
+        positions = first[:, None] + jnp.maximum(seen - 1, 0)
+        h = embeddings
+        if self.project_in is not None:
+            h = self.project_in(h)
+        turns = None
+        if self.positions is not None:
+            h = h + self.positions[...][positions + OPT_POSITION_OFFSET].astype(h.dtype)
+        else:
+            turns = rotation(positions, self._frequencies(positions))
+        past_mask = None if past is None else past.mask
+        context = Context(visible, turns, past_mask)
+        h = constrain(h, "batch", "time", "embed_activation")
+        return h, context, first + seen.max(-1)
+
+    def _frequencies(self, positions: jax.Array) -> jax.Array:
+        config = self.config
+        assert config.rope is not None
+        return rope_frequencies(
+            config.rope, config.head_dim, config.max_positions, positions.max() + 1
+        )
+
+    def hidden(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        *,
+        embeddings=None,
+        past: KV | None = None,
+        keep: bool = False,
+        remat: bool = False,
+    ):
+        """The last hidden state, ready for `logits`.
+
+        Args:
+            input_ids: int [B, T], or give `embeddings` [B, T, E].
+            keep: also return this input's keys and values (static).
+            remat: recompute the layers in the backward pass instead of storing them (static).
+
+        Returns:
+            [B, T, E], and with `keep` a pair of it and the `KV` of the input alone.
+        """
+        embeddings = self.embed(input_ids) if embeddings is None else embeddings
+        h, context, next_position = self.start(embeddings, attention_mask, past)
+
+        def step(h, xs):
+            block, stored = xs
+            h, kv = block(h, context, stored)
+            return h, (kv if keep else None)
+
+        step = jax.checkpoint(step, prevent_cse=False) if remat else step
+        stored = None if past is None else (past.k, past.v)
+        h, kept = jax.lax.scan(step, h, (self.layers, stored))
+        h = self.finish(h)
+        if not keep:
+            return h
+        mask = jnp.ones(h.shape[:2], bool) if attention_mask is None else attention_mask > 0
+        next_position = jnp.broadcast_to(next_position, (h.shape[0],))
+        return h, KV(kept[0], kept[1], mask, next_position)
+
+    def finish(self, h: jax.Array) -> jax.Array:
+        """The final norm and projection: [B, T, D] -> [B, T, E]."""
+        if self.final_norm is not None:
+            h = self.final_norm(h)
+        return h if self.project_out is None else self.project_out(h)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float32 logits [..., V] of hidden states [..., E]."""
+        if self.head is not None:
+            kernel, contract = self.head.kernel[...], 0
+        else:
+            kernel, contract = self.embedding[...], 1
+        dims = (((hidden.ndim - 1,), (contract,)), ((), ()))
+        logits = jax.lax.dot_general(
+            hidden, kernel.astype(hidden.dtype), dims, preferred_element_type=jnp.float32
+        )
+        names = ("batch",) + ("time",) * (logits.ndim - 2) + ("vocab",)
+        return constrain(logits, *names)
+
+    def with_layers(self, layers: Block) -> "Decoder":
+        """The same model with other layers (a LoRA attached, a block compressed)."""
+        copy = jax.tree.map(lambda x: x, self)
+        copy.layers = layers
+        return copy
+
+
+@jax.jit
+def _logits(model: Decoder, input_ids, attention_mask, past) -> jax.Array:
+    return model.logits(model.hidden(input_ids, attention_mask, past=past))

@@ -1,0 +1,118 @@
+"""The kinds of weight: modules that multiply activations, whatever their storage.
+
+Kernels are kept as [I, O] (inputs first), so that activations multiply from the left without a transpose; checkpoints and the papers'
+compression algorithms use [O, I], and the formats turn them on the way in and out. The invariant: `w(x)` equals `x @ w.dense() + bias`.
+To add a kind, write a module with `__call__(x)`, `dense(dtype)` and `bias`; the models need nothing else.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from idp_jax.kernels.quant_matmul import xla as quant_matmul
+
+
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    y = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+    return y.astype(x.dtype)
+
+
+def _add_bias(y: jax.Array, bias: nnx.Param | None) -> jax.Array:
+    return y if bias is None else y + bias[...].astype(y.dtype)
+
+
+class Dense(nnx.Module):
+    """A plain matrix, pruned ones included (their zeros are stored).
+
+    Attributes:
+        kernel: [..., I, O] floating point.
+        bias: [..., O] or None.
+    """
+
+    def __init__(self, kernel: jax.Array, bias: jax.Array | None = None):
+        self.kernel = nnx.Param(kernel)
+        self.bias = None if bias is None else nnx.Param(bias)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Multiplies x [..., I]: [..., O] in the dtype of x, summed in float32."""
+        return _add_bias(_product(x, self.kernel[...]), self.bias)
+
+    def dense(self, dtype=jnp.float32) -> jax.Array:
+        """The matrix [..., I, O]."""
+        return self.kernel[...].astype(dtype)
+
+
+class Quantized(nnx.Module):
+    """Integer codes packed into words, in GPTQ's layout: w[i, o] = scales[g(i), o] * (code[i, o] - zeros[g(i), o]).
+
+    Attributes:
+        words: int32 [..., I * bits / 32, O]: a little-endian bit stream along the inputs.
+        scales: [..., G, O] floating point; group g holds the I / G inputs from g * I / G on, unless `group_index` says otherwise.
+        zeros: uint8 [..., G, O].
+        group_index: int32 [..., I] or None: the group of every input (GPTQ's `g_idx`, for act-order).
+        bias: [..., O] or None.
+        bits: 2, 3, 4 or 8.
+    """
+
+    def __init__(self, words, scales, zeros, *, bits: int, group_index=None, bias=None):
+        self.words = nnx.Param(words)
+        self.scales = nnx.Param(scales)
+        self.zeros = nnx.Param(zeros)
+        self.group_index = None if group_index is None else nnx.Param(group_index)
+        self.bias = None if bias is None else nnx.Param(bias)
+        self.bits = bits
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Multiplies x [..., I]: [..., O] in the dtype of x, summed in float32."""
+        group_index = None if self.group_index is None else self.group_index[...]
+        y = quant_matmul.quant_matmul(
+            x, self.words[...], self.scales[...], self.zeros[...], bits=self.bits, group_index=group_index
+        )
+        return _add_bias(y, self.bias)
+
+    def dense(self, dtype=jnp.float32) -> jax.Array:
+        """The matrix [..., I, O] that the codes stand for."""
+
+        def one_layer(words, scales, zeros, group_index):
+            return quant_matmul.dequantize(
+                words, scales, zeros, bits=self.bits, group_index=group_index, dtype=dtype
+            )
+
+        group_index = None if self.group_index is None else self.group_index[...]
+        for _ in range(self.words.ndim - 2):
+            one_layer = jax.vmap(one_layer)
+        return one_layer(self.words[...], self.scales[...], self.zeros[...], group_index)
+
+
+class Lora(nnx.Module):
+    """A frozen weight with a low-rank update beside it: y = base(x) + scale * (x @ a) @ b.
+
+    Source: "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1.
+
+    Attributes:
+        base: any other kind of weight.
+        a: [..., I, r]; b: [..., r, O].
+        scale: alpha / r.
+    """
+
+    def __init__(self, base: nnx.Module, a: jax.Array, b: jax.Array, scale: float):
+        self.base = base
+        self.a = nnx.Param(a)
+        self.b = nnx.Param(b)
+        self.scale = scale
+
+    @property
+    def bias(self) -> nnx.Param | None:
+        """The bias of the frozen weight."""
+        return self.base.bias
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Multiplies x [..., I]: [..., O] in the dtype of x."""
+        update = _product(_product(x, self.a[...]), self.b[...])
+        return self.base(x) + update * jnp.asarray(self.scale, x.dtype)
+
+    def dense(self, dtype=jnp.float32) -> jax.Array:
+        """The merged matrix [..., I, O]."""
+        update = jnp.matmul(self.a[...], self.b[...], precision=jax.lax.Precision.HIGHEST)
+        merged = self.base.dense(jnp.float32) + update.astype(jnp.float32) * jnp.float32(self.scale)
+        return merged.astype(dtype)
