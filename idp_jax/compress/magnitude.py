@@ -1,0 +1,37 @@
+"""Magnitude pruning: drop the smallest weights of a layer, no data needed. The baseline of all pruning."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from idp_jax.compress.masks import check_target, pruned_count, smallest, smallest_of_run
+
+
+@functools.partial(jax.jit, static_argnames=("sparsity", "pattern"))
+def magnitude(
+    weights: jax.Array, *, sparsity: float | None = None, pattern: tuple[int, int] | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Prunes a matrix by the size of its weights.
+
+    Args:
+      weights: float32 [O, I].
+      sparsity: fraction of the whole layer to prune, in [0, 1): exactly floor(sparsity * O * I) weights.
+      pattern: (n, m), instead: the n smallest in every run of m inputs, such as (2, 4).
+
+    Returns:
+      The pruned weights [O, I], and the mask bool [O, I], True where pruned.
+
+    Raises:
+      ValueError: unless exactly one of sparsity and pattern is given, in range and fitting the inputs.
+    """
+    outputs, inputs = weights.shape
+    check_target(inputs, sparsity, pattern)
+    if pattern is None:
+        mask = smallest(jnp.abs(weights), pruned_count(sparsity, weights.size))
+    else:
+        zeros, run = pattern
+        runs = jnp.abs(weights).reshape(outputs, inputs // run, run)
+        mask = smallest_of_run(jnp.moveaxis(runs, -1, 0), zeros)
+        mask = jnp.moveaxis(mask, 0, -1).reshape(outputs, inputs)
+    return jnp.where(mask, 0.0, weights), mask

@@ -1,0 +1,251 @@
+"""Tiny random models built without torch, so that every test can have one in milliseconds.
+
+The invariant: everything is random (biases and norms too) and large enough that a forgotten term shows in the logits.
+
+    model = tiny_decoder("llama")                      # or "opt"; any field of ModelConfig by keyword
+    model = quantize_decoder(tiny_decoder("opt"), 4)   # its matrices packed, two groups each
+    ids = tiny_ids(model, batch=2, time=12)
+    folder = tiny_folder(tmp_path / "model", "llama")  # a Hugging Face folder, tokenizer included
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from idp_jax.kernels.quant_matmul.packing import pack
+from idp_jax.models import Decoder, ModelConfig
+from idp_jax.models.block import Block, layer_slice, stack_layers
+from idp_jax.models.config import RopeConfig
+from idp_jax.models.layers import Norm
+from idp_jax.weights import Dense, Quantized
+
+_LLAMA = {
+    "num_kv_heads": 2,
+    "activation": "silu",
+    "norm_epsilon": 1e-5,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tied_embeddings": False,
+    "rope": RopeConfig(10000.0, "default"),
+    "bos_token_id": 1,
+    "eos_token_ids": (2,),
+    "pad_token_id": 0,
+}
+_OPT = {
+    "num_kv_heads": 4,
+    "activation": "relu",
+    "norm_epsilon": 1e-5,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "tied_embeddings": True,
+    "rope": None,
+    "bos_token_id": 2,
+    "eos_token_ids": (2,),
+    "pad_token_id": 1,
+}
+
+
+def tiny_config(architecture: str = "llama", **overrides) -> ModelConfig:
+    """A configuration of about 100,000 parameters whose matrices can be packed to 2, 3, 4 or 8 bits.
+
+    Args:
+        overrides: fields of `ModelConfig`.
+    """
+    hidden = overrides.get("hidden_dim", 64)
+    heads = overrides.get("num_heads", 4)
+    shared = {
+        "architecture": architecture,
+        "vocab_size": 128,
+        "num_layers": 2,
+        "hidden_dim": hidden,
+        "embedding_dim": hidden,
+        "num_heads": heads,
+        "head_dim": hidden // heads,
+        "ffw_dim": 96,
+        "max_positions": 256,
+        "norm_before": True,
+        "final_norm": True,
+        "norm_affine": True,
+    }
+    own = {"llama": _LLAMA, "opt": {**_OPT, "num_kv_heads": heads}}[architecture]
+    return ModelConfig(**{**shared, **own, **overrides})
+
+
+def tiny_decoder(architecture: str = "llama", *, seed: int = 0, **overrides) -> Decoder:
+    """A random float32 decoder.
+
+    Args:
+        architecture: "llama" (grouped queries, untied) or "opt" (biases, tied).
+        overrides: fields of `ModelConfig`, e.g. `num_layers=3`, `embedding_dim=32` (projected embedding, opt),
+            `norm_before=False, final_norm=False` (as OPT-350m).
+    """
+    config = tiny_config(architecture, **overrides)
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape, std: jnp.asarray(rng.normal(0, std, shape), jnp.float32)
+    linear = lambda rows, columns, bias=False: Dense(
+        draw(rows, columns, std=rows**-0.5), draw(columns, std=0.2) if bias else None
+    )
+
+    def norm():
+        scale = 1 + draw(config.hidden_dim, std=0.2) if config.norm_affine else None
+        centred = architecture == "opt"
+        bias = draw(config.hidden_dim, std=0.2) if config.norm_affine and centred else None
+        return Norm(scale, bias, centred=centred, epsilon=config.norm_epsilon)
+
+    def block():
+        hidden, ffw = config.hidden_dim, config.ffw_dim
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        shapes = {"q": (hidden, queries), "k": (hidden, keys), "v": (hidden, keys), "o": (queries, hidden)}
+        weights = {n: linear(*shape, config.attention_bias) for n, shape in shapes.items()}
+        mlp = {"gate": (hidden, ffw), "up": (hidden, ffw), "down": (ffw, hidden)}
+        if architecture == "opt":
+            del mlp["gate"]
+        weights |= {n: linear(*shape, config.mlp_bias) for n, shape in mlp.items()}
+        return Block(weights, norm(), norm(), config)
+
+    embed, hidden = config.embedding_dim, config.hidden_dim
+    projected = embed != hidden
+    learned = config.rope is None
+    return Decoder(
+        config,
+        embedding=draw(config.vocab_size, embed, std=0.4),
+        layers=stack_layers([block() for _ in range(config.num_layers)]),
+        final_norm=norm() if config.final_norm else None,
+        head=None if config.tied_embeddings else linear(embed, config.vocab_size),
+        positions=draw(config.max_positions + 2, hidden, std=0.4) if learned else None,
+        project_in=linear(embed, hidden) if projected else None,
+        project_out=linear(hidden, embed) if projected else None,
+    )
+
+
+def tiny_ids(model: Decoder, batch: int = 2, time: int = 12, seed: int = 0) -> jax.Array:
+    """Random ids [B, T] int32, special tokens left out."""
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.integers(3, model.config.vocab_size, (batch, time)), jnp.int32)
+
+
+def random_quantized(
+    rng: np.random.Generator, inputs: int, outputs: int, bits: int, groups: int = 2, *, act_order=False, bias=None
+) -> Quantized:
+    """A packed weight with random codes, every zero point possible, and scales that keep it near 1 / sqrt(I)."""
+    codes = rng.integers(0, 2**bits, (inputs, outputs))
+    scales = rng.uniform(0.5, 1.5, (groups, outputs)) / 2 ** (bits - 1) * inputs**-0.5
+    zeros = rng.integers(0, 2**bits, (groups, outputs))
+    index = rng.permutation(np.arange(inputs) % groups) if act_order else None
+    return Quantized(
+        pack(jnp.asarray(codes, jnp.uint32), bits),
+        jnp.asarray(scales, jnp.float16),
+        jnp.asarray(zeros, jnp.uint8),
+        bits=bits,
+        group_index=None if index is None else jnp.asarray(index, jnp.int32),
+        bias=bias,
+    )
+
+
+def quantize_decoder(
+    model: Decoder, bits: int = 4, *, groups: int = 2, seed: int = 0, act_order: bool = False
+) -> Decoder:
+    """The model with every matrix of its layers replaced by random packed codes; biases stay.
+
+    The function is another than the dense model's: tests compare it with itself (sharded, expanded, reloaded).
+    """
+    rng = np.random.default_rng(seed)
+    blocks = []
+    for layer in range(model.config.num_layers):
+        block = layer_slice(model.layers, layer)
+        packed = {}
+        for name in block.weight_names:
+            weight = getattr(block, name)
+            inputs, outputs = weight.kernel[...].shape
+            bias = None if weight.bias is None else weight.bias[...]
+            packed[name] = random_quantized(
+                rng, inputs, outputs, bits, groups, act_order=act_order, bias=bias
+            )
+        blocks.append(block.replace(**packed))
+    return model.with_layers(stack_layers(blocks))
+
+
+def hf_config(config: ModelConfig):
+    """The transformers configuration object that describes a `ModelConfig`."""
+    from transformers import LlamaConfig, OPTConfig
+
+    shared = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "max_position_embeddings": config.max_positions,
+        "tie_word_embeddings": config.tied_embeddings,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_ids[0],
+        "pad_token_id": config.pad_token_id,
+    }
+    if config.rope is None:
+        return OPTConfig(
+            ffn_dim=config.ffw_dim,
+            word_embed_proj_dim=config.embedding_dim,
+            do_layer_norm_before=config.norm_before,
+            layer_norm_elementwise_affine=config.norm_affine,
+            enable_bias=config.attention_bias,
+            activation_function=config.activation,
+            dropout=0.0,
+            architectures=["OPTForCausalLM"],
+            **shared,
+        )
+    rope = {"rope_type": config.rope.kind, "rope_theta": config.rope.theta, **dict(config.rope.parameters)}
+    return LlamaConfig(
+        intermediate_size=config.ffw_dim,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        rms_norm_eps=config.norm_epsilon,
+        hidden_act=config.activation,
+        attention_bias=config.attention_bias,
+        mlp_bias=config.mlp_bias,
+        rope_parameters=rope,
+        architectures=["LlamaForCausalLM"],
+        **shared,
+    )
+
+
+def tiny_tokenizer():
+    """A byte-level tokenizer of 259 tokens: `<pad>`, `<s>`, `</s>` (0, 1, 2), then the 256 bytes."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={n: i for i, n in enumerate(names)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(n, special=True, normalized=False) for n in names[:3]])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def write_folder(model: Decoder, folder: Path, quantization: dict | None = None) -> Path:
+    """Writes a model as a Hugging Face folder, without the code under test (config, tensors, no tokenizer)."""
+    from safetensors.numpy import save_file
+
+    from idp_jax.formats import hf
+
+    folder.mkdir(parents=True)
+    config = hf_config(model.config).to_dict()
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    (folder / "config.json").write_text(json.dumps(config))
+    version = (quantization or {}).get("checkpoint_format", "gptq")
+    save_file(dict(hf.disassemble(model, checkpoint_format=version)), folder / "model.safetensors")
+    return folder
+
+
+def tiny_folder(folder: Path, architecture: str = "llama", *, seed: int = 0, **overrides) -> Path:
+    """A random model of 259 tokens in a Hugging Face folder, with `tiny_tokenizer` beside it."""
+    overrides.setdefault("vocab_size", 259)
+    if architecture == "opt":
+        overrides = {"pad_token_id": 0, "bos_token_id": 1, **overrides}
+    write_folder(tiny_decoder(architecture, seed=seed, **overrides), folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
