@@ -1,12 +1,13 @@
-"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): quantise column by column, later columns make up for the rounding of earlier ones.
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): quantise column by column, later columns make up
+for the rounding of earlier ones.
 
-Minimises tr((W - Q) H (W - Q)^T) over Q on the grid, greedily: columns are visited in order; column i is rounded to its grid, its
-error spread over the columns to come by the optimal brain surgeon update (sweep.py). The order is the same for all rows, so
-that one factor U of H^-1 serves them all.
+Minimises tr((W - Q) H (W - Q)^T) over Q on the grid, greedily: columns are visited in order; column
+i is rounded to its grid, its error spread over the columns to come by the optimal brain surgeon
+update (sweep.py). The order is the same for all rows, so that one factor U of H^-1 serves them all.
 
-Invariant: the grid of a group comes from the weights as updated when its first column is reached, whatever the block size (the
-public implementation misses the updates of the running block, for groups smaller than a block); the grid of a whole row comes
-from the original weights.
+Invariant: the grid of a group comes from the weights as updated when its first column is reached,
+whatever the block size (the public implementation misses the updates of the running block, for
+groups smaller than a block); the grid of a whole row comes from the original weights.
 """
 
 import functools
@@ -45,13 +46,16 @@ def gptq(
       group_size: columns that share a scale and zero; -1 for the whole row.
       symmetric: whether the grid is symmetric about 0 (see `find_grid`).
       damping: added to the Hessian's diagonal, as a fraction of its mean.
-      block_size: columns between two lazy updates; fitted to the group size. It costs or saves time and changes nothing else.
+      block_size: columns between two lazy updates; fitted to the group size. It costs or saves time
+        and changes nothing else.
 
     Returns:
-      The matrix on its grid, the weights it stands for (float32 [O, I]), and what happened on the way.
+      The matrix on its grid, the weights it stands for (float32 [O, I]), and what happened on the
+      way.
 
     Raises:
-      ValueError: for another number of bits, a group size that does not divide I, or a block size below 1.
+      ValueError: for another number of bits, a group size that does not divide I, or a block size
+        below 1.
     """
     W, H = weights, hessian
     inputs = W.shape[1]
@@ -60,7 +64,9 @@ def gptq(
     U, dead, damping_used, retries = inverse_factor(H, damping)
     row_grid = find_grid(jnp.where(dead, 0.0, W), bits, symmetric)
 
-    def plan(columns: jax.Array, pivots: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def plan(
+        columns: jax.Array, pivots: jax.Array, first: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         del pivots, first
         return row_grid if group_size == -1 else find_grid(columns.T, bits, symmetric)
 
@@ -82,7 +88,9 @@ def gptq(
 
 
 def _tiling(inputs: int, group: int, whole_row: bool, block_size: int) -> tuple[int, int]:
-    """Segment (columns of one grid decision) and tile (columns between lazy updates), the segment dividing the tile."""
+    """Segment (columns of one grid decision) and tile (columns between lazy updates), the segment
+    dividing the tile.
+    """
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, not {block_size}: 128 is usual")
     if whole_row:

@@ -1,8 +1,9 @@
-"""Quantisation grids: where the levels of a row (or of one group of a row) lie, and rounding to them.
+"""Quantisation grids: where the levels of a row (or of one group of a row) lie, and rounding to
+them.
 
-Invariant: every scale is a float16 number from the start, because that is what a checkpoint stores: what the algorithms
-optimise is bit for bit what a reader of the file gets. Conventions are those of the GPTQ paper's public quantizer (min-max
-per row, range always around 0).
+Invariant: every scale is a float16 number from the start, because that is what a checkpoint stores:
+what the algorithms optimise is bit for bit what a reader of the file gets. Conventions are those of
+the GPTQ paper's public quantizer (min-max per row, range always around 0).
 """
 
 from typing import NamedTuple
@@ -11,20 +12,18 @@ import jax
 import jax.numpy as jnp
 
 GRID_BITS = (2, 3, 4, 8)
-# The largest float16, and its smallest positive (subnormal) number: a scale outside would be stored as inf or 0.
+# The largest float16, and its smallest positive (subnormal) number: a scale outside would be stored
+# as inf or 0.
 _LARGEST_SCALE = 65504.0
 _SMALLEST_SCALE = 2.0**-24
 
 
-class Grid(NamedTuple):
-    """Levels scale * (q - zero), q = 0 .. 2^bits - 1: scales float32 [O, G] and zeros float32 [O, G] (whole numbers)."""
-
-    scales: jax.Array
-    zeros: jax.Array
-
-
 class QuantizedMatrix(NamedTuple):
-    """A matrix [O, I] on a grid: codes uint8 [O, I], scales float32 [O, G], zeros uint8 [O, G]; groups are runs of I // G inputs."""
+    """A matrix [O, I] on a grid, w = scale * (code - zero).
+
+    codes uint8 [O, I], scales float32 [O, G] (float16 numbers), zeros uint8 [O, G]; a group is a
+    run of I // G inputs.
+    """
 
     codes: jax.Array
     scales: jax.Array
@@ -37,7 +36,8 @@ def find_grid(weights: jax.Array, bits: int, symmetric: bool) -> tuple[jax.Array
     Args:
       weights: float32 [O, I], the columns of one group.
       bits: 2, 3, 4 or 8.
-      symmetric: whether the range is [-max|w|, max|w|] with the zero at 2^(bits - 1), not [min(w, 0), max(w, 0)].
+      symmetric: whether the range is [-max|w|, max|w|] with the zero at 2^(bits - 1), not [min(w,
+        0), max(w, 0)].
 
     Returns:
       scale [O] and zero [O], float32.
@@ -90,6 +90,7 @@ def resolve_group_size(inputs: int, group_size: int) -> int:
         return inputs
     if group_size <= 0 or inputs % group_size:
         raise ValueError(
-            f"group_size {group_size} does not divide {inputs} inputs: choose a divisor, or -1 for whole rows"
+            f"group_size {group_size} does not divide {inputs} inputs: "
+            "choose a divisor, or -1 for whole rows"
         )
     return group_size

@@ -1,11 +1,13 @@
-"""Second-order information of a linear layer: the Hessian H = 2/n X^T X of its output error, and the factor that GPTQ and
-SparseGPT walk along.
+"""Second-order information of a linear layer: the Hessian H = 2/n X^T X of its output error, and
+the factor that GPTQ and SparseGPT walk along.
 
-Invariant: float32 with precision=HIGHEST throughout; a column that never saw an input (dead) is decoupled from all others.
+Invariant: float32 with precision=HIGHEST throughout; a column that never saw an input (dead) is
+decoupled from all others.
 
-The factor is U, upper triangular with H^-1 = U^T U. The papers invert H and factorise the inverse. Here, with J the reversal
-of rows, Cholesky of J H J = L L^T gives H = R R^T with R = J L J upper triangular, so H^-1 = R^-T R^-1 and U = R^-1: one
-factorisation and one triangular solve, and the ill-conditioned inverse never appears. U is unique, so both ways agree.
+The factor is U, upper triangular with H^-1 = U^T U. The papers invert H and factorise the inverse.
+Here, with J the reversal of rows, Cholesky of J H J = L L^T gives H = R R^T with R = J L J upper
+triangular, so H^-1 = R^-T R^-1 and U = R^-1: one factorisation and one triangular solve, and the
+ill-conditioned inverse never appears. U is unique, so both ways agree.
 """
 
 from typing import NamedTuple
@@ -17,7 +19,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 _MAX_RETRIES = 4
 _DAMPING_STEP = 10.0
 # Where the ladder goes on from a damping of 0, which no factor could raise.
-_SMALLEST_RETRY = 1e-4
+_SMALLEST_RETRY = 1e-3
 
 
 class HessianState(NamedTuple):
@@ -30,9 +32,10 @@ class HessianState(NamedTuple):
 class Diagnostics(NamedTuple):
     """What happened in the factorisation of one Hessian (scalars).
 
-    `damping_used` is a fraction of the mean diagonal, NaN if no damping of the ladder made the Hessian positive definite: the
-    weights that come with it are NaN too. `retries` counts the tenfold increases. `dead_columns` counts inputs that were
-    always 0. `relative_error` is `relative_output_error` of the compressed weights.
+    `damping_used` is a fraction of the mean diagonal, NaN if no damping of the ladder made the
+    Hessian positive definite: the weights that come with it are NaN too. `retries` counts the
+    tenfold increases. `dead_columns` counts inputs that were always 0. `relative_error` is
+    `relative_output_error` of the compressed weights.
     """
 
     damping_used: jax.Array
@@ -42,7 +45,9 @@ class Diagnostics(NamedTuple):
 
 
 class InverseFactor(NamedTuple):
-    """Upper Cholesky factor of H^-1 [I, I], the columns that are dead (bool [I]), and the damping that was needed."""
+    """Upper Cholesky factor of H^-1 [I, I], the columns that are dead (bool [I]), and the damping
+    that was needed.
+    """
 
     factor: jax.Array
     dead: jax.Array
@@ -55,6 +60,7 @@ def empty_state(inputs: int) -> HessianState:
     return HessianState(jnp.zeros((inputs, inputs), jnp.float32), jnp.zeros((), jnp.float32))
 
 
+@jax.jit
 def accumulate(state: HessianState, x: jax.Array) -> HessianState:
     """Adds a batch of layer inputs.
 
@@ -68,22 +74,25 @@ def accumulate(state: HessianState, x: jax.Array) -> HessianState:
     x = x.astype(jnp.float32)
     count = state.count + float(x.shape[0])
     batch = jnp.matmul(x.T, x, precision=_HIGHEST)
-    # Scaled before the sum, not after: the running mean stays in range however many tokens follow.
-    hessian = state.hessian * (state.count / count) + batch * (2.0 / count)
+    divisor = jnp.maximum(count, 1.0)
+    # Scaled before the sum: the running mean stays in range however many tokens follow.
+    hessian = state.hessian * (state.count / divisor) + batch * (2.0 / divisor)
     return HessianState(hessian, count)
 
 
+@jax.jit
 def inverse_factor(hessian: jax.Array, damping: float | jax.Array) -> InverseFactor:
     """Upper triangular U with H^-1 = U^T U, after damping.
 
     Args:
       hessian: float32 [I, I], symmetric positive semidefinite.
-      damping: what to add to the diagonal, as a fraction of the mean diagonal over live columns. Multiplied by 10, at most
-        four times, while the Cholesky factorisation fails.
+      damping: what to add to the diagonal, as a fraction of the mean diagonal over live columns.
+        Multiplied by 10, at most four times, while the Cholesky factorisation fails.
 
     Returns:
-      The factor and how it was reached; the factor is NaN if every damping failed. Dead columns have H_ii = 1 and no coupling,
-      the mean leaves them out so that the damping does not depend on the scale of the inputs.
+      The factor and how it was reached; the factor is NaN if every damping failed. Dead columns
+      have H_ii = 1 and no coupling, the mean leaves them out so that the damping does not depend on
+      the scale of the inputs.
     """
     diagonal = jnp.diagonal(hessian)
     dead = diagonal == 0.0
@@ -102,21 +111,29 @@ def inverse_factor(hessian: jax.Array, damping: float | jax.Array) -> InverseFac
         factor, _, retries = state
         return ~jnp.all(jnp.isfinite(factor)) & (retries < _MAX_RETRIES)
 
-    def retry(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def retry(
+        state: tuple[jax.Array, jax.Array, jax.Array],
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         _, fraction, retries = state
         fraction = jnp.where(fraction == 0.0, _SMALLEST_RETRY, fraction * _DAMPING_STEP)
         return factorise(fraction), fraction, retries + jnp.int32(1)
 
     fraction = jnp.asarray(damping, jnp.float32)
-    factor, fraction, retries = jax.lax.while_loop(failed, retry, (factorise(fraction), fraction, jnp.int32(0)))
+    factor, fraction, retries = jax.lax.while_loop(
+        failed, retry, (factorise(fraction), fraction, jnp.int32(0))
+    )
     finite = jnp.all(jnp.isfinite(factor))
     return InverseFactor(
         jnp.where(finite, factor, jnp.nan), dead, jnp.where(finite, fraction, jnp.nan), retries
     )
 
 
-def relative_output_error(weights: jax.Array, compressed: jax.Array, hessian: jax.Array) -> jax.Array:
-    """Squared output error of compressed weights relative to the output itself, over the calibration tokens.
+@jax.jit
+def relative_output_error(
+    weights: jax.Array, compressed: jax.Array, hessian: jax.Array
+) -> jax.Array:
+    """Squared output error of compressed weights relative to the output itself, over the
+    calibration tokens.
 
     Args:
       weights: float32 [O, I], before.

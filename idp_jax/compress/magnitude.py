@@ -1,4 +1,6 @@
-"""Magnitude pruning: drop the smallest weights of a layer, no data needed. The baseline of all pruning."""
+"""Magnitude pruning: drop the smallest weights of a layer, no data needed. The baseline of all
+pruning.
+"""
 
 import functools
 
@@ -16,14 +18,16 @@ def magnitude(
 
     Args:
       weights: float32 [O, I].
-      sparsity: fraction of the whole layer to prune, in [0, 1): exactly floor(sparsity * O * I) weights.
+      sparsity: fraction of the whole layer to prune, in [0, 1): exactly floor(sparsity * O * I)
+        weights.
       pattern: (n, m), instead: the n smallest in every run of m inputs, such as (2, 4).
 
     Returns:
       The pruned weights [O, I], and the mask bool [O, I], True where pruned.
 
     Raises:
-      ValueError: unless exactly one of sparsity and pattern is given, in range and fitting the inputs.
+      ValueError: unless exactly one of sparsity and pattern is given, in range and fitting the
+        inputs.
     """
     outputs, inputs = weights.shape
     check_target(inputs, sparsity, pattern)

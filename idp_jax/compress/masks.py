@@ -1,7 +1,8 @@
-"""Which weights to prune, given their scores: the rules of selection that all pruning methods share.
+"""Which weights to prune, given their scores: the rules of selection that all pruning methods
+share.
 
-Invariant: counts are exact. Equal scores are pruned in the order of their index, never all or none. A mask is True where the
-weight is pruned.
+Invariant: counts are exact. Equal scores are pruned in the order of their index, never all or none.
+A mask is True where the weight is pruned.
 """
 
 import math
@@ -17,22 +18,32 @@ def check_target(inputs: int, sparsity: float | None, pattern: tuple[int, int] |
       ValueError: if both or neither are given, or one is out of range.
     """
     if (sparsity is None) == (pattern is None):
-        raise ValueError(f"give either sparsity or pattern, not sparsity={sparsity} and pattern={pattern}")
+        raise ValueError(
+            f"give either sparsity or pattern, not sparsity={sparsity} and pattern={pattern}"
+        )
     if pattern is None:
         if not 0.0 <= sparsity < 1.0:
-            raise ValueError(f"sparsity {sparsity} is outside [0, 1): give the fraction to prune, such as 0.5")
+            raise ValueError(
+                f"sparsity {sparsity} is outside [0, 1): give the fraction to prune, such as 0.5"
+            )
         return
     zeros, run = pattern
     if not 0 < zeros < run:
-        raise ValueError(f"pattern {pattern} must be (zeros, run) with 0 < zeros < run, such as (2, 4)")
+        raise ValueError(
+            f"pattern {pattern} must be (zeros, run) with 0 < zeros < run, such as (2, 4)"
+        )
     if inputs % run:
-        raise ValueError(f"pattern {pattern}: {inputs} inputs do not divide into runs of {run}, choose a divisor")
+        raise ValueError(
+            f"pattern {pattern}: {inputs} inputs do not divide into runs of {run}, choose a divisor"
+        )
 
 
+@jax.jit
 def smallest(scores: jax.Array, count: int | jax.Array) -> jax.Array:
     """Marks the `count` smallest scores of a whole array.
 
-    A selection by bisection over the 32 bits of the threshold: each pass only counts, where a sort would move everything.
+    A selection by bisection over the 32 bits of the threshold: each pass only counts, where a sort
+    would move everything.
 
     Args:
       scores: float32 of any shape with fewer than 2^31 entries, none negative.
@@ -52,8 +63,12 @@ def smallest(scores: jax.Array, count: int | jax.Array) -> jax.Array:
     return (below | (ties & (index <= last))) & (count > 0)
 
 
-def _largest_with_fewer_below(keys: jax.Array, among: jax.Array, count: jax.Array, bits: int) -> jax.Array:
-    """The largest number of `bits` bits that has fewer than `count` of the chosen keys below it: the count-th smallest."""
+def _largest_with_fewer_below(
+    keys: jax.Array, among: jax.Array, count: jax.Array, bits: int
+) -> jax.Array:
+    """The largest number of `bits` bits that has fewer than `count` of the chosen keys below it:
+    the count-th smallest.
+    """
 
     def try_bit(step: jax.Array, found: jax.Array) -> jax.Array:
         candidate = found | (jnp.uint32(1) << (jnp.uint32(bits - 1) - step.astype(jnp.uint32)))
@@ -71,7 +86,8 @@ def smallest_of_run(scores: jax.Array, count: int) -> jax.Array:
       count: how many of the m to mark.
 
     Returns:
-      bool [m, ...] with exactly `count` True along the first axis; of equal scores those of lowest index.
+      bool [m, ...] with exactly `count` True along the first axis; of equal scores those of lowest
+      index.
     """
     index = jnp.arange(scores.shape[0]).reshape(-1, *[1] * (scores.ndim - 1))
     this, other = scores[:, None], scores[None]

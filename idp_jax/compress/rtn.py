@@ -1,4 +1,6 @@
-"""Round to nearest: every weight to the nearest level of its own grid, no data needed. The baseline of all quantisation."""
+"""Round to nearest: every weight to the nearest level of its own grid, no data needed. The baseline
+of all quantisation.
+"""
 
 import functools
 
@@ -9,7 +11,9 @@ from idp_jax.compress.grid import QuantizedMatrix, find_grid, quantize, resolve_
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "group_size", "symmetric"))
-def rtn(weights: jax.Array, *, bits: int, group_size: int = -1, symmetric: bool = False) -> QuantizedMatrix:
+def rtn(
+    weights: jax.Array, *, bits: int, group_size: int = -1, symmetric: bool = False
+) -> QuantizedMatrix:
     """Quantises a matrix by rounding.
 
     Args:

@@ -1,11 +1,14 @@
-"""SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774): prune column by column, the weights left make up for those removed.
+"""SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774): prune column by column, the weights left
+make up for those removed.
 
-Removing weight w_ij costs w_ij^2 / U_jj^2 in output error, with U the factor of H^-1 (hessian.py): that is its score. The mask is
-chosen from the updated weights, per block of columns (unstructured, one threshold over the whole block) or per run of m
-(n:m); then the columns are swept as in GPTQ, with "set to 0 where masked" in place of rounding.
+Removing weight w_ij costs w_ij^2 / U_jj^2 in output error, with U the factor of H^-1 (hessian.py):
+that is its score. The mask is chosen from the updated weights, per block of columns (unstructured,
+one threshold over the whole block) or per run of m (n:m); then the columns are swept as in GPTQ,
+with "set to 0 where masked" in place of rounding.
 
-Invariant: weights are zero where the mask says and, but for zeros already there, nowhere else. A dead column's weights score 0:
-they are pruned first, and those that stay are left alone (the public implementation sets them all to 0).
+Invariant: weights are zero where the mask says and, but for zeros already there, nowhere else. A
+dead column's weights score 0: they are pruned first, and those that stay are left alone (the public
+implementation sets them all to 0).
 """
 
 import functools
@@ -33,16 +36,19 @@ def sparsegpt(
     Args:
       weights: float32 [O, I].
       hessian: float32 [I, I] of the layer's inputs (see `hessian.accumulate`).
-      sparsity: fraction to prune, in [0, 1): floor(sparsity * O * block) weights of every block of columns.
+      sparsity: fraction to prune, in [0, 1): floor(sparsity * O * block) weights of every block of
+        columns.
       pattern: (n, m), instead: n zeros in every run of m inputs, such as (2, 4).
       damping: added to the Hessian's diagonal, as a fraction of its mean.
       block_size: columns that share a threshold; with a pattern only a matter of speed.
 
     Returns:
-      The pruned weights [O, I], the mask bool [O, I] (True where pruned), and what happened on the way.
+      The pruned weights [O, I], the mask bool [O, I] (True where pruned), and what happened on the
+      way.
 
     Raises:
-      ValueError: unless exactly one of sparsity and pattern is given, in range and fitting the inputs; for a block size below 1.
+      ValueError: unless exactly one of sparsity and pattern is given, in range and fitting the
+        inputs; for a block size below 1.
     """
     W, H = weights, hessian
     outputs, inputs = W.shape
@@ -54,8 +60,12 @@ def sparsegpt(
     tile = max(block_size // run, 1) * run
     # Columns added to fill the last tile must never be chosen.
     padding = -inputs % tile
-    worth = jnp.concatenate([jnp.where(dead, 0.0, 1.0), jnp.full(padding, jnp.inf)]).astype(jnp.float32)
-    counts = [pruned_count(sparsity or 0.0, outputs * min(run, inputs - k)) for k in range(0, inputs, run)]
+    worth = jnp.concatenate([jnp.where(dead, 0.0, 1.0), jnp.full(padding, jnp.inf)]).astype(
+        jnp.float32
+    )
+    counts = [
+        pruned_count(sparsity or 0.0, outputs * min(run, inputs - k)) for k in range(0, inputs, run)
+    ]
     counts = jnp.asarray(counts, jnp.int32)
 
     def plan(columns: jax.Array, pivots: jax.Array, first: jax.Array) -> jax.Array:

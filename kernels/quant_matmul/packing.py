@@ -1,11 +1,14 @@
-"""Packs small unsigned integers into 32-bit words, because quantised weights are stored and multiplied in that form.
+"""Packs small unsigned integers into 32-bit words, because quantised weights are stored and
+multiplied in that form.
 
-Invariant: the words are one little-endian bit stream along the packed axis, the layout of GPTQ checkpoints: value k lies at bit
-`bits * k` of the stream, word w holds bits 32 w .. 32 w + 31. With 2, 4 and 8 bits no value crosses a word; with 3 bits 32 values
-fill 3 words and values 10 and 21 straddle two of them.
+Invariant: the words are one little-endian bit stream along the packed axis, the layout of GPTQ
+checkpoints: value k lies at bit `bits * k` of the stream, word w holds bits 32 w .. 32 w + 31. With
+2, 4 and 8 bits no value crosses a word; with 3 bits 32 values fill 3 words and values 10 and 21
+straddle two of them.
 
-Three bits are handled as four aligned segments of 24 bits (8 values) for every 3 words: five shifts realign the words, and what
-remains is one broadcast shift without a gather, which XLA fuses into its consumer.
+Three bits are handled as four aligned segments of 24 bits (8 values) for every 3 words: five shifts
+realign the words, and what remains is one broadcast shift without a gather, which XLA fuses into
+its consumer.
 """
 
 import jax
@@ -66,7 +69,10 @@ def unpack(words: jax.Array, bits: int, count: int | None = None, axis: int = 0)
     if count is None:
         count = held
     if not 0 <= count <= held:
-        raise ValueError(f"count {count} does not fit {words.shape[axis]} words of {bits}-bit values: at most {held}")
+        raise ValueError(
+            f"count {count} does not fit {words.shape[axis]} words of {bits}-bit values: "
+            f"at most {held}"
+        )
     words = jax.lax.bitcast_convert_type(words, jnp.uint32)
     if bits == 3:
         fields = _spread_fields(_split_segments(words, axis), 3, 8, axis)
@@ -94,18 +100,26 @@ def _spread_fields(words: jax.Array, bits: int, per_word: int, axis: int) -> jax
     return _merge(fields, axis)
 
 
-def _gather_fields(fields: jax.Array, bits: int, per_word: int, axis: int, multiple: int) -> jax.Array:
-    """uint32 [..., N, ...] -> words [..., M, ...], M = ceil(N / per_word) raised to a multiple of `multiple`."""
+def _gather_fields(
+    fields: jax.Array, bits: int, per_word: int, axis: int, multiple: int
+) -> jax.Array:
+    """uint32 [..., N, ...] -> words [..., M, ...], M = ceil(N / per_word) raised to a multiple of
+    `multiple`.
+    """
     padding = [(0, 0)] * fields.ndim
     padding[axis] = (0, -fields.shape[axis] % (per_word * multiple))
     fields = jnp.pad(fields, padding)
     fields = _split(fields, axis, per_word)
     # The fields of a word do not overlap, so their sum is their union.
-    return jnp.sum(fields << _shifts(bits, per_word, axis, fields.ndim - 1), axis=axis + 1, dtype=jnp.uint32)
+    return jnp.sum(
+        fields << _shifts(bits, per_word, axis, fields.ndim - 1), axis=axis + 1, dtype=jnp.uint32
+    )
 
 
 def _split_segments(words: jax.Array, axis: int) -> jax.Array:
-    """3-bit words [..., M, ...] -> segments of 24 bits [..., 4 ceil(M / 3), ...]; bits above the 24th are junk of the next."""
+    """3-bit words [..., M, ...] -> segments of 24 bits [..., 4 ceil(M / 3), ...]; bits above the
+    24th are junk of the next.
+    """
     padding = [(0, 0)] * words.ndim
     padding[axis] = (0, -words.shape[axis] % 3)
     triples = _split(jnp.pad(words, padding), axis, 3)
@@ -124,7 +138,9 @@ def _join_segments(segments: jax.Array, axis: int) -> jax.Array:
 
 def _split(array: jax.Array, axis: int, size: int) -> jax.Array:
     """[..., K * size, ...] -> [..., K, size, ...]."""
-    return array.reshape(*array.shape[:axis], array.shape[axis] // size, size, *array.shape[axis + 1 :])
+    return array.reshape(
+        *array.shape[:axis], array.shape[axis] // size, size, *array.shape[axis + 1 :]
+    )
 
 
 def _merge(array: jax.Array, axis: int) -> jax.Array:

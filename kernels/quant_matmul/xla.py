@@ -1,7 +1,9 @@
-"""Products with packed weights in plain XLA: the path that runs everywhere, and what faster kernels are measured against.
+"""Products with packed weights in plain XLA: the path that runs everywhere, and what faster kernels
+are measured against.
 
-Invariant: weights are expanded as scale * (q - zero) in float32 and only then cast; products accumulate in float32. Expanded
-weights never outlive the call, in differentiation neither: the backward pass expands them again instead of storing them.
+Invariant: weights are expanded as scale * (q - zero) in float32 and only then cast; products
+accumulate in float32. Expanded weights never outlive the call, in differentiation neither: the
+backward pass expands them again instead of storing them.
 """
 
 import functools
@@ -35,7 +37,8 @@ def dequantize(
       Weights [I, O].
 
     Raises:
-      ValueError: if the inputs do not divide into G groups, or the shapes of scales and zeros differ.
+      ValueError: if the inputs do not divide into G groups, or the shapes of scales and zeros
+        differ.
     """
     groups, outputs = scales.shape
     if zeros.shape != scales.shape:
@@ -81,7 +84,10 @@ def quant_matmul(
     """
     inputs = words.shape[0] * 32 // bits
     if x.shape[-1] != inputs:
-        raise ValueError(f"x has {x.shape[-1]} features but the {bits}-bit words hold {inputs} inputs")
+        raise ValueError(
+            f"x has {x.shape[-1]} features but the {bits}-bit words hold {inputs} inputs: "
+            "check bits and the packed axis"
+        )
     product = functools.partial(_expand_and_multiply, bits=bits)
     return jax.checkpoint(product)(x, words, scales, zeros, group_index)
 

@@ -1,0 +1,287 @@
+"""Every setting of every command: frozen dataclasses, read from YAML and overridden on the command line.
+
+An unknown key or a value out of range is an error of one line. No number is defaulted here that the model's own config.json supplies.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+METHODS = ("gptq", "rtn", "sparsegpt", "magnitude")
+REPAIRS = ("prompt", "prefix", "lora", "idp")
+BITS = (2, 3, 4, 8)
+WEIGHTS = ("auto", "packed", "dense")
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used: its name, its value and what to give instead."""
+
+
+def _one_of(name: str, value: Any, allowed: tuple) -> None:
+    if value not in allowed:
+        raise ConfigError(f"--{name} {value!r} is not one of {', '.join(map(str, allowed))}")
+
+
+def _at_least(name: str, value: float, minimum: float) -> None:
+    if value < minimum:
+        raise ConfigError(f"--{name} {value} must be at least {minimum}")
+
+
+@dataclass(frozen=True)
+class Compression:
+    """How the matrices are compressed."""
+
+    method: str = "gptq"
+    """gptq or rtn (fewer bits), sparsegpt or magnitude (zeros)."""
+    bits: int = 3
+    """Bits per weight for gptq and rtn: 2, 3, 4 or 8."""
+    group_size: int = 64
+    """Inputs that share a scale and a zero; -1 for the whole row."""
+    symmetric: bool = False
+    """A grid symmetric about 0."""
+    sparsity: str = "0.5"
+    """For sparsegpt and magnitude: a fraction such as 0.5, or n:m zeros such as 2:4."""
+    damping: float = 0.01
+    """Added to the Hessian's diagonal, as a fraction of its mean."""
+    block_size: int = 128
+    """Columns between two lazy updates; for sparsegpt also the columns that share a threshold."""
+
+    def __post_init__(self):
+        _one_of("method", self.method, METHODS)
+        _one_of("bits", self.bits, BITS)
+        if self.group_size != -1:
+            _at_least("group-size", self.group_size, 1)
+        _at_least("block-size", self.block_size, 1)
+        _at_least("damping", self.damping, 0)
+        if self.prunes:
+            self.target()
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the method leaves zeros instead of fewer bits."""
+        return self.method in ("sparsegpt", "magnitude")
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration text is used."""
+        return self.method in ("gptq", "sparsegpt")
+
+    def target(self) -> dict[str, Any]:
+        """`sparsity` as the cores take it: {"sparsity": 0.5} or {"pattern": (2, 4)}."""
+        text = str(self.sparsity)
+        try:
+            if ":" in text:
+                zeros, run = map(int, text.split(":"))
+                if not 0 < zeros < run:
+                    raise ValueError
+                return {"pattern": (zeros, run)}
+            fraction = float(text)
+            if not 0 <= fraction < 1:
+                raise ValueError
+            return {"sparsity": fraction}
+        except ValueError:
+            raise ConfigError(
+                f"--sparsity {text!r} is neither a fraction in [0, 1) such as 0.5 nor n:m zeros such as 2:4"
+            ) from None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text that Hessians are measured on."""
+
+    calibration: str = "self"
+    """self (text sampled from the model itself), a .txt or .jsonl file, or hub:NAME[:CONFIG]."""
+    samples: int = 128
+    """Windows of text."""
+    sequence_length: int = 2048
+    """Tokens of a window."""
+    order: str = "first"
+    """first: the first windows of the text; random: windows drawn by the seed."""
+    batch_size: int = 8
+    """Windows that go through the model at a time."""
+
+    def __post_init__(self):
+        _at_least("samples", self.samples, 1)
+        _at_least("sequence-length", self.sequence_length, 2)
+        _at_least("batch-size", self.batch_size, 1)
+        _one_of("order", self.order, ("first", "random"))
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """How the devices are arranged; all 1 uses one device, and one axis may be -1 (all that are left)."""
+
+    data: int = 1
+    """Copies of the model; the batch is cut over them."""
+    fsdp: int = 1
+    """Devices that share parameters and batch."""
+    model: int = 1
+    """Devices that share every matrix."""
+    distributed: bool = False
+    """Join the other processes of this job first (jax.distributed; its settings are detected)."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW with linear warm-up and linear decay."""
+
+    learning_rate: float | None = None
+    """Default by method: 1e-3 for prompts and prefixes, 1e-4 for LoRA."""
+    warmup: float = 0.05
+    """Fraction of the steps."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient."""
+    weight_decay: float = 0.0
+
+    def __post_init__(self):
+        if self.learning_rate is not None and self.learning_rate <= 0:
+            raise ConfigError(f"--optimizer.learning-rate {self.learning_rate} must be above 0")
+        if not 0 <= self.warmup <= 1:
+            raise ConfigError(f"--optimizer.warmup {self.warmup} must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank updates."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("q", "v")
+    """Matrices of every block: q k v o gate up down."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training and validation text, packed into windows without gaps."""
+
+    train: str = "self"
+    """self (text sampled from the model named by `teacher`), a .txt or .jsonl file, or hub:NAME[:CONFIG]."""
+    validation: str | None = None
+    """The same kinds; by default the last windows of the training text are held out."""
+    validation_windows: int = 32
+    sequence_length: int = 1024
+    teacher: str | None = None
+    """For `self`: the uncompressed model that writes the text; by default the model itself."""
+
+    def __post_init__(self):
+        _at_least("data.sequence-length", self.sequence_length, 2)
+        _at_least("data.validation-windows", self.validation_windows, 1)
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a prompt, a prefix, a LoRA or an IDP pool beside a frozen model."""
+
+    model: str
+    """Hub name, model folder, GGUF file or compressed folder."""
+    out: Path
+    """Folder of the run: checkpoints, metrics.jsonl, config.yaml and, at the end, adapter/."""
+    method: str = "prompt"
+    """prompt, prefix, lora or idp (a pool of prompts, trained one after the other)."""
+    prompt_length: int = 50
+    """Tokens of a prompt or prefix."""
+    pool_lengths: tuple[int, ...] = (25, 100)
+    """Tokens of each prompt of a pool."""
+    selector: str = "mean_attention"
+    """How the pool's prompt is chosen."""
+    lora: Lora = field(default_factory=Lora)
+    tokens: int = 40_960_000
+    """Training budget in tokens (for each prompt of a pool)."""
+    batch_size: int = 2
+    """Windows of a step."""
+    data: Data = field(default_factory=Data)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    evaluate_every: int = 200
+    """Steps between two validations; the best adapter is kept, and the run can go on from there."""
+    remat: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    weights: str = "auto"
+    """packed, dense (expanded once) or auto (dense on a CPU)."""
+    dtype: str = "float32"
+    """Of activations and dense weights; auto keeps the checkpoint's."""
+    seed: int = 0
+    mesh: Mesh = field(default_factory=Mesh)
+
+    def __post_init__(self):
+        _one_of("method", self.method, REPAIRS)
+        _one_of("weights", self.weights, WEIGHTS)
+        _one_of("dtype", self.dtype, DTYPES)
+        _at_least("batch-size", self.batch_size, 1)
+        _at_least("evaluate-every", self.evaluate_every, 1)
+        _at_least("prompt-length", self.prompt_length, 1)
+        if len(self.pool_lengths) < 1 or min(self.pool_lengths) < 1:
+            raise ConfigError(f"--pool-lengths {self.pool_lengths} must name at least one length above 0")
+        window = self.batch_size * self.data.sequence_length
+        if self.tokens < window:
+            raise ConfigError(f"--tokens {self.tokens} is less than one step of {window} tokens")
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps that the token budget pays for."""
+        return self.tokens // (self.batch_size * self.data.sequence_length)
+
+    @property
+    def learning_rate(self) -> float:
+        """The given learning rate, or the method's default."""
+        default = 1e-4 if self.method == "lora" else 1e-3
+        return self.optimizer.learning_rate or default
+
+
+T = TypeVar("T")
+
+
+def from_yaml(kind: type[T], path: str | Path, **required: Any) -> T:
+    """Reads a configuration file.
+
+    Args:
+        kind: one of the dataclasses above.
+        required: values for fields that the file leaves out.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, a key is unknown, a value has the wrong type or is out of range.
+    """
+    import yaml
+
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise ConfigError(f"--config_path {path} cannot be read: {error.strerror}") from error
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    return from_dict(kind, {**required, **tree}, str(path))
+
+
+def from_dict(kind: type[T], tree: dict[str, Any], origin: str = "configuration") -> T:
+    """Builds a configuration from nested dictionaries; raises as `from_yaml`."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    strict = ConfigDict(extra="forbid")
+    for name in (Compression, Calibration, Mesh, Optimizer, Lora, Data, Train, kind):
+        name.__pydantic_config__ = strict  # type: ignore[attr-defined]
+    try:
+        return TypeAdapter(kind).validate_python(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "unexpected_keyword_argument":
+            raise ConfigError(f"{origin}: unknown key {where!r}") from None
+        reason = first["msg"].removeprefix("Value error, ")
+        value = "" if first["type"] == "value_error" else f" (got {first['input']!r})"
+        raise ConfigError(f"{origin}: {where + ': ' if where else ''}{reason}{value}") from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain YAML and JSON types."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(config))

@@ -1,0 +1,107 @@
+"""Perplexity by the protocol of the compression papers, so that numbers compare with published tables.
+
+The text is tokenised once as a whole and cut into windows of T tokens that do not overlap. Every window is scored on its own (nothing
+carries over), which gives T - 1 next-token losses; the perplexity is exp of their mean over all windows.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from idp_jax.evaluation.scoring import token_scores
+from idp_jax.models import Decoder
+from idp_jax.recover import Repaired
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """A perplexity, and what is needed to compare it with another on the same windows.
+
+    Attributes:
+        perplexity: exp(mean_nll).
+        mean_nll: mean negative log-likelihood of a token, natural log.
+        tokens: the number of tokens scored, windows * (T - 1).
+        windows: the number of windows.
+        per_window_nll: float64 [windows], the mean loss of each.
+    """
+
+    perplexity: float
+    mean_nll: float
+    tokens: int
+    windows: int
+    per_window_nll: np.ndarray
+
+
+def windows_from_text(tokenizer: Any, text: str, length: int, count: int | None = None) -> np.ndarray:
+    """Cuts a text into windows of tokens; what is left over at the end is dropped.
+
+    Args:
+        tokenizer: a transformers tokenizer; its own special tokens are added once, at the start of the text.
+        length: tokens of a window.
+        count: keep only the first so many windows.
+
+    Returns:
+        int32 [W, length].
+
+    Raises:
+        ValueError: the text is shorter than one window, or than `count` windows.
+    """
+    if length < 2:
+        raise ValueError(f"a window of {length} tokens predicts nothing; use 2 or more")
+    # verbose=False: a text longer than the model's context is expected here.
+    tokens = np.asarray(tokenizer(text, verbose=False)["input_ids"], np.int32)
+    available = len(tokens) // length
+    if available < (count or 1):
+        raise ValueError(
+            f"the text has {len(tokens)} tokens, too few for {count or 1} window(s) of {length}; "
+            "give more text or shorter windows"
+        )
+    count = available if count is None else count
+    return tokens[: count * length].reshape(count, length)
+
+
+@jax.jit
+def _window_losses(repaired: Repaired, tokens: jax.Array) -> jax.Array:
+    past = repaired.past(tokens, jax.numpy.ones_like(tokens))
+    hidden = repaired.decoder.hidden(tokens, past=past)
+    logprob, _ = token_scores(repaired.decoder, hidden[:, :-1], tokens[:, 1:])
+    return -logprob.mean(-1)
+
+
+def perplexity(
+    repaired: Repaired | Decoder,
+    windows: np.ndarray,
+    batch_size: int = 4,
+    progress: Callable = iter,
+) -> PerplexityResult:
+    """Perplexity on windows of tokens.
+
+    Args:
+        windows: int [W, T], from `windows_from_text`.
+        batch_size: windows scored at a time; it does not change the result.
+        progress: wraps the list of batches, for a progress bar.
+
+    Raises:
+        ValueError: windows are not [W, T] with T >= 2, or hold ids outside the vocabulary.
+    """
+    repaired = Repaired.of(repaired)
+    windows = np.asarray(windows, np.int32)
+    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise ValueError(f"windows must be [W, T] with T >= 2, got shape {windows.shape}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    repaired.decoder.check(windows)
+    count, length = windows.shape
+    batch_size = min(batch_size, count)
+    losses = []
+    for start in progress(range(0, count, batch_size)):
+        # The last batch is filled up with window 0, so that one compilation serves all.
+        rows = np.arange(start, start + batch_size)
+        losses.append(_window_losses(repaired, windows[np.where(rows < count, rows, 0)]))
+    per_window = np.concatenate([np.asarray(x, np.float64) for x in losses])[:count]
+    mean = float(per_window.mean())
+    return PerplexityResult(math.exp(mean), mean, count * (length - 1), count, per_window)
