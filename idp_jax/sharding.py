@@ -67,6 +67,19 @@ def make_mesh(shape: dict[str, int] | None = None, devices=None) -> jax.sharding
     return jax.make_mesh(sizes, MESH_AXES, (AxisType.Auto,) * 3, devices=devices)
 
 
+def mesh_of(config) -> jax.sharding.Mesh | None:
+    """The mesh that a `config.Mesh` asks for, or None for one device.
+
+    Joins the job's other processes first where that is asked for, or where a cluster's environment is detected.
+    """
+    if config.distributed and not jax.distributed.is_initialized():
+        jax.distributed.initialize()
+    shape = {axis: getattr(config, axis) for axis in MESH_AXES}
+    if all(size == 1 for size in shape.values()):
+        return None
+    return make_mesh(shape)
+
+
 def spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> PartitionSpec:
     """The partition of an array whose axes have these logical names.
 

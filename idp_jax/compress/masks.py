@@ -22,7 +22,7 @@ def check_target(inputs: int, sparsity: float | None, pattern: tuple[int, int] |
             f"give either sparsity or pattern, not sparsity={sparsity} and pattern={pattern}"
         )
     if pattern is None:
-        if not 0.0 <= sparsity < 1.0:
+        if sparsity is None or not 0.0 <= sparsity < 1.0:
             raise ValueError(
                 f"sparsity {sparsity} is outside [0, 1): give the fraction to prune, such as 0.5"
             )
@@ -95,6 +95,6 @@ def smallest_of_run(scores: jax.Array, count: int) -> jax.Array:
     return jnp.sum(before, axis=1, dtype=jnp.int32) < count
 
 
-def pruned_count(sparsity: float, size: int) -> int:
-    """Weights to prune out of `size`: the sparsity times the size, rounded down."""
-    return math.floor(sparsity * size)
+def pruned_count(sparsity: float | None, size: int) -> int:
+    """Weights to prune out of `size`: the sparsity times the size, rounded down; None counts as 0."""
+    return math.floor((sparsity or 0.0) * size)

@@ -60,18 +60,14 @@ def sparsegpt(
     tile = max(block_size // run, 1) * run
     # Columns added to fill the last tile must never be chosen.
     padding = -inputs % tile
-    worth = jnp.concatenate([jnp.where(dead, 0.0, 1.0), jnp.full(padding, jnp.inf)]).astype(
-        jnp.float32
-    )
-    counts = [
-        pruned_count(sparsity or 0.0, outputs * min(run, inputs - k)) for k in range(0, inputs, run)
-    ]
+    worth = jnp.pad(jnp.where(dead, 0.0, 1.0), (0, padding), constant_values=jnp.inf)
+    widths = [min(run, inputs - first) for first in range(0, inputs, run)]
+    counts = [pruned_count(sparsity, outputs * width) for width in widths]
     counts = jnp.asarray(counts, jnp.int32)
 
     def plan(columns: jax.Array, pivots: jax.Array, first: jax.Array) -> jax.Array:
-        own_worth = jax.lax.dynamic_slice_in_dim(worth, first, run)[:, None]
-        scores = jnp.square(columns / pivots[:, None])
-        scores = jnp.where(own_worth == 1.0, scores, own_worth)
+        own = jax.lax.dynamic_slice_in_dim(worth, first, run)[:, None]
+        scores = jnp.where(own == 1.0, jnp.square(columns / pivots[:, None]), own)
         if pattern is None:
             return smallest(scores, counts[first // run])
         return smallest_of_run(scores, pattern[0])

@@ -1,0 +1,31 @@
+"""What a number was measured on: device, versions and cores, kept beside every result."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import jax
+
+_PACKAGES = ("idp-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "lm-eval")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def describe() -> dict[str, Any]:
+    """Device kind and count, CPU cores, Python and package versions."""
+    devices = jax.devices()
+    return {
+        "device": devices[0].device_kind,
+        "platform": devices[0].platform,
+        "device_count": len(devices),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        **{package: _version(package) for package in _PACKAGES},
+    }

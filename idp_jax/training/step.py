@@ -1,0 +1,87 @@
+"""The loss and the optimiser step: gradient and optimiser state exist for the adapter alone.
+
+The frozen model is an argument that is never differentiated, so "only the adapter changes" holds by construction.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from idp_jax.config import Optimizer
+from idp_jax.models.decoder import Decoder
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that a run needs to go on: adapter, optimiser state and step, and the best adapter so far."""
+
+    adapter: Any
+    optimizer: Any
+    step: jax.Array
+    best_adapter: Any
+    best_loss: jax.Array
+    best_step: jax.Array
+
+    @classmethod
+    def start(cls, adapter: Any, optimizer: optax.GradientTransformation) -> "TrainState":
+        """The state before the first step."""
+        copy = jax.tree.map(jnp.copy, adapter)
+        infinite, zero = jnp.asarray(jnp.inf, jnp.float32), jnp.zeros((), jnp.int32)
+        return cls(adapter, optimizer.init(adapter), zero, copy, infinite, zero)
+
+
+def make_optimizer(settings: Optimizer, learning_rate: float, steps: int) -> optax.GradientTransformation:
+    """AdamW behind a global-norm clip, with linear warm-up and linear decay to 0."""
+    warmup = min(max(1, round(settings.warmup * steps)), steps)
+    rate = optax.join_schedules(
+        [
+            optax.linear_schedule(learning_rate / warmup, learning_rate, warmup - 1 or 1),
+            optax.linear_schedule(learning_rate, 0.0, max(1, steps - warmup)),
+        ],
+        [warmup],
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(settings.clip_norm),
+        optax.adamw(rate, weight_decay=settings.weight_decay),
+    )
+
+
+def token_loss(adapter: Any, decoder: Decoder, tokens: jax.Array, *, remat: bool = False) -> jax.Array:
+    """Mean next-token cross-entropy of windows [B, T] under the repaired model, float32 scalar."""
+    repaired = adapter.repair(decoder)
+    past = repaired.past(tokens)
+    hidden = repaired.decoder.hidden(tokens, past=past, remat=remat)
+    logits = repaired.decoder.logits(hidden[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+
+def make_train_step(optimizer: optax.GradientTransformation, *, remat: bool = False) -> Callable:
+    """A compiled step: (state, decoder, tokens [B, T]) -> (state, metrics); the state is donated."""
+
+    def step(state: TrainState, decoder: Decoder, tokens: jax.Array):
+        loss, gradient = jax.value_and_grad(token_loss)(state.adapter, decoder, tokens, remat=remat)
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.adapter)
+        adapter = optax.apply_updates(state.adapter, updates)
+        metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradient)}
+        return state.replace(adapter=adapter, optimizer=optimizer_state, step=state.step + 1), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+evaluate_step = jax.jit(token_loss)
+
+
+@jax.jit
+def keep_best(state: TrainState, loss: jax.Array) -> TrainState:
+    """Remembers the current adapter where its validation loss is the lowest so far."""
+    better = loss < state.best_loss
+    pick = lambda new, old: jnp.where(better, new, old)
+    return state.replace(
+        best_adapter=jax.tree.map(pick, state.adapter, state.best_adapter),
+        best_loss=pick(loss, state.best_loss),
+        best_step=pick(state.step, state.best_step),
+    )
