@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from idp_jax.kernels.quant_matmul.packing import pack
-from idp_jax.models import Decoder, ModelConfig
+from idp_jax.models import KV, Decoder, ModelConfig
 from idp_jax.models.block import Block, layer_slice, stack_layers
 from idp_jax.models.config import RopeConfig
 from idp_jax.models.layers import Norm
@@ -125,6 +125,17 @@ def tiny_ids(model: Decoder, batch: int = 2, time: int = 12, seed: int = 0) -> j
     """Random ids [B, T] int32, special tokens left out."""
     rng = np.random.default_rng(seed)
     return jnp.asarray(rng.integers(3, model.config.vocab_size, (batch, time)), jnp.int32)
+
+
+@jax.jit
+def keep(model: Decoder, ids, mask=None, past=None) -> tuple[jax.Array, KV]:
+    """`model.hidden(ids, mask, past=past, keep=True)`, compiled once per shape (eagerly it compiles at every call)."""
+    return model.hidden(ids, mask, past=past, keep=True)
+
+
+def close(x, y, tolerance: float = 2e-5) -> bool:
+    """Whether two arrays agree everywhere; by default as far as logits of about 5 summed in another order do."""
+    return bool(np.abs(np.asarray(x) - np.asarray(y)).max() <= tolerance)
 
 
 def random_quantized(

@@ -96,5 +96,5 @@ def smallest_of_run(scores: jax.Array, count: int) -> jax.Array:
 
 
 def pruned_count(sparsity: float | None, size: int) -> int:
-    """Weights to prune out of `size`: the sparsity times the size, rounded down; None counts as 0."""
+    """Weights to prune out of `size`: sparsity times size, rounded down; None counts as 0."""
     return math.floor((sparsity or 0.0) * size)

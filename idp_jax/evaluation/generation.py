@@ -48,7 +48,8 @@ def generate(
     repaired = Repaired.of(repaired)
     ids = np.asarray(input_ids, np.int32)
     mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask, np.int32)
-    _check(repaired, ids, mask, max_new_tokens, temperature, top_k, key)
+    _check_input(repaired, ids, mask, max_new_tokens)
+    _check_settings(repaired.decoder.config.vocab_size, stop_ids, temperature, top_k, key)
     if max_new_tokens == 0:
         return jnp.zeros((ids.shape[0], 0), jnp.int32)
     ids, mask = _pad_left(ids, mask)
@@ -61,27 +62,33 @@ def generate(
     return _generate(repaired, ids, mask, stop, limit, scale, key, **settings)[:, :max_new_tokens]
 
 
-def _check(repaired, ids, mask, max_new_tokens, temperature, top_k, key) -> None:
+def _check_input(repaired: Repaired, ids: np.ndarray, mask: np.ndarray, max_new_tokens: int) -> None:
     config = repaired.decoder.config
     if ids.ndim != 2 or mask.shape != ids.shape:
         raise ValueError(f"input_ids and attention_mask must be one [B, T], got {ids.shape} and {mask.shape}")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
-    if temperature < 0 or (temperature > 0 and key is None):
-        raise ValueError(f"temperature {temperature} needs to be 0, or positive with a random key")
-    if top_k is not None and not 1 <= top_k <= config.vocab_size:
-        raise ValueError(f"top_k must be between 1 and the vocabulary of {config.vocab_size}, got {top_k}")
     if ids.size == 0 or not mask[:, -1].all():
         raise ValueError("every prompt needs a last token: give text, and pad shorter prompts on the left")
     # A column, because only the ids are checked here: padding does not count as length.
     repaired.decoder.check(ids.reshape(-1, 1))
-    before = 0 if repaired.prefix is None else repaired.prefix.length
+    before = 0 if repaired.prefix is None else int(repaired.prefix.next_position.max())
     end = before + int((mask > 0).sum(1).max()) + max_new_tokens
     if config.rope is None and end > config.max_positions:
         raise ValueError(
             f"{end} tokens (prompt and new ones included) exceed the {config.max_positions} learned "
             "positions; shorten the input or ask for fewer"
         )
+
+
+def _check_settings(vocabulary: int, stop_ids, temperature, top_k, key) -> None:
+    if temperature < 0 or (temperature > 0 and key is None):
+        raise ValueError(f"temperature {temperature} needs to be 0, or positive with a random key")
+    if top_k is not None and not 1 <= top_k <= vocabulary:
+        raise ValueError(f"top_k must be between 1 and the vocabulary of {vocabulary}, got {top_k}")
+    bad = [token for token in stop_ids if not 0 <= token < vocabulary]
+    if bad:
+        raise ValueError(f"stop token {bad[0]} is outside the vocabulary of {vocabulary}")
 
 
 def _pad_left(ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -78,7 +78,8 @@ class Decoder(nnx.Module):
         """
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids must be [B, T], got shape {tuple(input_ids.shape)}")
-        low, high = (int(input_ids.min()), int(input_ids.max())) if input_ids.size else (0, 0)
+        known = input_ids.size and not isinstance(input_ids, jax.core.Tracer)  # inside a jit nothing is known
+        low, high = (int(input_ids.min()), int(input_ids.max())) if known else (0, 0)
         if low < 0 or high >= self.config.vocab_size:
             bad = low if low < 0 else high
             raise ValueError(

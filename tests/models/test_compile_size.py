@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from tests.helpers import quantize_decoder, tiny_decoder, tiny_ids
 
@@ -11,7 +12,7 @@ def _equations(jaxpr) -> int:
     """All equations of a program, those of loops and calls inside it included."""
     count = 0
     for equation in jaxpr.eqns:
-        count += 1 + sum(_equations(inner) for inner in jax.core.jaxprs_in_params(equation.params))
+        count += 1 + sum(_equations(inner) for inner in jaxprs_in_params(equation.params))
     return count
 
 
