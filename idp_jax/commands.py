@@ -17,7 +17,7 @@ from idp_jax.config import to_dict
 from idp_jax.data import SELF, documents, sample_documents, take_windows
 from idp_jax.environment import describe
 from idp_jax.evaluation.perplexity import perplexity, windows_from_text
-#from idp_jax.evaluation.run import evaluate as evaluate_tasks
+from idp_jax.evaluation.run import evaluate as evaluate_tasks
 from idp_jax.files import write_text
 from idp_jax.formats.gptq import write_settings
 from idp_jax.models.decoder import Decoder

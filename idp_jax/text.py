@@ -1,6 +1,8 @@
-"""Reading text files, for perplexity and for training data alike, so that both see the same documents.
+"""Reading text files, for perplexity and for training data alike, so that both see the same
+documents.
 
-The invariant: documents are joined by one blank line, as the published perplexity protocol joins them.
+The invariant: documents are joined by one blank line, as the published perplexity protocol joins
+them.
 """
 
 import gzip
@@ -14,7 +16,8 @@ def read_documents(path: str | Path) -> list[str]:
     """The documents of a file.
 
     Args:
-        path: `.txt` or `.raw` (the whole file is one document), or `.jsonl` (one document a line, in
+        path: `.txt` or `.raw` (the whole file is one document), or `.jsonl` (one document a line,
+          in
             the field `text` or `page`); each may end in `.gz`.
 
     Raises:
@@ -31,7 +34,9 @@ def read_documents(path: str | Path) -> list[str]:
         lines = enumerate(text.split("\n"), 1)
         documents = [_document(line, f"{path}:{number}") for number, line in lines if line.strip()]
     else:
-        raise ValueError(f"cannot read text from {path}; give a .txt, .raw or .jsonl file (or its .gz)")
+        raise ValueError(
+            f"cannot read text from {path}; give a .txt, .raw or .jsonl file (or its .gz)"
+        )
     if not any(documents):
         raise ValueError(f"{path} holds no text; give another file")
     return documents

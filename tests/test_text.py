@@ -9,7 +9,9 @@ from idp_jax.text import read_documents, read_text
 
 
 def test_reads_jsonl_fields_and_gz(tmp_path):
-    rows = "\n".join(json.dumps(row) for row in ({"text": "a\u2028b"}, {"page": "c", "url": ""}, {"text": ""}))
+    rows = "\n".join(
+        json.dumps(row) for row in ({"text": "a\u2028b"}, {"page": "c", "url": ""}, {"text": ""})
+    )
     (tmp_path / "a.jsonl").write_text(rows + "\n\n", encoding="utf-8")
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
     for name in ("a.jsonl", "b.jsonl.gz"):

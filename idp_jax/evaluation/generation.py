@@ -1,7 +1,8 @@
 """Decoding: one compiled prefill and one loop of decode steps that never leaves the device.
 
-The input's keys and values are put into a cache with room for the new tokens, and every step writes one slot of it in place.
-Prompt lengths are rounded up to a few buckets (by padding on the left), so that a whole evaluation compiles a handful of times.
+The input's keys and values are put into a cache with room for the new tokens, and every step writes
+one slot of it in place. Prompt lengths are rounded up to a few buckets (by padding on the left), so
+that a whole evaluation compiles a handful of times.
 """
 
 from collections.abc import Sequence
@@ -43,7 +44,8 @@ def generate(
         int32 [B, max_new_tokens]; the stop token that ended a row is repeated to the row's end.
 
     Raises:
-        ValueError: an empty prompt, a bad setting, an id outside the vocabulary, or more tokens than learned positions.
+        ValueError: an empty prompt, a bad setting, an id outside the vocabulary, or more tokens
+          than learned positions.
     """
     repaired = Repaired.of(repaired)
     ids = np.asarray(input_ids, np.int32)
@@ -57,19 +59,29 @@ def generate(
     stop[list(stop_ids)] = True
     key = jax.random.key(0) if key is None else key
     greedy = temperature == 0
-    settings = {"slots": bucket(max_new_tokens), "top_k": None if greedy else top_k, "greedy": greedy}
+    settings = {
+        "slots": bucket(max_new_tokens),
+        "top_k": None if greedy else top_k,
+        "greedy": greedy,
+    }
     limit, scale = np.int32(max_new_tokens), np.float32(temperature)
     return _generate(repaired, ids, mask, stop, limit, scale, key, **settings)[:, :max_new_tokens]
 
 
-def _check_input(repaired: Repaired, ids: np.ndarray, mask: np.ndarray, max_new_tokens: int) -> None:
+def _check_input(
+    repaired: Repaired, ids: np.ndarray, mask: np.ndarray, max_new_tokens: int
+) -> None:
     config = repaired.decoder.config
     if ids.ndim != 2 or mask.shape != ids.shape:
-        raise ValueError(f"input_ids and attention_mask must be one [B, T], got {ids.shape} and {mask.shape}")
+        raise ValueError(
+            f"input_ids and attention_mask must be one [B, T], got {ids.shape} and {mask.shape}"
+        )
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
     if ids.size == 0 or not mask[:, -1].all():
-        raise ValueError("every prompt needs a last token: give text, and pad shorter prompts on the left")
+        raise ValueError(
+            "every prompt needs a last token: give text, and pad shorter prompts on the left"
+        )
     # A column, because only the ids are checked here: padding does not count as length.
     repaired.decoder.check(ids.reshape(-1, 1))
     before = 0 if repaired.prefix is None else int(repaired.prefix.next_position.max())
@@ -100,7 +112,8 @@ def prefill(repaired: Repaired, input_ids, attention_mask, slots: int) -> tuple[
     """Reads the prompts (traceable).
 
     Returns:
-        float32 [B, V] logits of the first new token, and a cache [prefix, prompt, `slots` empty slots].
+        float32 [B, V] logits of the first new token, and a cache [prefix, prompt, `slots` empty
+        slots].
     """
     decoder = repaired.decoder
     past = repaired.past(input_ids, attention_mask)
@@ -110,7 +123,9 @@ def prefill(repaired: Repaired, input_ids, attention_mask, slots: int) -> tuple[
 
 
 def decode_step(decoder: Decoder, tokens: jax.Array, cache: KV, slot) -> tuple[jax.Array, KV]:
-    """Reads one token per row, int32 [B], into the cache at `slot`: logits [B, V] of the next, and the cache (traceable)."""
+    """Reads one token per row, int32 [B], into the cache at `slot`: logits [B, V] of the next, and
+    the cache (traceable).
+    """
     hidden, new = decoder.hidden(tokens[:, None], past=cache, keep=True)
     return decoder.logits(hidden[:, 0]), cache.write(new, slot)
 
@@ -145,5 +160,7 @@ def _generate(repaired, ids, mask, stop, limit, temperature, key, *, slots, top_
         tokens = jax.lax.dynamic_update_slice(tokens, new[:, None], (jnp.int32(0), step))
         return step + 1, tokens, cache, new
 
-    step, tokens, _, last = jax.lax.while_loop(unfinished, advance, (jnp.int32(1), tokens, cache, first))
+    step, tokens, _, last = jax.lax.while_loop(
+        unfinished, advance, (jnp.int32(1), tokens, cache, first)
+    )
     return jnp.where(jnp.arange(slots) < step, tokens, last[:, None])

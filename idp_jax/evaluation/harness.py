@@ -1,14 +1,16 @@
 """lm-evaluation-harness on our models: `HarnessLM` answers its three kinds of request.
 
-Scores equal those of the harness's Hugging Face backend, but a context is read once: its continuations are branches behind it in one
-row (see `layers.visibility`), and only the positions that predict a continuation reach the vocabulary.
+Scores equal those of the harness's Hugging Face backend, but a context is read once: its
+continuations are branches behind it in one row (see `layers.visibility`), and only the positions
+that predict a continuation reach the vocabulary.
 
-A pool chooses its prompt from the context alone, once per question. Where the context is empty that is the one prefix token (BOS or
-EOS) the harness puts there; a rolling likelihood has no context, so there the whole window chooses, as in `perplexity`.
+A pool chooses its prompt from the context alone, once per question. Where the context is empty that
+is the one prefix token (BOS or EOS) the harness puts there; a rolling likelihood has no context, so
+there the whole window chooses, as in `perplexity`.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,12 +23,12 @@ from lm_eval.models.utils import (
     postprocess_generated_text,
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from rich.progress import track
 
 from idp_jax.evaluation.buckets import bucket
 from idp_jax.evaluation.generation import generate
 from idp_jax.evaluation.requests import Request, Score, score_requests
 from idp_jax.models import Decoder
+from idp_jax.progress import tracker
 from idp_jax.recover import Repaired
 
 MAX_NEW_TOKENS = 256  # the harness's default where a task says nothing
@@ -100,7 +102,9 @@ class HarnessLM(TemplateLM):
             continue_final_message=not add_generation_prompt,
         )
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs
+    ) -> list[int]:
         """Token ids; a BOS that the string already begins with is not added again."""
         if add_special_tokens is None:
             add_special_tokens = self.add_bos_token
@@ -111,7 +115,9 @@ class HarnessLM(TemplateLM):
         return self.tokenizer.encode(string, verbose=False, **special)
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation behind its context, and whether greedy decoding gives it."""
+        """Log-probability of each continuation behind its context, and whether greedy decoding
+        gives it.
+        """
         pairs = [self._encode_request(*request.args) for request in requests]
         scores = self._score([self._truncate(*pair) for pair in pairs])
         keys = [(r.task_name, r.doc_id, r.args[0]) for r in requests]
@@ -126,7 +132,9 @@ class HarnessLM(TemplateLM):
         return [(score.logprob, score.greedy) for score in scores]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of each whole text, in windows of `max_length` that do not overlap in what they score."""
+        """Log-probability of each whole text, in windows of `max_length` that do not overlap in
+        what they score.
+        """
         windows, owners = [], []
         for index, request in enumerate(requests):
             rolling = get_rolling_token_windows(
@@ -139,7 +147,10 @@ class HarnessLM(TemplateLM):
                 windows.append(Request(*make_disjoint_window(window), whole=True))
                 owners.append(index)
         scores = self._score(windows)
-        self._record([(requests[i].task_name, i, n) for n, i in enumerate(owners)], [s.choice for s in scores])
+        self._record(
+            [(requests[i].task_name, i, n) for n, i in enumerate(owners)],
+            [s.choice for s in scores],
+        )
         totals = [0.0] * len(requests)
         for index, score in zip(owners, scores, strict=True):
             totals[index] += score.logprob
@@ -176,15 +187,19 @@ class HarnessLM(TemplateLM):
                 f"until, max_gen_toks, {', '.join(sorted(_GENERATION_KEYS))}"
             )
         if count >= self.max_length:
-            raise ValueError(f"{count} new tokens leave no room for a prompt in {self.max_length} tokens")
+            raise ValueError(
+                f"{count} new tokens leave no room for a prompt in {self.max_length} tokens"
+            )
         prompts = [self.tok_encode(context)[count - self.max_length :] for context in contexts]
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         starts = range(0, len(order), self.batch_size)
         stop_ids = self._stop_ids(until)
         answers: list[tuple[str, int | None]] = [("", None)] * len(prompts)
-        for start in track(starts, "Generating", disable=not self._shows_progress()):
+        for start in self._progress("generating")(starts):
             members = order[start : start + self.batch_size]
-            ids, mask = _left_padded([prompts[i] for i in members], self.batch_size, self.eot_token_id)
+            ids, mask = _left_padded(
+                [prompts[i] for i in members], self.batch_size, self.eot_token_id
+            )
             choices = _choose(self.repaired, ids, mask)
             tokens = generate(
                 self.repaired,
@@ -208,7 +223,8 @@ class HarnessLM(TemplateLM):
         return postprocess_generated_text(text, until, None)
 
     def _stop_ids(self, until: list[str]) -> list[int]:
-        """Tokens after which nothing can change the answer: the model's ends of text, and all that hold a stop string.
+        """Tokens after which nothing can change the answer: the model's ends of text, and all that
+        hold a stop string.
 
         A stop string that spans tokens is cut off afterwards; decoding runs on meanwhile.
         """
@@ -233,7 +249,9 @@ class HarnessLM(TemplateLM):
         return [self.prefix_token_id], tokens
 
     def _truncate(self, context: Sequence[int], continuation: Sequence[int]) -> Request:
-        """Cuts the context from the left; the last token of a text is only predicted, so it takes no room."""
+        """Cuts the context from the left; the last token of a text is only predicted, so it takes
+        no room.
+        """
         if not context or not 0 < len(continuation) <= self.max_length:
             raise ValueError(
                 f"a continuation of {len(continuation)} tokens behind {len(context)} cannot be scored; "
@@ -243,15 +261,17 @@ class HarnessLM(TemplateLM):
         return Request(list(context[-room:]), list(continuation))
 
     def _score(self, requests: list[Request]) -> list[Score]:
-        progress = lambda batches: track(batches, "Scoring", disable=not self._shows_progress())
+        progress = self._progress("scoring")
         return score_requests(self.repaired, requests, self.batch_size, self.max_length, progress)
 
-    def _shows_progress(self) -> bool:
-        return self.verbose and jax.process_index() == 0
+    def _progress(self, description: str) -> Callable:
+        return tracker(description) if self.verbose else iter
 
     def _record(self, keys: list, choices: list[int | None]) -> None:
         """Keeps one choice per question: all answers of one share it."""
-        chosen = {key: choice for key, choice in zip(keys, choices, strict=True) if choice is not None}
+        chosen = {
+            key: choice for key, choice in zip(keys, choices, strict=True) if choice is not None
+        }
         for (task, *_), choice in chosen.items():
             self.choices.setdefault(task, []).append(choice)
 
@@ -273,7 +293,9 @@ def _choose(repaired: Repaired, ids: jax.Array, mask: jax.Array):
 
 
 def _left_padded(prompts: list[list[int]], rows: int, filler: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and mask [rows, bucket]; missing rows repeat the first prompt, and an empty prompt becomes `filler`."""
+    """Ids and mask [rows, bucket]; missing rows repeat the first prompt, and an empty prompt
+    becomes `filler`.
+    """
     prompts = [prompt or [filler] for prompt in prompts]
     prompts = prompts + prompts[:1] * (rows - len(prompts))
     ids, mask = np.zeros((2, rows, bucket(len(prompts[0]))), np.int32)

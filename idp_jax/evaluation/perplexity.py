@@ -1,7 +1,9 @@
-"""Perplexity by the protocol of the compression papers, so that numbers compare with published tables.
+"""Perplexity by the protocol of the compression papers, so that numbers compare with published
+tables.
 
-The text is tokenised once as a whole and cut into windows of T tokens that do not overlap. Every window is scored on its own (nothing
-carries over), which gives T - 1 next-token losses; the perplexity is exp of their mean over all windows.
+The text is tokenised once as a whole and cut into windows of T tokens that do not overlap. Every
+window is scored on its own (nothing carries over), which gives T - 1 next-token losses; the
+perplexity is exp of their mean over all windows.
 """
 
 import math
@@ -36,11 +38,14 @@ class PerplexityResult:
     per_window_nll: np.ndarray
 
 
-def windows_from_text(tokenizer: Any, text: str, length: int, count: int | None = None) -> np.ndarray:
+def windows_from_text(
+    tokenizer: Any, text: str, length: int, count: int | None = None
+) -> np.ndarray:
     """Cuts a text into windows of tokens; what is left over at the end is dropped.
 
     Args:
-        tokenizer: a transformers tokenizer; its own special tokens are added once, at the start of the text.
+        tokenizer: a transformers tokenizer; its own special tokens are added once, at the start of
+          the text.
         length: tokens of a window.
         count: keep only the first so many windows.
 

@@ -1,8 +1,9 @@
 """Scoring many (context, continuation) pairs with few rows and few compilations.
 
-Pairs with one context share a row: the context is its trunk, and every distinct continuation a branch behind it, which sees the trunk
-and itself. A continuation's last token is predicted but never read, so a one-token answer adds nothing to the row. The scores are
-those of each pair on its own, whatever the batch, the order and the other pairs.
+Pairs with one context share a row: the context is its trunk, and every distinct continuation a
+branch behind it, which sees the trunk and itself. A continuation's last token is predicted but
+never read, so a one-token answer adds nothing to the row. The scores are those of each pair on its
+own, whatever the batch, the order and the other pairs.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +17,9 @@ from idp_jax.evaluation.buckets import bucket
 from idp_jax.evaluation.scoring import token_scores
 from idp_jax.recover import Repaired
 
-MERGED_TOKENS = 512  # beyond this, attention over other branches costs more than reading the context again
+MERGED_TOKENS = (
+    512  # beyond this, attention over other branches costs more than reading the context again
+)
 ATTENTION_CELLS = 2**22  # rows * T * T at a time: 1/2 GB of float32 scores for 32 heads
 _FIRST_BRANCH = 2
 
@@ -35,7 +38,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Score:
-    """The log-probability (natural log), whether greedy decoding gives it, and the pool's choice (None without a pool)."""
+    """The log-probability (natural log), whether greedy decoding gives it, and the pool's choice
+    (None without a pool).
+    """
 
     logprob: float
     greedy: bool
@@ -44,7 +49,9 @@ class Score:
 
 @dataclass
 class _Row:
-    """Tokens and mask of one row, and for each continuation its requests and the positions that predict it."""
+    """Tokens and mask of one row, and for each continuation its requests and the positions that
+    predict it.
+    """
 
     tokens: list[int]
     mask: list[int]
@@ -114,14 +121,18 @@ def score_requests(
             chosen = None if choice is None else int(choice[number])
             for owners, count in row.answers:
                 start, end = end, end + count
-                score = Score(float(logprob[start:end].sum()), bool(greedy[start:end].all()), chosen)
+                score = Score(
+                    float(logprob[start:end].sum()), bool(greedy[start:end].all()), chosen
+                )
                 for owner in owners:
                     scores[owner] = score
     return scores
 
 
 def _batches(rows: list[_Row], batch_size: int) -> list[tuple[list[_Row], int, int]]:
-    """Rows that are read together, the length they are padded to, and the number of rows compiled for."""
+    """Rows that are read together, the length they are padded to, and the number of rows compiled
+    for.
+    """
     batches, start = [], 0
     while start < len(rows):
         length = bucket(len(rows[start].tokens))
@@ -132,7 +143,9 @@ def _batches(rows: list[_Row], batch_size: int) -> list[tuple[list[_Row], int, i
 
 
 def _run(repaired: Repaired, batch: list[_Row], length: int, size: int):
-    """Log-probabilities (float64) and greediness of all targets of a batch in order, and the choice of every row."""
+    """Log-probabilities (float64) and greediness of all targets of a batch in order, and the choice
+    of every row.
+    """
     ids, mask = np.zeros((2, size, length), np.int32)
     positions, targets = [], []
     for number, row in enumerate(batch):
@@ -156,12 +169,18 @@ def _run(repaired: Repaired, batch: list[_Row], length: int, size: int):
 def _read(repaired: Repaired, ids: jax.Array, mask: jax.Array):
     """Hidden states [B * T, E] and the pool's choice [B] or None."""
     choice = repaired.choose(ids, mask)
-    past = repaired.prefix if choice is None or repaired.prefix is None else repaired.prefix.rows(choice)
+    past = (
+        repaired.prefix
+        if choice is None or repaired.prefix is None
+        else repaired.prefix.rows(choice)
+    )
     hidden = repaired.decoder.hidden(ids, mask, past=past)
     return hidden.reshape(-1, hidden.shape[-1]), choice
 
 
 @jax.jit
 def _score(repaired: Repaired, hidden: jax.Array, index: jax.Array, targets: jax.Array):
-    """Compiled apart from `_read`, so that the number of targets does not compile the layers again."""
+    """Compiled apart from `_read`, so that the number of targets does not compile the layers
+    again.
+    """
     return token_scores(repaired.decoder, jnp.take(hidden, index, axis=0), targets)

@@ -1,6 +1,7 @@
 """From hidden states to the log-probabilities of given tokens, without ever holding all logits.
 
-A vocabulary row is large (50,000 floats a token), so logits are made a few hundred positions at a time and reduced at once.
+A vocabulary row is large (50,000 floats a token), so logits are made a few hundred positions at a
+time and reduced at once.
 """
 
 import math

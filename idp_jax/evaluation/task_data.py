@@ -1,7 +1,8 @@
 """Harness tasks on local copies of their data, so that an evaluation needs no network.
 
-The harness's own task files stay as they are (templates, answers, metrics, version); only where the rows come from is overridden. A data
-folder is laid out as `<folder of the task>/{train,validation,test}.jsonl`, each perhaps with `.gz`.
+The harness's own task files stay as they are (templates, answers, metrics, version); only where the
+rows come from is overridden. A data folder is laid out as `<folder of the
+task>/{train,validation,test}.jsonl`, each perhaps with `.gz`.
 """
 
 import logging
@@ -40,7 +41,8 @@ def local_tasks(names: Sequence[str], data_dir: str | Path | None = None) -> lis
 
     Args:
         names: harness tasks (see `PAPER_TASKS`), and the built-in `knowledge` or one of its parts.
-        data_dir: folder with one folder of rows per task; None leaves every task's data to the harness.
+        data_dir: folder with one folder of rows per task; None leaves every task's data to the
+          harness.
 
     Returns:
         Loaded tasks and groups of the harness.
@@ -54,7 +56,9 @@ def local_tasks(names: Sequence[str], data_dir: str | Path | None = None) -> lis
     for name in names:
         entry = manager.task_index.get(name)
         if entry is None:
-            raise ValueError(f"there is no task {name!r}; `lm-eval ls tasks` lists the harness's own")
+            raise ValueError(
+                f"there is no task {name!r}; `lm-eval ls tasks` lists the harness's own"
+            )
         built_in = entry.yaml_path is not None and Path(entry.yaml_path).is_relative_to(BUILT_IN)
         if data_dir is None or built_in:
             found = manager.load(name)
@@ -90,5 +94,7 @@ def _local_rows(name: str, data_dir: Path) -> dict[str, Any]:
 
 
 def _no_advice_on_custom_data(record: logging.LogRecord) -> bool:
-    """The harness advises on `--metadata` for every task with data of its own, eighteen lines for the probe."""
+    """The harness advises on `--metadata` for every task with data of its own, eighteen lines for
+    the probe.
+    """
     return "Custom kwargs can be passed" not in record.getMessage()

@@ -14,15 +14,15 @@ from idp_jax.kernels.quant_matmul.packing import pack, unpack
 from idp_jax.weights import Quantized
 
 BITS = (2, 3, 4, 8)
-FORMATS = ("gptq", "gptq_v2")
-VERSION_2 = "gptq_v2"
+FORMATS = VERSION_1, VERSION_2 = ("gptq", "gptq_v2")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is needed to read the words: bits per code, and which of `FORMATS`."""
+    """What is needed to read the words: bits, inputs of a group (-1: all), which of `FORMATS`."""
 
     bits: int
+    group_size: int
     checkpoint_format: str
 
 
@@ -37,7 +37,7 @@ def read_settings(config: dict[str, Any] | None) -> Settings | None:
     method = config.get("quant_method", "gptq")
     if method != "gptq":
         raise ValueError(f"quant_method {method!r} is not supported; supported: gptq")
-    bits, form = config.get("bits"), config.get("checkpoint_format", "gptq")
+    bits, form = config.get("bits"), config.get("checkpoint_format", VERSION_1)
     if bits not in BITS:
         raise ValueError(f"{bits}-bit GPTQ is not supported; supported: {', '.join(map(str, BITS))}")
     if form not in FORMATS:
@@ -46,7 +46,9 @@ def read_settings(config: dict[str, Any] | None) -> Settings | None:
         raise ValueError(f"pack_dtype {config['pack_dtype']!r} is not supported; supported: int32")
     if config.get("dynamic"):
         raise ValueError("per-module settings ('dynamic') are not supported")
-    return Settings(bits, form)
+    if config.get("lm_head"):
+        raise ValueError("a packed lm_head is not supported; quantise again with lm_head false")
+    return Settings(bits, config.get("group_size", -1), form)
 
 
 def write_settings(bits: int, group_size: int, symmetric: bool, damping: float | None) -> dict[str, Any]:
@@ -100,15 +102,32 @@ def to_weight(
     zeros = np.asarray(unpack(jnp.asarray(parts["qzeros"]), settings.bits, axis=-1), np.uint8)
     if settings.checkpoint_format != VERSION_2:
         zeros = (zeros + np.uint8(1)) & np.uint8(2**settings.bits - 1)
-    plain = group_index is None or np.array_equal(group_index, np.arange(inputs) // -(-inputs // groups))
+    scales = parts["scales"]
     return Quantized(
         parts["qweight"],
-        parts["scales"],
+        # Scales keep the file's own float16 whatever the model's dtype: bfloat16 would round them.
+        scales if scales.dtype == np.float16 else scales.astype(np.float32),
         zeros,
         bits=settings.bits,
-        group_index=None if plain else group_index.astype(np.int32),
+        group_index=_groups_of(name, inputs, groups, group_index, settings),
         bias=bias,
     )
+
+
+def _groups_of(
+    name: str, inputs: int, groups: int, index: np.ndarray | None, settings: Settings
+) -> np.ndarray | None:
+    """The group of every input, or None where groups are runs of I // G inputs."""
+    if index is None:
+        size = settings.group_size if settings.group_size > 0 else inputs
+        index = np.arange(inputs) // size
+    if index.shape != (inputs,) or index.min() < 0 or index.max() >= groups:
+        raise ValueError(
+            f"{name}.g_idx must give each of {inputs} inputs one of {groups} groups; "
+            f"check group_size {settings.group_size} in the quantization settings"
+        )
+    plain = inputs % groups == 0 and np.array_equal(index, np.arange(inputs) // (inputs // groups))
+    return None if plain else index.astype(np.int32)
 
 
 def from_weight(weight: Quantized, checkpoint_format: str = VERSION_2) -> dict[str, np.ndarray]:

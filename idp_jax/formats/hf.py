@@ -15,7 +15,7 @@ from idp_jax.formats import gptq
 from idp_jax.formats.source import CheckpointError, Source
 from idp_jax.models.block import Block, layer_slice
 from idp_jax.models.config import ModelConfig, from_hf
-from idp_jax.models.decoder import Decoder
+from idp_jax.models.decoder import OPT_POSITION_OFFSET, Decoder
 from idp_jax.models.layers import Norm
 from idp_jax.weights import Dense, Quantized
 
@@ -77,7 +77,14 @@ NAMES = {
     ),
 }
 _BIASES = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
+_DTYPES = ("float32", "bfloat16", "float16")
 _UNUSED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
+
+
+def _float_dtype(name) -> np.dtype:
+    if str(name) not in _DTYPES:
+        raise ValueError(f"dtype {name!r} is not supported; supported: auto, {', '.join(_DTYPES)}")
+    return jnp.dtype(name)
 
 
 class _Assembler:
@@ -87,11 +94,13 @@ class _Assembler:
         self.source = source
         self.config: ModelConfig = from_hf(source.hf_config)
         self.names = NAMES[self.config.architecture]
-        self.dtype = None if dtype == "auto" else jnp.dtype(dtype)
+        self.dtype = None if dtype == "auto" else _float_dtype(dtype)
         self.packing = gptq.read_settings(source.quantization)
         self.used: set[str] = set()
 
-    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    def tensor(
+        self, name: str, shape: tuple[int, ...] | None = None, *, cast: bool = True
+    ) -> np.ndarray:
         # OPT's oldest checkpoints leave out the leading "model.".
         found = next((n for n in (name, name.removeprefix("model.")) if n in self.source.names), None)
         if found is None:
@@ -103,7 +112,7 @@ class _Assembler:
                 f"{found} in {self.source.path} has shape {value.shape}, config.json asks for {shape}"
             )
         floating = value.dtype.kind in "fV"  # V: numpy's kind of bfloat16
-        return value.astype(self.dtype) if floating and self.dtype is not None else value
+        return value.astype(self.dtype) if cast and floating and self.dtype is not None else value
 
     def has(self, name: str) -> bool:
         return bool({name, name.removeprefix("model.")} & self.source.names)
@@ -116,16 +125,17 @@ class _Assembler:
             if np.any(self.tensor(f"{name}.bias")):
                 raise CheckpointError(f"{name}.bias is in {self.source.path}, but config.json says no bias")
         if self.has(f"{name}.qweight"):
-            parts = {k: self.tensor(f"{name}.{k}") for k in ("qweight", "qzeros", "scales")}
+            kinds = ("qweight", "qzeros", "scales")
+            parts = {kind: self.tensor(f"{name}.{kind}", cast=False) for kind in kinds}
             group_index = self.tensor(f"{name}.g_idx") if self.has(f"{name}.g_idx") else None
             return gptq.to_weight(name, shape, parts, group_index, bias_array, self.packing)
         return Dense(np.ascontiguousarray(self.tensor(f"{name}.weight", shape).T), bias_array)
 
     def norm(self, name: str) -> Norm:
         config = self.config
-        layer_norm = config.architecture == "opt"
-        scale = self.tensor(f"{name}.weight") if config.norm_affine else None
-        bias = self.tensor(f"{name}.bias") if config.norm_affine and layer_norm else None
+        layer_norm, shape = config.architecture == "opt", (config.hidden_dim,)
+        scale = self.tensor(f"{name}.weight", shape) if config.norm_affine else None
+        bias = self.tensor(f"{name}.bias", shape) if config.norm_affine and layer_norm else None
         return Norm(scale, bias, centred=layer_norm, epsilon=config.norm_epsilon)
 
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -157,12 +167,15 @@ class _Assembler:
         embedding = self.tensor(f"{names.embedding}.weight", (config.vocab_size, config.embedding_dim))
         projected = config.embedding_dim != config.hidden_dim
         inward, outward = (config.hidden_dim, config.embedding_dim), (config.embedding_dim, config.hidden_dim)
+        places = (config.max_positions + OPT_POSITION_OFFSET, config.hidden_dim)
         parts = {
             "final_norm": self.norm(names.final_norm) if config.final_norm else None,
             "head": None if config.tied_embeddings else self.weight(
                 names.head, (config.vocab_size, config.embedding_dim), False
             ),
-            "positions": self.tensor(f"{names.positions}.weight") if names.positions else None,
+            "positions": self.tensor(f"{names.positions}.weight", places)
+            if names.positions
+            else None,
             "project_in": self.weight(names.project_in, inward, False) if projected else None,
             "project_out": self.weight(names.project_out, outward, False) if projected else None,
         }

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from idp_jax.formats import gguf, hf
+from idp_jax.formats import gguf, gptq, hf
 from idp_jax.formats.source import open_source, resolve
 from idp_jax.models.block import Block
 from idp_jax.models.decoder import Decoder
@@ -139,14 +139,19 @@ def save_model(
 
     Args:
         like: the model this one came from; configuration and tokenizer are taken from it.
-        quantization: config.json's `quantization_config` where matrices are packed.
+        quantization: config.json's `quantization_config` where matrices are packed; by default
+            that of `like`.
         report: written to `compression.json` beside the weights.
 
     Raises:
-        ValueError: `out` exists.
+        ValueError: `out` exists, or packed matrices have no settings that fit them.
     """
     source = open_source(like)
     config = source.hf_config
+    quantization = _packing(model, quantization or source.quantization)
+    version = (quantization or {}).get("checkpoint_format", gptq.VERSION_1)
+    # A dense model that came from a packed one must not be announced as packed.
+    vars(config).pop("quantization_config", None)
     with written_folder(Path(out), overwrite=overwrite) as folder:
         if quantization is not None:
             config.quantization_config = quantization
@@ -154,10 +159,26 @@ def save_model(
         config.dtype = str(np.asarray(model.embedding[...]).dtype)
         config.save_pretrained(folder)
         _save_tokenizer(like, folder)
-        _save_tensors(dict(hf.disassemble(model)), folder)
+        _save_tensors(dict(hf.disassemble(model, checkpoint_format=version)), folder)
         if report is not None:
             (folder / "compression.json").write_text(json.dumps(report, indent=2))
     return Path(out)
+
+
+def _packing(model: Decoder, quantization: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The settings to announce: None for a dense model, checked against a packed one's words."""
+    weights = [getattr(model.layers, name) for name in model.layers.weight_names]
+    bits = sorted({weight.bits for weight in weights if isinstance(weight, Quantized)})
+    if not bits:
+        return None
+    settings = gptq.read_settings(quantization)
+    if settings is None or [settings.bits] != bits:
+        announced = "none" if settings is None else f"{settings.bits} bits"
+        raise ValueError(
+            f"the model is packed to {bits} bits, its quantization settings say {announced}; "
+            "pass `quantization`"
+        )
+    return quantization
 
 
 def _save_tokenizer(like: str | Path, folder: Path) -> None:

@@ -43,7 +43,7 @@ class Source:
         """The checkpoint's quantisation settings, or None."""
         own = self.path / "quantize_config.json"
         if self.path.is_dir() and own.is_file():
-            return json.loads(own.read_text())
+            return _read_json(own)
         return getattr(self.hf_config, "quantization_config", None)
 
 
@@ -126,7 +126,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     shard_index = folder / "model.safetensors.index.json"
     listed = {}
     if shard_index.is_file():
-        listed = json.loads(shard_index.read_text())["weight_map"]
+        listed = _weight_map(shard_index)
     files = sorted({folder / file for file in listed.values()}) or sorted(folder.glob("*.safetensors"))
     found = {}
     for file in files:
@@ -146,10 +146,28 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     return found or _pickle_files(folder)
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged ({error}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object; fetch it again")
+    return content
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, from the index of a sharded checkpoint."""
+    content = _read_json(index)
+    if not isinstance(content.get("weight_map"), dict):
+        raise CheckpointError(f"{index} has no weight_map; fetch it again")
+    return content["weight_map"]
+
+
 def _pickle_files(folder: Path) -> dict[str, Path]:
     index = folder / "pytorch_model.bin.index.json"
     if index.is_file():
-        listed = {k: folder / v for k, v in json.loads(index.read_text())["weight_map"].items()}
+        listed = {name: folder / file for name, file in _weight_map(index).items()}
         missing = sorted(str(file) for file in set(listed.values()) if not file.is_file())
         if missing:
             raise CheckpointError(f"shard {missing[0]} is missing; fetch the checkpoint again")

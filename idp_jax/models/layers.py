@@ -12,6 +12,8 @@ from flax import nnx
 from idp_jax.models.config import RopeConfig
 
 _MASKED = -1e30  # finite, so that a row that sees nothing gives a mean instead of NaN
+_SMALLEST_BLOCK = 128  # queries of one attention block
+_MOST_BLOCKS = 8
 
 
 class Norm(nnx.Module):
@@ -112,42 +114,60 @@ def attention(
 ) -> jax.Array:
     """Attention of the input over the past and itself; the past is always visible where it holds something.
 
+    Queries go in blocks, each against the keys up to its own end, because later ones are hidden anyway: half the work, and the
+    scores of a block stay in cache. There are at most eight blocks, so that the program does not grow with the input.
+
     Args:
-        visible_BTT: bool, from `visibility`.
+        visible_BTT: bool, from `visibility`; it must be causal.
         past: keys and values [B | 1, S, K, H] and their mask [B | 1, S].
 
     Returns:
         [B, T, N * H] in the dtype of q.
     """
+    time = q_BTNH.shape[1]
+    size = max(_SMALLEST_BLOCK, -(-time // _MOST_BLOCKS))
+    blocks = []
+    for start in range(0, time, size):
+        end = min(start + size, time)
+        seen = visible_BTT[:, start:end, :end]
+        sources = [(k_BTKH[:, :end], v_BTKH[:, :end], seen[:, None, None])]
+        if past is not None:
+            keys, values, mask = past
+            dtype = q_BTNH.dtype
+            sources.append((keys.astype(dtype), values.astype(dtype), mask[:, None, None, None]))
+        blocks.append(_attend(q_BTNH[:, start:end], sources))
+    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, 1)
+
+
+def _attend(q_BTNH: jax.Array, sources: list) -> jax.Array:
+    """One softmax over several stretches of keys, (keys, values, mask) each.
+
+    Normalised after the mixing: the sum of the weights divides the result [T, H], not the scores [T, S].
+    """
     batch, time, heads, width = q_BTNH.shape
-    kv_heads = k_BTKH.shape[2]
-    groups = heads // kv_heads
-    scale = np.float32(width**-0.5)
-    q_BKGTH = jnp.moveaxis((q_BTNH * scale.astype(q_BTNH.dtype)), 1, 2)
-    q_BKGTH = q_BKGTH.reshape(batch, kv_heads, groups, time, width)
-
-    def scores(keys, mask):
+    kv_heads = sources[0][0].shape[2]
+    shape = (batch, kv_heads, heads // kv_heads, time)
+    scale = np.float32(width**-0.5).astype(q_BTNH.dtype)
+    rows = jnp.moveaxis(q_BTNH * scale, 1, 2).reshape(batch, kv_heads, -1, width)
+    logits = []
+    for keys, _, mask in sources:
         shared = keys.shape[0] == 1 and batch > 1
-        equation = "bkgth,skh->bkgts" if shared else "bkgth,bskh->bkgts"
+        equation = "bkrh,skh->bkrs" if shared else "bkrh,bskh->bkrs"
         keys = keys[0] if shared else keys
-        logits = jnp.einsum(equation, q_BKGTH, keys, preferred_element_type=jnp.float32)
-        return jnp.where(mask, logits, _MASKED)
-
-    def mixture(weights, values):
+        scores = jnp.einsum(equation, rows, keys, preferred_element_type=jnp.float32)
+        logits.append(jnp.where(mask, scores.reshape(*shape, -1), _MASKED))
+    # The largest score only keeps exp in range: the result does not depend on it.
+    top = [jax.lax.stop_gradient(x).max(-1, keepdims=True, initial=_MASKED) for x in logits]
+    top = top[0] if len(top) == 1 else jnp.maximum(*top)
+    total, mixed = jnp.float32(0), jnp.float32(0)
+    for scores, (_, values, _) in zip(logits, sources, strict=True):
+        weights = jnp.exp(scores - top)
+        total = total + weights.sum(-1, keepdims=True)
         shared = values.shape[0] == 1 and batch > 1
-        equation = "bkgts,skh->btkgh" if shared else "bkgts,bskh->btkgh"
+        equation = "bkrs,skh->bkrh" if shared else "bkrs,bskh->bkrh"
         values = values[0] if shared else values
-        weights = weights.astype(values.dtype)
-        return jnp.einsum(equation, weights, values, preferred_element_type=jnp.float32)
-
-    logits = scores(k_BTKH, visible_BTT[:, None, None])
-    if past is None:
-        mixed = mixture(jax.nn.softmax(logits, -1), v_BTKH)
-    else:
-        past_k, past_v, past_mask = past
-        stored = scores(past_k.astype(q_BTNH.dtype), past_mask[:, None, None, None])
-        weights = jax.nn.softmax(jnp.concatenate([stored, logits], -1), -1)
-        split = stored.shape[-1]
-        mixed = mixture(weights[..., :split], past_v.astype(q_BTNH.dtype))
-        mixed = mixed + mixture(weights[..., split:], v_BTKH)
-    return mixed.reshape(batch, time, heads * width).astype(q_BTNH.dtype)
+        weights = weights.reshape(*rows.shape[:3], -1).astype(values.dtype)
+        part = jnp.einsum(equation, weights, values, preferred_element_type=jnp.float32)
+        mixed = mixed + part.reshape(*shape, width)
+    out = (mixed / total).astype(q_BTNH.dtype)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads * width)

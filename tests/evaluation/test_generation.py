@@ -60,7 +60,9 @@ def test_greedy_equals_the_definition_for_every_row(variant):
 
 
 def test_dynamic_rope_keeps_keys_as_they_were_written():
-    """As in transformers, a longer text turns new keys by another angle, never the stored ones; within the trained length all agree."""
+    """As in transformers, a longer text turns new keys by another angle, never the stored ones;
+    within the trained length all agree.
+    """
     model = tiny_decoder("llama", rope=RopeConfig(10000.0, "dynamic", (("factor", 2.0),)))
     ids = np.asarray(tiny_ids(model, 1, 5))
     assert generate(model, ids, max_new_tokens=4)[0].tolist() == plain_greedy(model, ids[0], 4)
@@ -121,7 +123,9 @@ def test_sampling_follows_the_key_and_the_probabilities():
 def test_top_k_of_one_is_greedy():
     model = tiny_decoder("llama")
     ids = np.asarray(tiny_ids(model, 2, 5))
-    sampled = generate(model, ids, max_new_tokens=5, temperature=1.0, top_k=1, key=jax.random.key(0))
+    sampled = generate(
+        model, ids, max_new_tokens=5, temperature=1.0, top_k=1, key=jax.random.key(0)
+    )
     assert np.array_equal(sampled, generate(model, ids, max_new_tokens=5))
 
 

