@@ -1,4 +1,6 @@
-"""Scores a model: python eval.py --model DIR_OR_NAME [--adapter DIR] --tasks a,b --out results.json."""
+"""Scores a model: python eval.py --model DIR_OR_NAME [--adapter DIR] --tasks a,b --out
+results.json.
+"""
 
 import sys
 

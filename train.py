@@ -1,4 +1,6 @@
-"""Trains a prompt, a prefix, a LoRA or an IDP pool: python train.py --config_path configs/X.yaml [--key value]."""
+"""Trains a prompt, a prefix, a LoRA or an IDP pool: python train.py --config_path configs/X.yaml
+[--key value].
+"""
 
 import sys
 

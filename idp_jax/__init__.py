@@ -1,9 +1,10 @@
 """Compress language models, repair them with prompts, and measure what came back.
 
-    from idp_jax import load_model, load_adapter
-    model = load_model("meta-llama/Llama-2-7b-hf")   # a hub name, a folder, a GGUF file or a compressed folder
-    logits = model(input_ids)                        # float32 [B, T, V]
-    repaired = load_adapter(model, "runs/prompt")    # same call, repaired
+from idp_jax import load_model, load_adapter
+model = load_model("meta-llama/Llama-2-7b-hf")   # a hub name, a folder, a GGUF file or a
+compressed folder
+logits = model(input_ids)                        # float32 [B, T, V]
+repaired = load_adapter(model, "runs/prompt")    # same call, repaired
 """
 
 __version__ = "0.1.0"

@@ -1,6 +1,8 @@
-"""The command line: `idp-jax COMMAND ...`, and `train.py` and `eval.py`, which are two of its commands.
+"""The command line: `idp-jax COMMAND ...`, and `train.py` and `eval.py`, which are two of its
+commands.
 
-Every command is a dataclass of `config.py`: its options come from a YAML file (`--config_path FILE`), are overridden by options, and are
+Every command is a dataclass of `config.py`: its options come from a YAML file (`--config_path
+FILE`), are overridden by options, and are
 checked once. An error is one line and a non-zero exit.
 """
 
@@ -50,8 +52,14 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
 }
 
 
+# What libraries print on their own account; our bars and tables say the same.
+_QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Runs one command; exits with 0, 1 (it failed) or 2 (it was asked for something impossible)."""
+    """Runs one command; exits with 0, 1 (it failed) or 2 (it was asked for something
+    impossible).
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
@@ -60,7 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
     if name not in COMMANDS:
         _fail(f"no command {name!r}; there are {', '.join(COMMANDS)}", 2)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    for variable, value in _QUIET.items():
+        os.environ.setdefault(variable, value)
     kind, run = COMMANDS[name]
     try:
         run(parse(kind, rest, f"idp-jax {name}"))
@@ -124,7 +133,9 @@ def _with_missing(kind: type, path: str, required: dict[str, Any]) -> Any:
     """The file's settings, with tyro's mark for required ones that are still to come."""
     placeholders = dict.fromkeys(required, "")
     settings = config.from_yaml(kind, path, **placeholders)
-    missing = {name: mark for name, mark in required.items() if str(getattr(settings, name)) in ("", ".")}
+    missing = {
+        name: mark for name, mark in required.items() if str(getattr(settings, name)) in ("", ".")
+    }
     for name, mark in missing.items():
         object.__setattr__(settings, name, mark)
     return settings
@@ -145,7 +156,9 @@ def _config_path(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _usage() -> str:
-    rows = "\n".join(f"  {name:9} {(kind.__doc__ or '').splitlines()[0]}" for name, (kind, _) in COMMANDS.items())
+    rows = "\n".join(
+        f"  {name:9} {(kind.__doc__ or '').splitlines()[0]}" for name, (kind, _) in COMMANDS.items()
+    )
     return (
         "usage: idp-jax COMMAND [options]\n\n"
         "Compress language models, repair them with prompts, and measure what came back.\n\n"

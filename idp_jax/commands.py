@@ -31,7 +31,8 @@ def compress(settings: config.Compress) -> dict[str, Any]:
     """Compresses a model into a folder; returns the report, which is also `compression.json` there.
 
     Raises:
-        ValueError: settings that do not fit the model, too little calibration text, or a folder that exists.
+        ValueError: settings that do not fit the model, too little calibration text, or a folder
+            that exists.
     """
     formats.check_absent(settings.out, overwrite=settings.overwrite)
     times, started = StageTimes(), time.perf_counter()
@@ -97,9 +98,15 @@ def _calibration(settings: config.Compress, model: Decoder) -> np.ndarray:
 
 def _print_compression(settings, rows: list[dict], times: StageTimes, wall: float) -> None:
     table = Table(title=f"{settings.model}: {settings.method}, mean over layers")
-    measured = [key for key in ("relative_error", "sparsity", "damping", "retries", "dead_columns") if key in rows[0]]
+    measured = [
+        key
+        for key in ("relative_error", "sparsity", "damping", "retries", "dead_columns")
+        if key in rows[0]
+    ]
     for column in ("matrix", *measured):
-        table.add_column(column.replace("_", " "), justify="left" if column == "matrix" else "right")
+        table.add_column(
+            column.replace("_", " "), justify="left" if column == "matrix" else "right"
+        )
     for name in dict.fromkeys(row["matrix"] for row in rows):
         own = [row for row in rows if row["matrix"] == name]
         means = [np.mean([row[key] for row in own]) for key in measured]
@@ -128,17 +135,23 @@ def train(settings: config.Train) -> None:
 def evaluate(settings: config.Evaluate) -> dict[str, Any]:
     """Scores a model and writes the results with everything that is needed to repeat them."""
     if settings.out.is_dir():
-        raise config.ConfigError(f"--out {settings.out} is a folder; give a file such as results.json")
+        raise config.ConfigError(
+            f"--out {settings.out} is a folder; give a file such as results.json"
+        )
     model = formats.load_model(
         settings.model, dtype=settings.dtype, weights=settings.weights, progress=tracker("loading")
     )
     tokenizer = formats.load_tokenizer(settings.model)
-    repaired = Repaired.of(model) if settings.adapter is None else load_adapter(model, settings.adapter)
+    repaired = (
+        Repaired.of(model) if settings.adapter is None else load_adapter(model, settings.adapter)
+    )
     results: dict[str, Any] = {"config": to_dict(settings), "environment": describe()}
     if settings.perplexity is not None:
         text = read_text(settings.perplexity)
         windows = windows_from_text(tokenizer, text, settings.sequence_length, settings.windows)
-        measured = perplexity(repaired, windows, settings.batch_size, progress=tracker("perplexity"))
+        measured = perplexity(
+            repaired, windows, settings.batch_size, progress=tracker("perplexity")
+        )
         results["perplexity"] = {
             "file": str(settings.perplexity),
             "perplexity": measured.perplexity,

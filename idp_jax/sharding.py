@@ -1,6 +1,7 @@
 """Where every array lives: one table from logical axis names to mesh axes.
 
-Parameters, packed words and activations all name their axes by what they mean ("embed", "heads", ...); `RULES` alone says which mesh axis
+Parameters, packed words and activations all name their axes by what they mean ("embed", "heads",
+...); `RULES` alone says which mesh axis
 cuts which of them. On one device, or outside `jax.set_mesh`, every function here does nothing.
 """
 
@@ -43,7 +44,8 @@ def make_mesh(shape: dict[str, int] | None = None, devices=None) -> jax.sharding
     """A mesh with the axes data, fsdp and model.
 
     Args:
-        shape: sizes by axis; missing axes are 1, and one axis may be -1 (all devices that are left).
+        shape: sizes by axis; missing axes are 1, and one axis may be -1 (all devices that are
+            left).
             None puts every device on `data`.
 
     Raises:
@@ -53,7 +55,9 @@ def make_mesh(shape: dict[str, int] | None = None, devices=None) -> jax.sharding
     shape = {"data": -1} if shape is None else dict(shape)
     unknown = set(shape) - set(MESH_AXES)
     if unknown:
-        raise ValueError(f"unknown mesh axis {sorted(unknown)[0]!r}; the axes are {', '.join(MESH_AXES)}")
+        raise ValueError(
+            f"unknown mesh axis {sorted(unknown)[0]!r}; the axes are {', '.join(MESH_AXES)}"
+        )
     sizes = [shape.get(axis, 1) for axis in MESH_AXES]
     known = 1
     for size in sizes:
@@ -62,15 +66,18 @@ def make_mesh(shape: dict[str, int] | None = None, devices=None) -> jax.sharding
         sizes[sizes.index(-1)] = len(devices) // known
         known = len(devices)
     if known != len(devices) or min(sizes) < 1:
-        raise ValueError(f"mesh {dict(zip(MESH_AXES, sizes, strict=True))} does not use {len(devices)} devices; "
-                         "its sizes must multiply to that number")
+        raise ValueError(
+            f"mesh {dict(zip(MESH_AXES, sizes, strict=True))} does not use {len(devices)} devices; "
+            "its sizes must multiply to that number"
+        )
     return jax.make_mesh(sizes, MESH_AXES, (AxisType.Auto,) * 3, devices=devices)
 
 
 def mesh_of(config) -> jax.sharding.Mesh | None:
     """The mesh that a `config.Mesh` asks for, or None for one device.
 
-    Joins the job's other processes first where that is asked for, or where a cluster's environment is detected.
+    Joins the job's other processes first where that is asked for, or where a cluster's environment
+    is detected.
     """
     if config.distributed and not jax.distributed.is_initialized():
         jax.distributed.initialize()
@@ -83,7 +90,8 @@ def mesh_of(config) -> jax.sharding.Mesh | None:
 def spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> PartitionSpec:
     """The partition of an array whose axes have these logical names.
 
-    An axis whose length its mesh axes do not divide stays whole on every device (three kv heads on a
+    An axis whose length its mesh axes do not divide stays whole on every device (three kv heads on
+    a
     model axis of two, say).
     """
     parts = []
@@ -141,11 +149,21 @@ def shard_batch(batch, mesh: jax.sharding.Mesh | None):
     """Places host arrays [B, ...] with the batch cut over `data` and `fsdp`.
 
     In a job of several processes each passes its own rows.
+
+    Raises:
+        ValueError: the rows do not divide over the mesh.
     """
     if mesh is None:
         return jax.tree.map(jax.numpy.asarray, batch)
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
 
     def place(x):
+        rows = x.shape[0] * jax.process_count()
+        if rows % parts:
+            raise ValueError(
+                f"a batch of {rows} rows does not divide over data x fsdp = {parts} devices; "
+                f"choose a multiple of {parts}"
+            )
         sharding = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
         return jax.make_array_from_process_local_data(sharding, x)
 

@@ -1,1 +1,3 @@
-"""A package, so that `from tests.helpers import ...` finds this folder and not another distribution's."""
+"""A package, so that `from tests.helpers import ...` finds this folder and not another
+distribution's.
+"""

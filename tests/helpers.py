@@ -1,11 +1,12 @@
 """Tiny random models built without torch, so that every test can have one in milliseconds.
 
-The invariant: everything is random (biases and norms too) and large enough that a forgotten term shows in the logits.
+The invariant: everything is random (biases and norms too) and large enough that a forgotten term
+shows in the logits.
 
-    model = tiny_decoder("llama")                      # or "opt"; any field of ModelConfig by keyword
-    model = quantize_decoder(tiny_decoder("opt"), 4)   # its matrices packed, two groups each
+    model = tiny_decoder("llama")                     # or "opt"; ModelConfig's fields by keyword
+    model = quantize_decoder(tiny_decoder("opt"), 4)  # its matrices packed, two groups each
     ids = tiny_ids(model, batch=2, time=12)
-    folder = tiny_folder(tmp_path / "model", "llama")  # a Hugging Face folder, tokenizer included
+    folder = tiny_folder(tmp_path / "model", "llama") # a Hugging Face folder, tokenizer included
 """
 
 import importlib.util
@@ -16,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from idp_jax.kernels.quant_matmul.packing import pack
+
 from idp_jax.models import KV, Decoder, ModelConfig
 from idp_jax.models.block import Block, layer_slice, stack_layers
 from idp_jax.models.config import RopeConfig
@@ -51,7 +52,7 @@ _OPT = {
 
 
 def tiny_config(architecture: str = "llama", **overrides) -> ModelConfig:
-    """A configuration of about 100,000 parameters whose matrices can be packed to 2, 3, 4 or 8 bits.
+    """A configuration of about 100,000 parameters; its matrices can be packed to 2, 3, 4 or 8 bits.
 
     Args:
         overrides: fields of `ModelConfig`.
@@ -81,15 +82,18 @@ def tiny_decoder(architecture: str = "llama", *, seed: int = 0, **overrides) -> 
 
     Args:
         architecture: "llama" (grouped queries, untied) or "opt" (biases, tied).
-        overrides: fields of `ModelConfig`, e.g. `num_layers=3`, `embedding_dim=32` (projected embedding, opt),
-            `norm_before=False, final_norm=False` (as OPT-350m).
+        overrides: fields of `ModelConfig`, e.g. `num_layers=3`, `embedding_dim=32` (projected
+            embedding, opt), `norm_before=False, final_norm=False` (as OPT-350m).
     """
     config = tiny_config(architecture, **overrides)
     rng = np.random.default_rng(seed)
-    draw = lambda *shape, std: jnp.asarray(rng.normal(0, std, shape), jnp.float32)
-    linear = lambda rows, columns, bias=False: Dense(
-        draw(rows, columns, std=rows**-0.5), draw(columns, std=0.2) if bias else None
-    )
+
+    def draw(*shape: int, std: float) -> jax.Array:
+        return jnp.asarray(rng.normal(0, std, shape), jnp.float32)
+
+    def linear(rows: int, columns: int, bias: bool = False) -> Dense:
+        kernel = draw(rows, columns, std=rows**-0.5)
+        return Dense(kernel, draw(columns, std=0.2) if bias else None)
 
     def norm():
         scale = 1 + draw(config.hidden_dim, std=0.2) if config.norm_affine else None
@@ -100,7 +104,12 @@ def tiny_decoder(architecture: str = "llama", *, seed: int = 0, **overrides) -> 
     def block():
         hidden, ffw = config.hidden_dim, config.ffw_dim
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        shapes = {"q": (hidden, queries), "k": (hidden, keys), "v": (hidden, keys), "o": (queries, hidden)}
+        shapes = {
+            "q": (hidden, queries),
+            "k": (hidden, keys),
+            "v": (hidden, keys),
+            "o": (queries, hidden),
+        }
         weights = {n: linear(*shape, config.attention_bias) for n, shape in shapes.items()}
         mlp = {"gate": (hidden, ffw), "up": (hidden, ffw), "down": (ffw, hidden)}
         if architecture == "opt":
@@ -137,19 +146,26 @@ needs_smollm2 = pytest.mark.skipif(
 
 @jax.jit
 def keep(model: Decoder, ids, mask=None, past=None) -> tuple[jax.Array, KV]:
-    """`model.hidden(ids, mask, past=past, keep=True)`, compiled once per shape (eagerly it compiles at every call)."""
+    """`model.hidden(..., keep=True)` compiled once per shape; eagerly it compiles at every call."""
     return model.hidden(ids, mask, past=past, keep=True)
 
 
 def close(x, y, tolerance: float = 2e-5) -> bool:
-    """Whether two arrays agree everywhere; by default as far as logits of about 5 summed in another order do."""
+    """Whether two arrays agree everywhere, by default as logits of 5 summed in another order do."""
     return bool(np.abs(np.asarray(x) - np.asarray(y)).max() <= tolerance)
 
 
 def random_quantized(
-    rng: np.random.Generator, inputs: int, outputs: int, bits: int, groups: int = 2, *, act_order=False, bias=None
+    rng: np.random.Generator,
+    inputs: int,
+    outputs: int,
+    bits: int,
+    groups: int = 2,
+    *,
+    act_order=False,
+    bias=None,
 ) -> Quantized:
-    """A packed weight with random codes, every zero point possible, and scales that keep it near 1 / sqrt(I)."""
+    """A packed weight: random codes, every zero point possible, values of about 1 / sqrt(I)."""
     codes = rng.integers(0, 2**bits, (inputs, outputs))
     scales = rng.uniform(0.5, 1.5, (groups, outputs)) / 2 ** (bits - 1) * inputs**-0.5
     zeros = rng.integers(0, 2**bits, (groups, outputs))
@@ -169,7 +185,7 @@ def quantize_decoder(
 ) -> Decoder:
     """The model with every matrix of its layers replaced by random packed codes; biases stay.
 
-    The function is another than the dense model's: tests compare it with itself (sharded, expanded, reloaded).
+    The function is another than the dense model's: compare it with itself (sharded, reloaded).
     """
     rng = np.random.default_rng(seed)
     blocks = []
@@ -214,7 +230,11 @@ def hf_config(config: ModelConfig):
             architectures=["OPTForCausalLM"],
             **shared,
         )
-    rope = {"rope_type": config.rope.kind, "rope_theta": config.rope.theta, **dict(config.rope.parameters)}
+    rope = {
+        "rope_type": config.rope.kind,
+        "rope_theta": config.rope.theta,
+        **dict(config.rope.parameters),
+    }
     return LlamaConfig(
         intermediate_size=config.ffw_dim,
         num_key_value_heads=config.num_kv_heads,
@@ -230,7 +250,7 @@ def hf_config(config: ModelConfig):
 
 
 def tiny_tokenizer():
-    """A byte-level tokenizer of 259 tokens: `<pad>`, `<s>`, `</s>` (0, 1, 2), then the 256 bytes."""
+    """A byte-level tokenizer of 259 tokens: `<pad>`, `<s>`, `</s>` (0, 1, 2), then all bytes."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -245,7 +265,7 @@ def tiny_tokenizer():
 
 
 def write_folder(model: Decoder, folder: Path, quantization: dict | None = None) -> Path:
-    """Writes a model as a Hugging Face folder, without the code under test (config, tensors, no tokenizer)."""
+    """Writes a model as a Hugging Face folder without a tokenizer, and without `save_model`."""
     from safetensors.numpy import save_file
 
     from idp_jax.formats import hf

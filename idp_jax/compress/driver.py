@@ -1,7 +1,9 @@
 """Walks a model block by block, each block fed with what the compressed ones before it put out.
 
-One staged pass per block: the matrices of a stage (q, k, v | o | gate, up | down) read the same input, so they share one Hessian; once a
-stage is compressed, the next one's inputs are computed with it. A block therefore costs one forward pass, and every
+One staged pass per block: the matrices of a stage (q, k, v | o | gate, up | down) read the same
+input, so they share one Hessian; once a
+stage is compressed, the next one's inputs are computed with it. A block therefore costs one forward
+pass, and every
 Hessian is measured on what the matrix will really see.
 """
 
@@ -52,7 +54,9 @@ class StageTimes:
 
 @dataclass
 class _Flow:
-    """The calibration text on its way through the model, in micro-batches: residual streams and contexts."""
+    """The calibration text on its way through the model, in micro-batches: residual streams and
+    contexts.
+    """
 
     streams: list[jax.Array]
     contexts: list[Any]
@@ -80,7 +84,8 @@ def compress(
         times: filled with the seconds of forward, Hessian and core.
 
     Returns:
-        The compressed model, and for each matrix what was done: damping, retries, dead columns, relative output error.
+        The compressed model, and for each matrix what was done: damping, retries, dead columns,
+            relative output error.
 
     Raises:
         ConfigError: a group size or pattern that does not fit a matrix.
@@ -116,7 +121,9 @@ def check_fit(model: Decoder, settings: Compression) -> None:
         if settings.prunes:
             _, run = settings.target().get("pattern", (0, 1))
             if inputs % run:
-                raise ConfigError(f"--sparsity {settings.sparsity} needs multiples of {run}; {name} has {inputs} inputs")
+                raise ConfigError(
+                    f"--sparsity {settings.sparsity} needs multiples of {run}; {name} has {inputs} inputs"
+                )
             continue
         if settings.group_size != -1 and inputs % settings.group_size:
             sizes = [size for size in (32, 64, 128) if inputs % size == 0]
@@ -195,7 +202,9 @@ def _output(block: Block, h, hidden):
 
 
 def _stage_inputs(stage: int, block: Block, flow: _Flow, kept: list | None):
-    """What the matrices of a stage read, per micro-batch; returned twice, as `kept` for the stage after it."""
+    """What the matrices of a stage read, per micro-batch; returned twice, as `kept` for the stage
+    after it.
+    """
     if stage == 0:
         inputs = [_attention_inputs(block, h) for h in flow.streams]
     elif stage == 1:
@@ -247,13 +256,21 @@ _relative_error = jax.jit(relative_output_error)
 @partial(jax.jit, static_argnames="bits")
 def _packed(matrix: QuantizedMatrix, bits: int, bias) -> Quantized:
     words = pack(matrix.codes.T, bits, axis=0)
-    return Quantized(words, matrix.scales.T.astype(jnp.float16), matrix.zeros.T, bits=bits, bias=bias)
+    return Quantized(
+        words, matrix.scales.T.astype(jnp.float16), matrix.zeros.T, bits=bits, bias=bias
+    )
 
 
 def _quantize(matrices, hessian, settings: Compression):
-    """All matrices of a stage in one call: rows are independent, and the factor of H serves them all."""
+    """All matrices of a stage in one call: rows are independent, and the factor of H serves them
+    all.
+    """
     stacked = jnp.concatenate(list(matrices.values()), 0)
-    grid = {"bits": settings.bits, "group_size": settings.group_size, "symmetric": settings.symmetric}
+    grid = {
+        "bits": settings.bits,
+        "group_size": settings.group_size,
+        "symmetric": settings.symmetric,
+    }
     row: dict[str, Any] = {}
     if settings.method == "rtn":
         quantized = rtn(stacked, **grid)
@@ -280,7 +297,11 @@ def _prune(matrices, hessian, settings: Compression):
             row: dict[str, Any] = {}
         else:
             dense, mask, diagnostics = sparsegpt(
-                matrix, hessian, **settings.target(), damping=settings.damping, block_size=settings.block_size
+                matrix,
+                hessian,
+                **settings.target(),
+                damping=settings.damping,
+                block_size=settings.block_size,
             )
             row = _row(diagnostics)
         out[name] = (dense, None, {**row, "sparsity": mask.mean(dtype=jnp.float32)})
@@ -296,7 +317,9 @@ def _row(diagnostics) -> dict[str, Any]:
 
 
 def _check(row: dict[str, Any]) -> None:
-    """Turns a row's device scalars into numbers and refuses a matrix whose Hessian could not be factorised."""
+    """Turns a row's device scalars into numbers and refuses a matrix whose Hessian could not be
+    factorised.
+    """
     for key, value in row.items():
         if isinstance(value, jax.Array):
             number = value.item()

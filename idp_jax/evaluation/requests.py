@@ -55,16 +55,16 @@ class _Row:
 
     tokens: list[int]
     mask: list[int]
+    trunk_end: int
     positions: list[int] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
     answers: list[tuple[list[int], int]] = field(default_factory=list)
 
     def add(self, continuation: Sequence[int], owners: list[int], mark: int) -> None:
-        trunk_end = self.mask.index(_FIRST_BRANCH) if _FIRST_BRANCH in self.mask else len(self.mask)
         start = len(self.tokens)
         self.tokens += continuation[:-1]
         self.mask += [mark] * (len(continuation) - 1)
-        self.positions += [trunk_end - 1, *range(start, len(self.tokens))]
+        self.positions += [self.trunk_end - 1, *range(start, len(self.tokens))]
         self.targets += continuation
         self.answers.append((owners, len(continuation)))
 
@@ -85,7 +85,7 @@ def plan_rows(requests: Sequence[Request], max_length: int) -> list[_Row]:
         for continuation, owners in continuations.items():
             room = min(max_length, MERGED_TOKENS) - len(continuation) + 1
             if row is None or len(row.tokens) > room:
-                row = _Row(list(context), [1] * len(context))
+                row = _Row(list(context), [1] * len(context), len(context))
                 rows.append(row)
             mark = 1 if alone is not None else _FIRST_BRANCH + len(row.answers)
             row.add(continuation, owners, mark)

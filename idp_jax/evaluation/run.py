@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import datasets
 import lm_eval
 import numpy as np
 
@@ -59,9 +60,10 @@ def evaluate(
     Raises:
         ValueError: an unknown task, or one without rows in `task_data`.
     """
+    datasets.disable_progress_bars()
     loaded = local_tasks(tasks, task_data)
     model = HarnessLM(repaired, tokenizer, batch_size, max_length, seed=seed, verbose=verbose)
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it reports every setting as a warning
     found = lm_eval.simple_evaluate(
         model=model,
         tasks=loaded,

@@ -76,7 +76,9 @@ def _local_rows(name: str, data_dir: Path) -> dict[str, Any]:
     files = {}
     for split in _SPLITS.values():
         paths = [folder / f"{split}{end}" for end in (".jsonl", ".jsonl.gz")]
-        files |= {split: str(path) for path in paths[::-1] if path.is_file()}
+        found = [str(path) for path in paths if path.is_file()]
+        if found:
+            files[split] = found[0]
     if not {"validation", "test"} & files.keys():
         held = sorted(path.parent.name for path in data_dir.glob("*/*.jsonl*"))
         raise ValueError(

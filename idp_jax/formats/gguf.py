@@ -1,6 +1,7 @@
 """Reads GGUF files: weights dequantised, configuration and tokenizer from the metadata.
 
-The `gguf` package knows every block type. What is left to us is naming: GGUF keeps LLaMA's q and k rows in the interleaved RoPE order,
+The `gguf` package knows every block type. What is left to us is naming: GGUF keeps LLaMA's q and k
+rows in the interleaved RoPE order,
 which is turned back to Hugging Face's half-split order here.
 Source: the GGUF specification (ggml/docs/gguf.md) and llama.cpp's HF converter.
 """
@@ -62,7 +63,8 @@ def open_file(path: Path):
     """Opens a GGUF file of a LLaMA model.
 
     Returns:
-        The transformers configuration, the tensor names in Hugging Face's spelling, and a function that reads one of them
+        The transformers configuration, the tensor names in Hugging Face's spelling, and a function
+        that reads one of them
         (float32, [out, in]).
 
     Raises:
@@ -93,7 +95,9 @@ def read_config(path: Path, fields: dict[str, Any], tensor_names: set[str]):
 
     architecture = fields.get("general.architecture")
     if architecture != "llama":
-        raise ValueError(f"{path} holds a {architecture!r} model; only llama GGUF files are supported")
+        raise ValueError(
+            f"{path} holds a {architecture!r} model; only llama GGUF files are supported"
+        )
     get = lambda key: fields[f"llama.{key}"]
     scaling = fields.get("llama.rope.scaling.type", "none")
     if scaling != "none" or _IGNORED & tensor_names:
@@ -127,7 +131,8 @@ def load_tokenizer(path: Path):
     """The tokenizer in a GGUF file's metadata, as a transformers fast tokenizer.
 
     Raises:
-        ValueError: the vocabulary is not byte-level BPE and torch, which transformers needs for the others, is missing.
+        ValueError: the vocabulary is not byte-level BPE and torch, which transformers needs for
+            the others, is missing.
     """
     fields = _fields(_open(path))
     if fields.get("tokenizer.ggml.model") == "gpt2":
@@ -166,5 +171,8 @@ def _byte_level_bpe(fields: dict[str, Any]):
             named[f"{role}_token"] = tokens[index]
     template = fields.get("tokenizer.chat_template")
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, chat_template=template, clean_up_tokenization_spaces=False, **named
+        tokenizer_object=tokenizer,
+        chat_template=template,
+        clean_up_tokenization_spaces=False,
+        **named,
     )

@@ -1,7 +1,9 @@
 """GPTQ checkpoints (AutoGPTQ / GPTQModel): packed words and their settings.
 
-Per linear: `qweight` int32 [in * bits / 32, out], `qzeros` int32 [groups, out * bits / 32], `scales` float16 [groups, out], `g_idx` int32
-[in]. Format `gptq` (v1) stores every zero minus one, modulo 2^bits, field by field; `gptq_v2` stores the zero itself.
+Per linear: `qweight` int32 [in * bits / 32, out], `qzeros` int32 [groups, out * bits / 32],
+`scales` float16 [groups, out], `g_idx` int32
+[in]. Format `gptq` (v1) stores every zero minus one, modulo 2^bits, field by field; `gptq_v2`
+stores the zero itself.
 """
 
 from dataclasses import dataclass
@@ -39,9 +41,13 @@ def read_settings(config: dict[str, Any] | None) -> Settings | None:
         raise ValueError(f"quant_method {method!r} is not supported; supported: gptq")
     bits, form = config.get("bits"), config.get("checkpoint_format", VERSION_1)
     if bits not in BITS:
-        raise ValueError(f"{bits}-bit GPTQ is not supported; supported: {', '.join(map(str, BITS))}")
+        raise ValueError(
+            f"{bits}-bit GPTQ is not supported; supported: {', '.join(map(str, BITS))}"
+        )
     if form not in FORMATS:
-        raise ValueError(f"checkpoint_format {form!r} is not supported; supported: {', '.join(FORMATS)}")
+        raise ValueError(
+            f"checkpoint_format {form!r} is not supported; supported: {', '.join(FORMATS)}"
+        )
     if config.get("pack_dtype", "int32") != "int32":
         raise ValueError(f"pack_dtype {config['pack_dtype']!r} is not supported; supported: int32")
     if config.get("dynamic"):
@@ -51,7 +57,9 @@ def read_settings(config: dict[str, Any] | None) -> Settings | None:
     return Settings(bits, config.get("group_size", -1), form)
 
 
-def write_settings(bits: int, group_size: int, symmetric: bool, damping: float | None) -> dict[str, Any]:
+def write_settings(
+    bits: int, group_size: int, symmetric: bool, damping: float | None
+) -> dict[str, Any]:
     """The `quantization_config` of a folder written here."""
     return {
         "quant_method": "gptq",

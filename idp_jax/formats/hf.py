@@ -1,6 +1,7 @@
 """Hugging Face's tensor names, and how a model is put together from them and taken apart again.
 
-One table per architecture gives the name of every parameter; linear weights are [out, in] on disk and [in, out] in the modules. A weight
+One table per architecture gives the name of every parameter; linear weights are [out, in] on disk
+and [in, out] in the modules. A weight
 whose name ends in `.qweight` is packed (see `gptq.py`), any other is dense.
 """
 
@@ -102,9 +103,13 @@ class _Assembler:
         self, name: str, shape: tuple[int, ...] | None = None, *, cast: bool = True
     ) -> np.ndarray:
         # OPT's oldest checkpoints leave out the leading "model.".
-        found = next((n for n in (name, name.removeprefix("model.")) if n in self.source.names), None)
+        found = next(
+            (n for n in (name, name.removeprefix("model.")) if n in self.source.names), None
+        )
         if found is None:
-            raise CheckpointError(f"{self.source.path} lacks the tensor {name}; fetch the checkpoint again")
+            raise CheckpointError(
+                f"{self.source.path} lacks the tensor {name}; fetch the checkpoint again"
+            )
         self.used.add(found)
         value = self.source.read(found)
         if shape is not None and value.shape != shape:
@@ -123,7 +128,9 @@ class _Assembler:
         if not bias and self.has(f"{name}.bias"):
             # Packers write a bias of zeros beside every packed matrix.
             if np.any(self.tensor(f"{name}.bias")):
-                raise CheckpointError(f"{name}.bias is in {self.source.path}, but config.json says no bias")
+                raise CheckpointError(
+                    f"{name}.bias is in {self.source.path}, but config.json says no bias"
+                )
         if self.has(f"{name}.qweight"):
             kinds = ("qweight", "qzeros", "scales")
             parts = {kind: self.tensor(f"{name}.{kind}", cast=False) for kind in kinds}
@@ -153,7 +160,10 @@ class _Assembler:
 
     def block(self, layer: int) -> Block:
         config, names, shapes = self.config, self.names, self.shapes()
-        biased = (*(_BIASES["attention"] if config.attention_bias else ()), *(_BIASES["mlp"] if config.mlp_bias else ()))
+        biased = (
+            *(_BIASES["attention"] if config.attention_bias else ()),
+            *(_BIASES["mlp"] if config.mlp_bias else ()),
+        )
         weights = {
             name: self.weight(names.weight(layer, name), shapes[name], name in biased)
             for name in names.weights
@@ -164,15 +174,20 @@ class _Assembler:
 
     def decoder(self, progress: Callable = iter) -> Decoder:
         config, names = self.config, self.names
-        embedding = self.tensor(f"{names.embedding}.weight", (config.vocab_size, config.embedding_dim))
+        embedding = self.tensor(
+            f"{names.embedding}.weight", (config.vocab_size, config.embedding_dim)
+        )
         projected = config.embedding_dim != config.hidden_dim
-        inward, outward = (config.hidden_dim, config.embedding_dim), (config.embedding_dim, config.hidden_dim)
+        inward, outward = (
+            (config.hidden_dim, config.embedding_dim),
+            (config.embedding_dim, config.hidden_dim),
+        )
         places = (config.max_positions + OPT_POSITION_OFFSET, config.hidden_dim)
         parts = {
             "final_norm": self.norm(names.final_norm) if config.final_norm else None,
-            "head": None if config.tied_embeddings else self.weight(
-                names.head, (config.vocab_size, config.embedding_dim), False
-            ),
+            "head": None
+            if config.tied_embeddings
+            else self.weight(names.head, (config.vocab_size, config.embedding_dim), False),
             "positions": self.tensor(f"{names.positions}.weight", places)
             if names.positions
             else None,
@@ -229,7 +244,9 @@ def assemble(source: Source, *, dtype="float32", progress: Callable = iter) -> D
     return model
 
 
-def disassemble(model: Decoder, *, checkpoint_format: str = "gptq_v2") -> Iterator[tuple[str, np.ndarray]]:
+def disassemble(
+    model: Decoder, *, checkpoint_format: str = "gptq_v2"
+) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of a model under their Hugging Face names, layer by layer."""
     names = NAMES[model.config.architecture]
     yield f"{names.embedding}.weight", np.asarray(model.embedding[...])
@@ -264,6 +281,8 @@ def _weight_tensors(name: str, weight, checkpoint_format: str) -> Iterator[tuple
     elif isinstance(weight, Dense):
         yield f"{name}.weight", np.ascontiguousarray(np.asarray(weight.kernel[...]).T)
     else:
-        raise TypeError(f"{name}: a {type(weight).__name__} weight has no Hugging Face form; save its base")
+        raise TypeError(
+            f"{name}: a {type(weight).__name__} weight has no Hugging Face form; save its base"
+        )
     if weight.bias is not None:
         yield f"{name}.bias", np.asarray(weight.bias[...])

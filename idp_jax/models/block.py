@@ -1,6 +1,7 @@
 """One transformer block, written as the four stages that compression needs.
 
-Within a stage all matrices read the same input (q, k, v | o | gate, up | down), so a Hessian is shared by a stage. The forward pass is the
+Within a stage all matrices read the same input (q, k, v | o | gate, up | down), so a Hessian is
+shared by a stage. The forward pass is the
 composition of the stages and nothing else: what is calibrated is what runs.
 """
 

@@ -1,7 +1,10 @@
-"""Keys and values that stand before the input: a soft prompt's prefix, a pool's choice, or a decoding cache.
+"""Keys and values that stand before the input: a soft prompt's prefix, a pool's choice, or a
+decoding cache.
 
-By causality a prompt's keys and values do not depend on the input that follows it, so a prefix is computed once per model and
-stored. One class serves prefixes and caches; the models only ever attend to a `KV` followed by the input itself.
+By causality a prompt's keys and values do not depend on the input that follows it, so a prefix is
+computed once per model and
+stored. One class serves prefixes and caches; the models only ever attend to a `KV` followed by the
+input itself.
 """
 
 import jax
@@ -35,7 +38,9 @@ class KV:
         return self.k.shape[2]
 
     def repeat(self, batch: int) -> "KV":
-        """The same prefix for `batch` rows; a KV that already has its own rows is returned as it is."""
+        """The same prefix for `batch` rows; a KV that already has its own rows is returned as it
+        is.
+        """
         if self.batch != 1 or batch == 1:
             return self
         rows = lambda x, axis: jnp.repeat(x, batch, axis)
@@ -53,7 +58,9 @@ class KV:
         )
 
     def write(self, new: "KV", slot: jax.Array) -> "KV":
-        """Puts the tokens of `new` [L, B, T, K, H] into the slots from `slot` on (in place when donated)."""
+        """Puts the tokens of `new` [L, B, T, K, H] into the slots from `slot` on (in place when
+        donated).
+        """
         slot = jnp.asarray(slot, jnp.int32)
         zero = jnp.int32(0)
         put = lambda old, x: jax.lax.dynamic_update_slice(
@@ -64,7 +71,9 @@ class KV:
 
 
 def concatenate(first: KV, second: KV) -> KV:
-    """Two stretches of keys and values, one after the other, as one; `second` gives the next position."""
+    """Two stretches of keys and values, one after the other, as one; `second` gives the next
+    position.
+    """
     batch = max(first.batch, second.batch)
     first, second = first.repeat(batch), second.repeat(batch)
     return KV(

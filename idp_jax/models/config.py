@@ -1,7 +1,10 @@
-"""What a decoder needs to know of a Hugging Face `config.json`, and the refusal of what it cannot do.
+"""What a decoder needs to know of a Hugging Face `config.json`, and the refusal of what it cannot
+do.
 
-The invariant: every key of the configuration that changes the function computed is either honoured here or refused by name. Numbers come
-from the configuration (class defaults included, through transformers), never from a default of ours.
+The invariant: every key of the configuration that changes the function computed is either honoured
+here or refused by name. Numbers come
+from the configuration (class defaults included, through transformers), never from a default of
+ours.
 """
 
 from dataclasses import dataclass
@@ -23,7 +26,9 @@ _ROPE_KEYS = {
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary positions: base, kind of scaling and that kind's own numbers (as in `rope_parameters`)."""
+    """Rotary positions: base, kind of scaling and that kind's own numbers (as in
+    `rope_parameters`).
+    """
 
     theta: float
     kind: str
@@ -37,7 +42,8 @@ class RopeConfig:
 class ModelConfig:
     """The shape and the variants of a decoder.
 
-    `embedding_dim` differs from `hidden_dim` where the word embedding is projected (OPT-350m); a soft
+    `embedding_dim` differs from `hidden_dim` where the word embedding is projected (OPT-350m); a
+    soft
     prompt has `embedding_dim`. `rope` is None where positions are learned (OPT).
     """
 
@@ -72,7 +78,8 @@ def from_hf(config: Any) -> ModelConfig:
         config: what `AutoConfig.from_pretrained` returns.
 
     Raises:
-        ValueError: the architecture, or a value of a key that changes the function, is not supported.
+        ValueError: the architecture, or a value of a key that changes the function, is not
+            supported.
     """
     readers = {"llama": _from_llama, "opt": _from_opt}
     if config.model_type not in readers:
@@ -111,7 +118,9 @@ def _rope(config: Any) -> RopeConfig:
     if extra.pop("partial_rotary_factor", 1.0) != 1.0 or extra.keys() - {
         "original_max_position_embeddings"
     }:
-        raise ValueError(f"rope_parameters {parameters} has keys that rope_type {kind!r} does not support")
+        raise ValueError(
+            f"rope_parameters {parameters} has keys that rope_type {kind!r} does not support"
+        )
     missing = _ROPE_KEYS[kind] - parameters.keys()
     if missing:
         raise ValueError(f"rope_parameters lacks {sorted(missing)} for rope_type {kind!r}")

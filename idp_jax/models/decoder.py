@@ -1,7 +1,9 @@
 """The decoder: embeddings, one scan over the stacked layers, the final norm and the head.
 
-Compile time does not grow with depth, because the layers are one loop. Everything that stands before an input (a soft prompt's
-prefix, a pool's choice, a decoding cache) is a `KV`; the decoder attends to it and to the input, and
+Compile time does not grow with depth, because the layers are one loop. Everything that stands
+before an input (a soft prompt's
+prefix, a pool's choice, a decoding cache) is a `KV`; the decoder attends to it and to the input,
+and
 knows nothing else of prompts.
 """
 
@@ -63,7 +65,8 @@ class Decoder(nnx.Module):
             float32 [B, T, V]; rows of padding hold no meaning.
 
         Raises:
-            ValueError: an id lies outside the vocabulary, or the input is longer than learned positions allow.
+            ValueError: an id lies outside the vocabulary, or the input is longer than learned
+                positions allow.
         """
         input_ids = jnp.asarray(input_ids, jnp.int32)
         self.check(input_ids, past)
@@ -78,7 +81,9 @@ class Decoder(nnx.Module):
         """
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids must be [B, T], got shape {tuple(input_ids.shape)}")
-        known = input_ids.size and not isinstance(input_ids, jax.core.Tracer)  # inside a jit nothing is known
+        known = input_ids.size and not isinstance(
+            input_ids, jax.core.Tracer
+        )  # inside a jit nothing is known
         low, high = (int(input_ids.min()), int(input_ids.max())) if known else (0, 0)
         if low < 0 or high >= self.config.vocab_size:
             bad = low if low < 0 else high

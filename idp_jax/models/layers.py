@@ -95,7 +95,8 @@ def visibility(attention_mask: jax.Array) -> jax.Array:
     """Which earlier tokens of the input each token sees: bool [B, T, T] (query, key).
 
     Args:
-        attention_mask: int [B, T]. 0 is padding and 1 ordinary text, as in transformers. A number above 1 marks a branch:
+        attention_mask: int [B, T]. 0 is padding and 1 ordinary text, as in transformers. A
+            number above 1 marks a branch:
             its tokens see the text marked 1 and their own branch, so several continuations of one
             context are scored in one row.
     """
@@ -112,10 +113,13 @@ def attention(
     visible_BTT: jax.Array,
     past: tuple[jax.Array, jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
-    """Attention of the input over the past and itself; the past is always visible where it holds something.
+    """Attention of the input over the past and itself; the past is always visible where it holds
+    something.
 
-    Queries go in blocks, each against the keys up to its own end, because later ones are hidden anyway: half the work, and the
-    scores of a block stay in cache. There are at most eight blocks, so that the program does not grow with the input.
+    Queries go in blocks, each against the keys up to its own end, because later ones are hidden
+    anyway: half the work, and the
+    scores of a block stay in cache. There are at most eight blocks, so that the program does not
+    grow with the input.
 
     Args:
         visible_BTT: bool, from `visibility`; it must be causal.
@@ -142,7 +146,8 @@ def attention(
 def _attend(q_BTNH: jax.Array, sources: list) -> jax.Array:
     """One softmax over several stretches of keys, (keys, values, mask) each.
 
-    Normalised after the mixing: the sum of the weights divides the result [T, H], not the scores [T, S].
+    Normalised after the mixing: the sum of the weights divides the result [T, H], not the scores
+    [T, S].
     """
     batch, time, heads, width = q_BTNH.shape
     kv_heads = sources[0][0].shape[2]

@@ -1,4 +1,5 @@
-"""Repairs: small trained parts that are put beside a frozen model. Each `adapter.repair(decoder)` gives a `Repaired`, which is called like
+"""Repairs: small trained parts that are put beside a frozen model. Each `adapter.repair(decoder)`
+gives a `Repaired`, which is called like
 the model itself."""
 
 from idp_jax.recover.adapters import LoraAdapter, Pool, PrefixAdapter, SoftPrompt

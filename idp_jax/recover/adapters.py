@@ -1,6 +1,7 @@
 """The trainable parts: soft prompt, prefix, LoRA, and a pool of prompts.
 
-An adapter is a module of its own; the frozen model is never touched. `repair(decoder)` is a pure, differentiable function, so training
+An adapter is a module of its own; the frozen model is never touched. `repair(decoder)` is a pure,
+differentiable function, so training
 differentiates it with respect to the adapter and nothing else can change.
 """
 
@@ -54,7 +55,8 @@ class SoftPrompt(nnx.Module):
 
 
 class PrefixAdapter(nnx.Module):
-    """Prefix tuning without a reparameterisation: keys (after RoPE) and values [L, P, K, H] of every layer.
+    """Prefix tuning without a reparameterisation: keys (after RoPE) and values [L, P, K, H] of
+    every layer.
 
     Source: "Prefix-Tuning: Optimizing Continuous Prompts for Generation".
     """
@@ -75,7 +77,9 @@ class PrefixAdapter(nnx.Module):
         length = self.k.shape[1]
         dtype = decoder.embedding.dtype
         k, v = self.k[...][:, None].astype(dtype), self.v[...][:, None].astype(dtype)
-        return Repaired(decoder, KV(k, v, jnp.ones((1, length), bool), jnp.full((1,), length, jnp.int32)))
+        return Repaired(
+            decoder, KV(k, v, jnp.ones((1, length), bool), jnp.full((1,), length, jnp.int32))
+        )
 
 
 class LoraAdapter(nnx.Module):
@@ -103,11 +107,15 @@ class LoraAdapter(nnx.Module):
         alpha: float = 16.0,
         targets: tuple[str, ...] = ("q", "v"),
     ) -> "LoraAdapter":
-        """A uniform in +-1/sqrt(I) and B zero, as PEFT starts; so the model is unchanged at first."""
+        """A uniform in +-1/sqrt(I) and B zero, as PEFT starts; so the model is unchanged at
+        first.
+        """
         known = decoder.layers.weight_names
         unknown = [name for name in targets if name not in known]
         if unknown:
-            raise ValueError(f"no matrix {unknown[0]!r} for LoRA; this model has {', '.join(known)}")
+            raise ValueError(
+                f"no matrix {unknown[0]!r} for LoRA; this model has {', '.join(known)}"
+            )
         if rank < 1:
             raise ValueError(f"LoRA rank {rank} must be at least 1")
         a, b = {}, {}

@@ -1,6 +1,7 @@
 """Adapters on disk, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-A pool has no PEFT type: it is a folder with `pool.json` and one PROMPT_TUNING adapter per prompt, each of which PEFT loads alone.
+A pool has no PEFT type: it is a folder with `pool.json` and one PROMPT_TUNING adapter per prompt,
+each of which PEFT loads alone.
 """
 
 import json
@@ -58,7 +59,8 @@ def _save_pool(pool: Pool, folder: Path, decoder: Decoder, base: str) -> None:
         "prompts": names,
         "lengths": pool.lengths,
         "selector": named[0] if named else "mean_attention",
-        # Rotary models: every prompt ends where the input starts. Learned positions: as trained, 0 .. n - 1.
+        # Rotary models: every prompt ends where the input starts. Learned positions: as trained, 0
+        # .. n - 1.
         "alignment": "right" if decoder.config.rope is not None else "own",
     }
     (folder / "pool.json").write_text(json.dumps(settings, indent=2))
@@ -147,9 +149,13 @@ def read_adapter(decoder: Decoder, folder: str | Path) -> Adapter:
     if (folder / "pool.json").is_file():
         settings = json.loads((folder / "pool.json").read_text())
         prompts = [read_adapter(decoder, folder / name) for name in settings["prompts"]]
-        return Pool([p for p in prompts if isinstance(p, SoftPrompt)], selector(settings["selector"]))
+        return Pool(
+            [p for p in prompts if isinstance(p, SoftPrompt)], selector(settings["selector"])
+        )
     if not (folder / "adapter_config.json").is_file():
-        raise ValueError(f"{folder} holds no adapter_config.json and no pool.json; give an adapter's folder")
+        raise ValueError(
+            f"{folder} holds no adapter_config.json and no pool.json; give an adapter's folder"
+        )
     settings = json.loads((folder / "adapter_config.json").read_text())
     tensors = _read_tensors(folder)
     readers = {
@@ -159,7 +165,9 @@ def read_adapter(decoder: Decoder, folder: str | Path) -> Adapter:
     }
     kind = settings.get("peft_type")
     if kind not in readers:
-        raise ValueError(f"{folder}: peft_type {kind!r} is not supported; supported: {', '.join(readers)}")
+        raise ValueError(
+            f"{folder}: peft_type {kind!r} is not supported; supported: {', '.join(readers)}"
+        )
     return readers[kind](decoder, folder, settings, tensors)
 
 
@@ -171,7 +179,9 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is missing or damaged ({error}); save the adapter again") from error
+        raise ValueError(
+            f"{file} is missing or damaged ({error}); save the adapter again"
+        ) from error
 
 
 def _other_model(folder: Path, found: str, wanted: str) -> ValueError:
@@ -204,7 +214,13 @@ def _read_prefix(decoder: Decoder, folder: Path, settings, tensors) -> PrefixAda
 
 
 def _read_lora(decoder: Decoder, folder: Path, settings, tensors) -> LoraAdapter:
-    for key in ("use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save"):
+    for key in (
+        "use_dora",
+        "rank_pattern",
+        "alpha_pattern",
+        "layers_to_transform",
+        "modules_to_save",
+    ):
         if settings.get(key):
             raise ValueError(f"{folder}: LoRA with {key} is not supported")
     config, names = decoder.config, NAMES[decoder.config.architecture]
@@ -220,11 +236,15 @@ def _read_lora(decoder: Decoder, folder: Path, settings, tensors) -> LoraAdapter
         b[name] = np.stack([tensors[f"{m}.lora_B.weight"].T for m in modules])
         wanted = matrix_shape(decoder, name)
         if (a[name].shape[1], b[name].shape[2]) != wanted:
-            raise _other_model(folder, f"{name} of {(a[name].shape[1], b[name].shape[2])}", str(wanted))
+            raise _other_model(
+                folder, f"{name} of {(a[name].shape[1], b[name].shape[2])}", str(wanted)
+            )
         used += 2 * len(modules)
     if not a or used != len(tensors):
         raise _other_model(folder, f"{len(tensors)} LoRA tensors", f"{used} of them")
     rank = settings["r"]
     alpha = settings["lora_alpha"] * (rank**0.5 if settings.get("use_rslora") else 1.0)
-    to_jax = lambda arrays: {name: jnp.asarray(value, jnp.float32) for name, value in arrays.items()}
+    to_jax = lambda arrays: {
+        name: jnp.asarray(value, jnp.float32) for name, value in arrays.items()
+    }
     return LoraAdapter(to_jax(a), to_jax(b), alpha)

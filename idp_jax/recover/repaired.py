@@ -1,7 +1,9 @@
 """A model with its repair beside it, called like the model.
 
-By causality the keys and values of a prompt do not depend on the input, so they are computed once, here, and stored: serving a pool is
-choosing one of M stored rows per input. Prompts never see each other, and the input follows its prompt directly.
+By causality the keys and values of a prompt do not depend on the input, so they are computed once,
+here, and stored: serving a pool is
+choosing one of M stored rows per input. Prompts never see each other, and the input follows its
+prompt directly.
 """
 
 import jax
@@ -35,7 +37,8 @@ class Repaired:
     def choose(self, input_ids, attention_mask=None) -> jax.Array | None:
         """The pool's prompt for every row, int32 [B]; None where there is nothing to choose.
 
-        Only tokens whose mask is 1 count, so that answers under test, marked as branches, do not choose their own prompt.
+        Only tokens whose mask is 1 count, so that answers under test, marked as branches, do not
+        choose their own prompt.
         """
         if self.prefix is None or self.prefix.batch == 1:
             return None
@@ -44,7 +47,9 @@ class Repaired:
         return jnp.argmax(scores, -1).astype(jnp.int32)
 
     def past(self, input_ids, attention_mask=None) -> KV | None:
-        """The stored keys and values for every row of the input (one shared row where there is no choice)."""
+        """The stored keys and values for every row of the input (one shared row where there is no
+        choice).
+        """
         index = self.choose(input_ids, attention_mask)
         return self.prefix if index is None or self.prefix is None else self.prefix.rows(index)
 
@@ -52,7 +57,8 @@ class Repaired:
         """Next-token logits, float32 [B, T, V]; arguments as `Decoder.__call__`.
 
         Raises:
-            ValueError: an id lies outside the vocabulary, or the input is longer than learned positions allow.
+            ValueError: an id lies outside the vocabulary, or the input is longer than learned
+                positions allow.
         """
         input_ids = jnp.asarray(input_ids, jnp.int32)
         self.decoder.check(input_ids, self.prefix)
@@ -67,10 +73,13 @@ def _logits(repaired: Repaired, input_ids, attention_mask) -> jax.Array:
 
 
 def encode_prompts(decoder: Decoder, prompts: list[jax.Array]) -> KV:
-    """Runs soft prompts [n_i, E] through the model, apart from each other, and keeps their keys and values.
+    """Runs soft prompts [n_i, E] through the model, apart from each other, and keeps their keys and
+    values.
 
-    Prompts of several lengths are padded on the left to the longest, N. With rotary positions all end at position N - 1 (only
-    distances matter, so this equals training alone). Learned positions are kept as trained, 0 to n_i - 1, and the input starts at n_i.
+    Prompts of several lengths are padded on the left to the longest, N. With rotary positions all
+    end at position N - 1 (only
+    distances matter, so this equals training alone). Learned positions are kept as trained, 0 to
+    n_i - 1, and the input starts at n_i.
 
     Returns:
         A KV with one row per prompt.
@@ -86,4 +95,6 @@ def encode_prompts(decoder: Decoder, prompts: list[jax.Array]) -> KV:
     shape = (config.num_layers, len(prompts), 0, config.num_kv_heads, config.head_dim)
     nothing = jnp.zeros(shape, embeddings.dtype)
     before = KV(nothing, nothing, jnp.zeros((len(prompts), 0), bool), first)
-    return decoder.hidden(None, mask.astype(jnp.int32), embeddings=embeddings, past=before, keep=True)[1]
+    return decoder.hidden(
+        None, mask.astype(jnp.int32), embeddings=embeddings, past=before, keep=True
+    )[1]

@@ -1,11 +1,15 @@
 """How a pool's prompt is chosen: pure functions from layer-0 attention to one score per prompt.
 
-A selector takes `ScoreInputs` and returns scores [B, M]; the largest wins, ties go to the lowest index. Layer 0 is exact: its keys depend on
-the prompt embeddings alone, so no prompt's score is touched by another's. To try your own, pass any function of this signature to
+A selector takes `ScoreInputs` and returns scores [B, M]; the largest wins, ties go to the lowest
+index. Layer 0 is exact: its keys depend on
+the prompt embeddings alone, so no prompt's score is touched by another's. To try your own, pass any
+function of this signature to
 `Pool(..., selector=...)` or add it to `SELECTORS`.
 
-The reference score: A = softmax over {all prompts' keys, the input's own causal keys} of q.k / sqrt(D);
-score_i = mean over heads, real input rows and prompt i's columns of A. This reading of arXiv 2310.00867's "maximal mean attention from
+The reference score: A = softmax over {all prompts' keys, the input's own causal keys} of q.k /
+sqrt(D);
+score_i = mean over heads, real input rows and prompt i's columns of A. This reading of arXiv
+2310.00867's "maximal mean attention from
 the input to the prompt" is ours.
 """
 
@@ -25,7 +29,8 @@ from idp_jax.models.decoder import Decoder
 class ScoreInputs:
     """What a selector may look at.
 
-    U is 1 where the input stands at the same position behind every prompt, and M where each prompt puts it elsewhere (learned
+    U is 1 where the input stands at the same position behind every prompt, and M where each prompt
+    puts it elsewhere (learned
     positions and prompts of several lengths).
 
     Attributes:
@@ -95,7 +100,8 @@ def attention_scores(
     to_prompt = per_prompt(jnp.arange(prompt_count))  # [M, B, N, T, P]
     if softmax:
         own = jax.nn.logsumexp(_own_logits(inputs), -1)  # [U, B, N, T]
-        # Each prompt's own place for the input gives its own share of the input's keys; the other prompts' keys are common.
+        # Each prompt's own place for the input gives its own share of the input's keys; the other
+        # prompts' keys are common.
         total = jax.nn.logsumexp(to_prompt, (0, -1))
         to_prompt = jnp.exp(to_prompt - jnp.logaddexp(own, total[None])[..., None])
     return _reduce(inputs, to_prompt, rows, columns, heads)
@@ -128,7 +134,9 @@ def _own_logits(inputs: ScoreInputs) -> jax.Array:
     return jnp.where(causal, logits, -jnp.inf)
 
 
-def _reduce(inputs: ScoreInputs, weights: jax.Array, rows: str, columns: str, heads: str) -> jax.Array:
+def _reduce(
+    inputs: ScoreInputs, weights: jax.Array, rows: str, columns: str, heads: str
+) -> jax.Array:
     """[M, B, N, T, P] -> [B, M]."""
     mask = inputs.prompt_mask[:, None, None, None, :]
     if columns == "max":
@@ -147,7 +155,9 @@ def _reduce(inputs: ScoreInputs, weights: jax.Array, rows: str, columns: str, he
 
 
 def random_scores(inputs: ScoreInputs, *, seed: int = 0) -> jax.Array:
-    """A control: scores drawn from the seed and the row's own tokens, whatever the batch around it."""
+    """A control: scores drawn from the seed and the row's own tokens, whatever the batch around
+    it.
+    """
     place = jnp.cumsum(inputs.real, -1, dtype=jnp.uint32)
     words = inputs.input_ids.astype(jnp.uint32) * jnp.uint32(2654435761) + place
     row_hash = jnp.where(inputs.real, words * words, jnp.uint32(0)).sum(-1, dtype=jnp.uint32)

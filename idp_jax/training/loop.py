@@ -1,6 +1,7 @@
 """The training loop: steps, validations, checkpoints, and going on after an interruption.
 
-A run that is killed and started again ends with the same adapter as one that was not: the checkpoint holds adapter, optimiser state and
+A run that is killed and started again ends with the same adapter as one that was not: the
+checkpoint holds adapter, optimiser state and
 best adapter, and the order of the data depends on the step alone.
 """
 
@@ -43,7 +44,8 @@ def fit(
         progress: called after every step.
 
     Returns:
-        The adapter with the lowest validation loss, and "validation_loss", "validation_perplexity" and "best_step" of it.
+        The adapter with the lowest validation loss, and "validation_loss", "validation_perplexity"
+        and "best_step" of it.
     """
     import orbax.checkpoint as ocp
 
@@ -85,7 +87,9 @@ def _restore(manager, state: TrainState) -> TrainState:
 
 
 def enumerate_names(leaves: list) -> list[tuple[str, Any]]:
-    """Leaves under fixed names: a checkpoint does not depend on how a module spells its own tree."""
+    """Leaves under fixed names: a checkpoint does not depend on how a module spells its own
+    tree.
+    """
     return [(f"leaf_{number:04d}", leaf) for number, leaf in enumerate(leaves)]
 
 
@@ -105,7 +109,9 @@ def _validate(state: TrainState, decoder, text, batch_size: int, metrics, manage
 
 
 class _Metrics:
-    """metrics.jsonl: one line per step, in order, even after an interruption. Written by process 0 only."""
+    """metrics.jsonl: one line per step, in order, even after an interruption. Written by process 0
+    only.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -115,7 +121,9 @@ class _Metrics:
         """Forgets the steps that an interrupted run took after its last checkpoint."""
         if not self.path.is_file():
             return
-        rows = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
+        rows = [
+            json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")
+        ]
         kept = [row for row in rows if row["step"] <= step] if step else []
         self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
 

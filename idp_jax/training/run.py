@@ -1,7 +1,10 @@
-"""A training run: from a configuration to an adapter folder, going on where an interrupted run stopped.
+"""A training run: from a configuration to an adapter folder, going on where an interrupted run
+stopped.
 
-The run's folder holds config.yaml (resolved), metrics.jsonl, checkpoints/, self_text.jsonl where the model wrote its own text, and at the end
-adapter/ and result.json. A pool trains its prompts one after the other, each in a folder of its own.
+The run's folder holds config.yaml (resolved), metrics.jsonl, checkpoints/, self_text.jsonl where
+the model wrote its own text, and at the end
+adapter/ and result.json. A pool trains its prompts one after the other, each in a folder of its
+own.
 """
 
 import json
@@ -10,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import yaml
 
 from idp_jax import formats
-from idp_jax.config import ConfigError, Train, to_dict
+from idp_jax.config import Train, to_dict
 from idp_jax.data import SELF, TrainingText, sample_documents
 from idp_jax.environment import describe
 from idp_jax.files import write_text
@@ -22,6 +24,7 @@ from idp_jax.progress import bar, tracker
 from idp_jax.recover import LoraAdapter, Pool, PrefixAdapter, SoftPrompt, save_adapter
 from idp_jax.recover.adapters import parameter_count
 from idp_jax.recover.selectors import selector
+from idp_jax.runs import claim
 from idp_jax.sharding import mesh_of
 from idp_jax.training.loop import fit
 
@@ -30,14 +33,15 @@ def train(config: Train) -> dict[str, Any]:
     """Trains what the configuration asks for.
 
     Returns:
-        The contents of result.json: validation loss and perplexity, best step, extra parameters, tokens, device and versions.
+        The contents of result.json: validation loss and perplexity, best step, extra parameters,
+        tokens, device and versions.
 
     Raises:
         ConfigError: the folder holds a run with another configuration.
         ValueError: the model or the text cannot be used.
     """
     out = Path(config.out)
-    _claim(out, config)
+    claim(out, config)
     done = out / "result.json"
     if done.is_file():
         return json.loads(done.read_text())
@@ -69,7 +73,9 @@ def _train(config: Train, out: Path, mesh) -> dict[str, Any]:
     for number, length in enumerate(lengths):
         folder = out / f"prompt_{number}" if config.method == "idp" else out
         name = f"prompt of {length}" if config.method in ("idp", "prompt") else config.method
-        start = _start(config, decoder, length, jax.random.fold_in(jax.random.key(config.seed), number))
+        start = _start(
+            config, decoder, length, jax.random.fold_in(jax.random.key(config.seed), number)
+        )
         with bar(f"training {name}") as update:
             adapter, summary = fit(start, decoder, text, config, folder, mesh=mesh, progress=update)
         trained.append(adapter)
@@ -79,7 +85,10 @@ def _train(config: Train, out: Path, mesh) -> dict[str, Any]:
     result = {
         "method": config.method,
         "extra_parameters": parameter_count(adapter),
-        "training_tokens": config.steps * config.batch_size * config.data.sequence_length * len(trained),
+        "training_tokens": config.steps
+        * config.batch_size
+        * config.data.sequence_length
+        * len(trained),
         **(summaries[0] if len(summaries) == 1 else {"prompts": summaries}),
         "config": to_dict(config),
         "environment": describe(),
@@ -92,7 +101,9 @@ def _start(config: Train, decoder: Decoder, length: int, key: jax.Array):
     """The adapter before training."""
     if config.method == "lora":
         lora = config.lora
-        return LoraAdapter.init(decoder, lora.rank, key, alpha=lora.alpha, targets=tuple(lora.targets))
+        return LoraAdapter.init(
+            decoder, lora.rank, key, alpha=lora.alpha, targets=tuple(lora.targets)
+        )
     kind = PrefixAdapter if config.method == "prefix" else SoftPrompt
     return kind.init(decoder, length, key)
 
@@ -105,30 +116,12 @@ def _source(config: Train, out: Path, decoder: Decoder, tokenizer) -> str:
     if not file.is_file():
         teacher = decoder
         if config.data.teacher is not None:
-            teacher = formats.load_model(config.data.teacher, dtype=config.dtype, weights=config.weights)
+            teacher = formats.load_model(
+                config.data.teacher, dtype=config.dtype, weights=config.weights
+            )
         held_out = 0 if config.data.validation else config.data.validation_windows
         wanted = config.tokens + (held_out + 1) * config.data.sequence_length
         with bar("sampling text from the model", "tokens") as update:
             texts = sample_documents(teacher, tokenizer, wanted, seed=config.seed, progress=update)
         write_text(file, "".join(json.dumps({"text": text}) + "\n" for text in texts))
     return str(file)
-
-
-def _claim(out: Path, config: Train) -> None:
-    """Writes the resolved configuration, or checks that the run found there has the same."""
-    settings = to_dict(config)
-    file = out / "config.yaml"
-    if not file.is_file():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ConfigError(f"{out} exists and is not a training run; give another --out")
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(file, yaml.safe_dump(settings, sort_keys=False))
-        return
-    found = yaml.safe_load(file.read_text())
-    for key in sorted(set(found) | set(settings)):
-        if key != "out" and found.get(key) != settings.get(key):
-            raise ConfigError(
-                f"{out} holds a run with {key} = {found.get(key)!r}, this one has {settings.get(key)!r}; "
-                "give another --out, or remove the folder"
-            )
-

@@ -1,6 +1,7 @@
 """The loss and the optimiser step: gradient and optimiser state exist for the adapter alone.
 
-The frozen model is an argument that is never differentiated, so "only the adapter changes" holds by construction.
+The frozen model is an argument that is never differentiated, so "only the adapter changes" holds by
+construction.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,9 @@ from idp_jax.models.decoder import Decoder
 
 @struct.dataclass
 class TrainState:
-    """Everything that a run needs to go on: adapter, optimiser state and step, and the best adapter so far."""
+    """Everything that a run needs to go on: adapter, optimiser state and step, and the best adapter
+    so far.
+    """
 
     adapter: Any
     optimizer: Any
@@ -34,7 +37,9 @@ class TrainState:
         return cls(adapter, optimizer.init(adapter), zero, copy, infinite, zero)
 
 
-def make_optimizer(settings: Optimizer, learning_rate: float, steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    settings: Optimizer, learning_rate: float, steps: int
+) -> optax.GradientTransformation:
     """AdamW behind a global-norm clip, with linear warm-up and linear decay to 0."""
     warmup = min(max(1, round(settings.warmup * steps)), steps)
     rate = optax.join_schedules(
@@ -50,7 +55,9 @@ def make_optimizer(settings: Optimizer, learning_rate: float, steps: int) -> opt
     )
 
 
-def token_loss(adapter: Any, decoder: Decoder, tokens: jax.Array, *, remat: bool = False) -> jax.Array:
+def token_loss(
+    adapter: Any, decoder: Decoder, tokens: jax.Array, *, remat: bool = False
+) -> jax.Array:
     """Mean next-token cross-entropy of windows [B, T] under the repaired model, float32 scalar."""
     repaired = adapter.repair(decoder)
     past = repaired.past(tokens)
@@ -60,14 +67,18 @@ def token_loss(adapter: Any, decoder: Decoder, tokens: jax.Array, *, remat: bool
 
 
 def make_train_step(optimizer: optax.GradientTransformation, *, remat: bool = False) -> Callable:
-    """A compiled step: (state, decoder, tokens [B, T]) -> (state, metrics); the state is donated."""
+    """A compiled step: (state, decoder, tokens [B, T]) -> (state, metrics); the state is
+    donated.
+    """
 
     def step(state: TrainState, decoder: Decoder, tokens: jax.Array):
         loss, gradient = jax.value_and_grad(token_loss)(state.adapter, decoder, tokens, remat=remat)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.adapter)
         adapter = optax.apply_updates(state.adapter, updates)
         metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradient)}
-        return state.replace(adapter=adapter, optimizer=optimizer_state, step=state.step + 1), metrics
+        return state.replace(
+            adapter=adapter, optimizer=optimizer_state, step=state.step + 1
+        ), metrics
 
     return jax.jit(step, donate_argnums=0)
 

@@ -1,6 +1,7 @@
 """Weights as small modules: call one with activations and it multiplies, however it is stored.
 
-A layer never knows how its weight is kept: dense, packed to a few bits, or with a low-rank update beside it. Every weight of a decoder
+A layer never knows how its weight is kept: dense, packed to a few bits, or with a low-rank update
+beside it. Every weight of a decoder
 carries its layers stacked on a leading axis; `lax.scan` hands the block one layer of it.
 """
 

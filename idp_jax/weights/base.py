@@ -1,8 +1,11 @@
 """The kinds of weight: modules that multiply activations, whatever their storage.
 
-Kernels are kept as [I, O] (inputs first), so that activations multiply from the left without a transpose; checkpoints and the papers'
-compression algorithms use [O, I], and the formats turn them on the way in and out. The invariant: `w(x)` equals `x @ w.dense() + bias`.
-To add a kind, write a module with `__call__(x)`, `dense(dtype)` and `bias`; the models need nothing else.
+Kernels are kept as [I, O] (inputs first), so that activations multiply from the left without a
+transpose; checkpoints and the papers'
+compression algorithms use [O, I], and the formats turn them on the way in and out. The invariant:
+`w(x)` equals `x @ w.dense() + bias`.
+To add a kind, write a module with `__call__(x)`, `dense(dtype)` and `bias`; the models need nothing
+else.
 """
 
 import jax
@@ -43,13 +46,16 @@ class Dense(nnx.Module):
 
 
 class Quantized(nnx.Module):
-    """Integer codes packed into words, in GPTQ's layout: w[i, o] = scales[g(i), o] * (code[i, o] - zeros[g(i), o]).
+    """Integer codes packed into words, in GPTQ's layout: w[i, o] = scales[g(i), o] * (code[i, o] -
+    zeros[g(i), o]).
 
     Attributes:
         words: int32 [..., I * bits / 32, O]: a little-endian bit stream along the inputs.
-        scales: [..., G, O] floating point; group g holds the I / G inputs from g * I / G on, unless `group_index` says otherwise.
+        scales: [..., G, O] floating point; group g holds the I / G inputs from g * I / G on,
+            unless `group_index` says otherwise.
         zeros: uint8 [..., G, O].
-        group_index: int32 [..., I] or None: the group of every input (GPTQ's `g_idx`, for act-order).
+        group_index: int32 [..., I] or None: the group of every input (GPTQ's `g_idx`, for
+            act-order).
         bias: [..., O] or None.
         bits: 2, 3, 4 or 8.
     """
@@ -66,7 +72,12 @@ class Quantized(nnx.Module):
         """Multiplies x [..., I]: [..., O] in the dtype of x, summed in float32."""
         group_index = None if self.group_index is None else self.group_index[...]
         y = quant_matmul.quant_matmul(
-            x, self.words[...], self.scales[...], self.zeros[...], bits=self.bits, group_index=group_index
+            x,
+            self.words[...],
+            self.scales[...],
+            self.zeros[...],
+            bits=self.bits,
+            group_index=group_index,
         )
         return _add_bias(y, self.bias)
 

@@ -155,6 +155,15 @@ def test_one_row_per_question_and_one_token_answers_add_nothing():
     assert [owners for owners, _ in rows[0].answers] == [[0, 2], [1], [3]]
 
 
+def test_one_token_answers_before_longer_ones():
+    """A one-token answer leaves no mark in the row, which must not move the context's end."""
+    model = tiny_decoder("llama", **SIZE)
+    answers = [[8], [9, 10], [11, 12, 13], [8, 9]]
+    found = score_requests(Repaired.of(model), [Request([5, 6, 7], x) for x in answers], 1, 64)
+    for answer, score in zip(answers, found, strict=True):
+        assert score.logprob == pytest.approx(plain_score(model, [5, 6, 7], answer)[0], abs=1e-4)
+
+
 def test_long_rows_are_read_fewer_at_a_time(monkeypatch):
     monkeypatch.setattr(scoring, "ATTENTION_CELLS", 2 * 64**2)
     rows = plan_rows([Request([n + 3] * 60, [4]) for n in range(3)], 64)

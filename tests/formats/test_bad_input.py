@@ -58,7 +58,12 @@ def test_missing_folder(name):
 
 
 def test_unreachable_hub_name():
-    refused(lambda: load_model("nobody/no-model"), "nobody/no-model", "local folder", kind=CheckpointError)
+    refused(
+        lambda: load_model("nobody/no-model"),
+        "nobody/no-model",
+        "local folder",
+        kind=CheckpointError,
+    )
 
 
 def test_a_file_that_is_no_model(tmp_path):
@@ -84,7 +89,12 @@ def test_folder_without_weights(folder):
 def test_missing_shard(folder):
     shard(folder)
     (folder / "model-00002-of-00003.safetensors").unlink()
-    refused(lambda: load_model(folder), "model-00002-of-00003.safetensors is missing", "fetch", kind=CheckpointError)
+    refused(
+        lambda: load_model(folder),
+        "model-00002-of-00003.safetensors is missing",
+        "fetch",
+        kind=CheckpointError,
+    )
 
 
 @pytest.mark.parametrize("kept", [0, 5, 300, -1])
@@ -124,14 +134,24 @@ def test_missing_tensor(folder, name):
 
 @pytest.mark.parametrize(
     "name",
-    ["model.embed_tokens.weight", "model.layers.1.self_attn.k_proj.weight", "model.layers.0.input_layernorm.weight"],
+    [
+        "model.embed_tokens.weight",
+        "model.layers.1.self_attn.k_proj.weight",
+        "model.layers.0.input_layernorm.weight",
+    ],
 )
 def test_wrong_shape(folder, name):
     def cut(tensors):
         tensors[name] = np.ascontiguousarray(tensors[name][:-1])
 
     edit_tensors(folder, cut)
-    refused(lambda: load_model(folder), name, "63" if "norm" in name else "64)", "config.json", kind=CheckpointError)
+    refused(
+        lambda: load_model(folder),
+        name,
+        "63" if "norm" in name else "64)",
+        "config.json",
+        kind=CheckpointError,
+    )
 
 
 def test_wrong_number_of_positions(tmp_path):
@@ -141,12 +161,17 @@ def test_wrong_number_of_positions(tmp_path):
 
 
 def test_a_tensor_of_no_use(folder):
-    edit_tensors(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.q_norm.weight": np.ones(4)}))
+    edit_tensors(
+        folder,
+        lambda tensors: tensors.update({"model.layers.0.self_attn.q_norm.weight": np.ones(4)}),
+    )
     refused(lambda: load_model(folder), "model.layers.0.self_attn.q_norm.weight", "no use")
 
 
 def test_a_bias_that_the_configuration_denies(folder):
-    edit_tensors(folder, lambda tensors: tensors.update({"model.layers.0.mlp.up_proj.bias": np.ones(96)}))
+    edit_tensors(
+        folder, lambda tensors: tensors.update({"model.layers.0.mlp.up_proj.bias": np.ones(96)})
+    )
     refused(lambda: load_model(folder), "up_proj.bias", "config.json")
 
 
@@ -162,7 +187,13 @@ def test_a_bias_that_the_configuration_denies(folder):
             ["'yarn'", "default, linear, dynamic, llama3"],
         ),
         (
-            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            {
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 1e4,
+                    "partial_rotary_factor": 0.5,
+                }
+            },
             ["partial_rotary_factor", "'default'"],
         ),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, ["factor", "linear"]),
@@ -214,7 +245,12 @@ def test_groups_that_do_not_exist(tmp_path):
         tensors["model.layers.0.self_attn.q_proj.g_idx"][5] = 2
 
     edit_tensors(folder, beyond)
-    refused(lambda: load_model(folder), "model.layers.0.self_attn.q_proj.g_idx", "2 groups", "group_size")
+    refused(
+        lambda: load_model(folder),
+        "model.layers.0.self_attn.q_proj.g_idx",
+        "2 groups",
+        "group_size",
+    )
 
 
 def test_layers_packed_otherwise(tmp_path):

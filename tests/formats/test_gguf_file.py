@@ -106,7 +106,7 @@ def test_float_file(tmp_path, overrides):
 
 
 def test_quantised_file(tmp_path):
-    """Eight bits a number: every matrix within its rounding, and the q and k rows in their places."""
+    """Eight bits a number: every matrix within its rounding, rows of q and k in their places."""
     model = _model()
     _write(tmp_path / "tiny.gguf", model, gguf.GGMLQuantizationType.Q8_0)
     loaded = load_model(tmp_path / "tiny.gguf")
@@ -129,7 +129,9 @@ def test_tokenizer_of_the_tiny_file(tmp_path):
 def test_a_gguf_model_is_saved_as_a_folder(tmp_path):
     model = _model()
     _write(tmp_path / "tiny.gguf", model)
-    out = save_model(load_model(tmp_path / "tiny.gguf"), tmp_path / "saved", like=tmp_path / "tiny.gguf")
+    out = save_model(
+        load_model(tmp_path / "tiny.gguf"), tmp_path / "saved", like=tmp_path / "tiny.gguf"
+    )
     again = load_model(out)
     assert again.config == model.config
     assert close(again(tiny_ids(model)), model(tiny_ids(model)), 1e-5)
@@ -163,8 +165,10 @@ def test_a_damaged_file_is_refused(tmp_path, kept):
 
 
 PARAGRAPH = """In 1969, 600 million people watched; by 2024 it was 5,300,000,000 (+783 %).
-\tIndented:  two  spaces, tabs\tand trailing blanks   \n\n\nNaïve café – “quotes” … 日本語 हिन्दी 🙂👩‍🚀 Ωmega\u00a0nbsp
-<|im_start|>user\nWhat's 12x34? I'll say it's 408.<|im_end|>\n<|endoftext|>def f(x): return x**2  # 1234567890
+\tIndented:  two  spaces, tabs\tand trailing blanks   \n\n
+Naïve café – “quotes” … 日本語 हिन्दी 🙂👩‍🚀 Ωmega\u00a0nbsp
+<|im_start|>user\nWhat's 12x34? I'll say it's 408.<|im_end|>
+<|endoftext|>def f(x): return x**2  # 1234567890
 """
 
 
@@ -180,8 +184,12 @@ def test_smollm2_tokenizer_equals_transformers():
         ids = theirs(text)["input_ids"]
         assert ours(text)["input_ids"] == ids
         assert ours.decode(ids) == theirs.decode(ids)
-        assert ours.decode(ids, skip_special_tokens=True) == theirs.decode(ids, skip_special_tokens=True)
+        assert ours.decode(ids, skip_special_tokens=True) == theirs.decode(
+            ids, skip_special_tokens=True
+        )
     for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
         assert getattr(ours, role) == getattr(theirs, role)
     messages = [{"role": "user", "content": "Hello"}]
-    assert ours.apply_chat_template(messages, tokenize=False) == theirs.apply_chat_template(messages, tokenize=False)
+    assert ours.apply_chat_template(messages, tokenize=False) == theirs.apply_chat_template(
+        messages, tokenize=False
+    )

@@ -32,7 +32,10 @@ def test_logits_match_transformers(case):
 @pytest.mark.parametrize("case", ["llama-biases", "opt-no-affine"])
 def test_file_dtype_is_kept_on_demand(case):
     model = load_model(GOLDEN / case, dtype="auto")
-    assert model.embedding[...].dtype.name == json.loads((GOLDEN / case / "config.json").read_text())["dtype"]
+    assert (
+        model.embedding[...].dtype.name
+        == json.loads((GOLDEN / case / "config.json").read_text())["dtype"]
+    )
     logits = np.asarray(model(np.load(GOLDEN / case / "expected.npz")["input_ids"]))
     assert logits.dtype == np.float32 and np.isfinite(logits).all()
 

@@ -25,7 +25,9 @@ DENSE = {
     "llama": lambda: tiny_decoder("llama", head_dim=24, attention_bias=True, mlp_bias=True),
     "llama-tied": lambda: tiny_decoder("llama", tied_embeddings=True),
     "opt": lambda: tiny_decoder("opt"),
-    "opt-350m-like": lambda: tiny_decoder("opt", norm_before=False, final_norm=False, embedding_dim=32),
+    "opt-350m-like": lambda: tiny_decoder(
+        "opt", norm_before=False, final_norm=False, embedding_dim=32
+    ),
     "opt-bare": lambda: tiny_decoder(
         "opt", attention_bias=False, mlp_bias=False, norm_affine=False, tied_embeddings=False
     ),
@@ -66,7 +68,9 @@ def test_transformers_reads_what_is_saved(tmp_path, variant):
     model = DENSE[variant]()
     source = write_folder(model, tmp_path / "source")
     save_model(model, tmp_path / "saved", like=source)
-    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    theirs, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", output_loading_info=True
+    )
     assert not any(info.values()), info
     ids = tiny_ids(model)
     with torch.no_grad():
@@ -116,12 +120,17 @@ def test_resaving_a_packed_model_keeps_its_settings(tmp_path, version):
     model = quantize_decoder(tiny_decoder("llama"), 3)
     source = write_folder(model, tmp_path / "source", settings(3, version))
     out = save_model(load_model(source), tmp_path / "saved", like=source)
-    assert json.loads((out / "config.json").read_text())["quantization_config"]["checkpoint_format"] == version
+    assert (
+        json.loads((out / "config.json").read_text())["quantization_config"]["checkpoint_format"]
+        == version
+    )
     assert_same(load_model(out), model)
 
 
 def test_a_packed_model_saved_dense_says_nothing_of_packing(tmp_path):
-    source = write_folder(quantize_decoder(tiny_decoder("llama"), 4), tmp_path / "source", settings(4))
+    source = write_folder(
+        quantize_decoder(tiny_decoder("llama"), 4), tmp_path / "source", settings(4)
+    )
     dense = load_model(source, weights="dense")
     out = save_model(dense, tmp_path / "saved", like=source)
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
@@ -146,8 +155,10 @@ def test_expanding_changes_nothing(tmp_path, act_order):
 
 
 def _bits(words: np.ndarray, bits: int) -> np.ndarray:
-    """Values along the first axis of uint32 words, read bit by bit: what the format's description says."""
-    stream = (words[:, None].astype(np.uint64) >> np.arange(32, dtype=np.uint64)[:, None]) & np.uint64(1)
+    """Values along the first axis of uint32 words, read bit by bit as the format is described."""
+    stream = (
+        words[:, None].astype(np.uint64) >> np.arange(32, dtype=np.uint64)[:, None]
+    ) & np.uint64(1)
     stream = stream.reshape(-1, bits, words.shape[1])
     return (stream << np.arange(bits, dtype=np.uint64)[:, None]).sum(1)
 
@@ -184,7 +195,10 @@ def test_pytorch_pickles_are_read(tmp_path):
     (source / "model.safetensors").unlink()
     # OPT's oldest checkpoints have no leading "model.", and carry the tied head.
     old = {name.removeprefix("model."): value for name, value in tensors.items()}
-    torch.save(old | {"lm_head.weight": tensors["model.decoder.embed_tokens.weight"]}, source / "pytorch_model.bin")
+    torch.save(
+        old | {"lm_head.weight": tensors["model.decoder.embed_tokens.weight"]},
+        source / "pytorch_model.bin",
+    )
     assert_same(load_model(source), model)
     (source / "pytorch_model.bin").unlink()
     names = sorted(tensors)

@@ -1,7 +1,7 @@
-"""The grid of model variants that both the stored and the live comparison with transformers go through.
+"""The grid of model variants that are compared with transformers, stored and live.
 
-Every case changes the computed function: read wrongly, it moves the logits by far more than the tolerance.
-Widths are multiples of 8 only, so that no folder exceeds 60 KB.
+Every case changes the computed function: read wrongly, it moves the logits by far more than the
+tolerance. Widths are so small that no folder exceeds 60 KB.
 """
 
 import numpy as np
@@ -43,12 +43,20 @@ def _rope(kind: str, **numbers: float) -> dict:
 
 
 _LLAMA3_ROPE = _rope(
-    "llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+    "llama3",
+    factor=4.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
 ) | {"max_position_embeddings": 128}
 
 # Name -> (what differs from the architecture's base, dtype of the file, bytes of a shard or None).
 CASES: dict[str, tuple[dict, str, int | None]] = {
-    "llama-gqa": ({**_LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}, "float16", None),
+    "llama-gqa": (
+        {**_LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
+        "float16",
+        None,
+    ),
     "llama-biases": (
         {
             **_LLAMA,
@@ -61,9 +69,17 @@ CASES: dict[str, tuple[dict, str, int | None]] = {
         "bfloat16",
         None,
     ),
-    "llama-linear": ({**_LLAMA, **_rope("linear", factor=4.0), "num_key_value_heads": 1}, "float16", None),
-    # 14 positions are in use, more than the 8 the model was "trained" on, so that the base is stretched.
-    "llama-dynamic": ({**_LLAMA, **_rope("dynamic", factor=4.0), "max_position_embeddings": 8}, "float16", None),
+    "llama-linear": (
+        {**_LLAMA, **_rope("linear", factor=4.0), "num_key_value_heads": 1},
+        "float16",
+        None,
+    ),
+    # 14 positions are in use, more than the 8 of the configuration, so that the base is stretched.
+    "llama-dynamic": (
+        {**_LLAMA, **_rope("dynamic", factor=4.0), "max_position_embeddings": 8},
+        "float16",
+        None,
+    ),
     # Widths of 16 and 32 positions put one frequency in each of llama3's three ranges.
     "llama-llama3": (
         {**_LLAMA, **_LLAMA3_ROPE, "head_dim": 16, "intermediate_size": 16, "hidden_act": "gelu"},
@@ -76,7 +92,11 @@ CASES: dict[str, tuple[dict, str, int | None]] = {
         12_000,
     ),
     "opt-pre-norm": (_OPT, "float16", None),
-    "opt-post-norm": ({**_OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 24}, "float16", None),
+    "opt-post-norm": (
+        {**_OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 24},
+        "float16",
+        None,
+    ),
     "opt-no-bias": ({**_OPT, "enable_bias": False, "tie_word_embeddings": False}, "float16", None),
     "opt-no-affine": (
         {**_OPT, "layer_norm_elementwise_affine": False, "activation_function": "gelu"},
@@ -87,9 +107,14 @@ CASES: dict[str, tuple[dict, str, int | None]] = {
 
 # Only compared live: combinations of the above, and what is rarer.
 LIVE_CASES: dict[str, dict] = {
-    "llama-one-head": {**_LLAMA, "num_attention_heads": 1, "num_key_value_heads": 1, "attention_bias": True},
+    "llama-one-head": {
+        **_LLAMA,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "attention_bias": True,
+    },
     "llama-tied-llama3": {**_LLAMA, **_LLAMA3_ROPE, "tie_word_embeddings": True, "mlp_bias": True},
-    # Linear and dynamic scaling of an OPT-like narrow head, and a sequence within the trained length.
+    # A sequence within the configured length, which dynamic scaling leaves alone.
     "llama-dynamic-short": {**_LLAMA, **_rope("dynamic", factor=2.0), "head_dim": 16},
     "opt-untied-projected": {**_OPT, "word_embed_proj_dim": 40, "tie_word_embeddings": False},
     "opt-post-norm-plain": {**_OPT, "do_layer_norm_before": False, "enable_bias": False},
@@ -98,7 +123,7 @@ LIVE_CASES: dict[str, dict] = {
 
 
 def batch(length: int = 14) -> tuple[np.ndarray, np.ndarray]:
-    """Input ids and attention mask, int32 [3, T]: an unpadded row, a right-padded and a left-padded one."""
+    """Ids and mask, int32 [3, T]: an unpadded row, a right-padded and a left-padded one."""
     rng = np.random.default_rng(7)
     ids = rng.integers(3, 96, (3, length)).astype(np.int32)
     mask = np.ones((3, length), np.int32)

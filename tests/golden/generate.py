@@ -1,6 +1,7 @@
-"""Writes the golden folders: tiny random models as transformers saves them, and the logits transformers computes.
+"""Writes the golden folders: tiny random models as transformers saves them, and its logits.
 
-Run `python -m tests.golden.generate` (needs torch) after a change of `cases.py`; tests only read what it wrote.
+Run `python -m tests.golden.generate` (needs torch) after a change of `cases.py`; the tests read
+what it wrote.
 """
 
 import shutil
@@ -48,7 +49,12 @@ def run(model, ids: np.ndarray, mask: np.ndarray, **options):
     if model.config.model_type == "llama":
         extra["position_ids"] = torch.tensor(positions_from(mask))
     with torch.no_grad():
-        return model(torch.tensor(ids, dtype=torch.long), attention_mask=torch.tensor(mask), **extra, **options)
+        return model(
+            torch.tensor(ids, dtype=torch.long),
+            attention_mask=torch.tensor(mask),
+            **extra,
+            **options,
+        )
 
 
 def write(name: str) -> None:
@@ -64,7 +70,10 @@ def write(name: str) -> None:
     (folder / "generation_config.json").unlink(missing_ok=True)
     real = mask.astype(bool)
     np.savez_compressed(
-        folder / "expected.npz", input_ids=ids, attention_mask=mask, logits=logits[real].astype(np.float32)
+        folder / "expected.npz",
+        input_ids=ids,
+        attention_mask=mask,
+        logits=logits[real].astype(np.float32),
     )
 
 

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import pytest
 
 from idp_jax.models.cache import concatenate
-from tests.helpers import close, keep, quantize_decoder, tiny_decoder, tiny_ids
+from tests.helpers import close, keep, tiny_decoder, tiny_ids
 
 VARIANTS = {
-    "llama-packed": lambda: quantize_decoder(tiny_decoder("llama"), 4),
+    "llama": lambda: tiny_decoder("llama"),
     "opt": lambda: tiny_decoder("opt", norm_before=False, final_norm=False, embedding_dim=32),
 }
 
@@ -58,6 +58,14 @@ def test_a_padded_past(model):
         assert close(logits[row], alone[0, 3:])
 
 
+def test_a_long_input_after_a_long_past():
+    """Both longer than one block of attention, and no multiple of it."""
+    model = tiny_decoder("llama", max_positions=512)
+    ids = tiny_ids(model, batch=2, time=310)
+    _, past = keep(model, ids[:, :140])
+    assert close(model(ids[:, 140:], past=past), model(ids)[:, 140:])
+
+
 def test_rows_of_a_pool(model):
     pool, ids = tiny_ids(model, batch=3, time=5, seed=1), tiny_ids(model, batch=3, time=7)
     _, past = keep(model, pool)
@@ -67,7 +75,9 @@ def test_rows_of_a_pool(model):
 
 
 def test_a_past_in_two_stretches(model):
-    prefix, middle, ids = (tiny_ids(model, batch=b, time=t, seed=t) for b, t in ((1, 2), (3, 3), (3, 7)))
+    prefix, middle, ids = (
+        tiny_ids(model, batch=b, time=t, seed=t) for b, t in ((1, 2), (3, 3), (3, 7))
+    )
     _, first = keep(model, prefix)
     _, second = keep(model, middle, past=first)
     both = concatenate(first, second)
@@ -80,7 +90,7 @@ def test_decoding_into_reserved_slots(model):
     """One token at a time into a cache of fixed size, rows padded on the left; compiled once."""
     ids = tiny_ids(model, batch=2, time=11)
     mask = jnp.ones((2, 5), jnp.int32).at[1, :2].set(0)
-    hidden, prompt = keep(model, ids[:, :5], mask)
+    _, prompt = keep(model, ids[:, :5], mask)
     cache = prompt.reserve(6)
     traces = []
 
@@ -108,9 +118,11 @@ def test_reserved_slots_are_not_seen(model):
 
 
 def test_gradient_through_a_prefix_equals_gradient_through_the_whole(model):
-    """A soft prompt computed once as keys and values trains like one that stands in the sequence."""
+    """A soft prompt stored as keys and values trains like one that stands in the sequence."""
     ids = tiny_ids(model, batch=2, time=6)
-    prompt = 0.4 * jax.random.normal(jax.random.key(0), (1, 3, model.config.embedding_dim), jnp.float32)
+    prompt = 0.4 * jax.random.normal(
+        jax.random.key(0), (1, 3, model.config.embedding_dim), jnp.float32
+    )
 
     def as_past(prompt):
         _, past = model.hidden(embeddings=prompt, keep=True)

@@ -1,4 +1,7 @@
-"""The program does not grow with depth: layers are one loop (benchmarks/compile_time.py times it)."""
+"""The program does not grow with depth: the layers are one loop.
+
+benchmarks/compile_time.py times what this counts.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -14,8 +14,8 @@ LLAMA3 = (
     ("low_freq_factor", 1.0),
     ("original_max_position_embeddings", 32.0),
 )
-# Dynamic RoPE scaling is left out throughout: by definition it changes every position's angle with the
-# length of the longest row, so other rows, padding and a split into past and rest do have an effect.
+# Dynamic RoPE scaling is left out throughout: by definition it changes every position's angle with
+# the length of the longest row, so other rows and a split into past and rest do have an effect.
 VARIANTS = {
     "llama": lambda: tiny_decoder("llama", rope=RopeConfig(10000.0, "llama3", LLAMA3), head_dim=24),
     "opt": lambda: tiny_decoder("opt", norm_before=False, final_norm=False, embedding_dim=32),
@@ -84,7 +84,8 @@ def test_a_row_that_sees_nothing_is_finite(model):
     assert bool(jnp.isfinite(model(ids, jnp.zeros_like(ids))).all())
 
 
-def test_remat_changes_nothing(model):
+def test_remat_changes_nothing():
+    model = tiny_decoder("opt")
     embeddings = model.embed(tiny_ids(model))
 
     def loss(embeddings, remat):
@@ -116,7 +117,7 @@ def test_learned_positions_end():
     model = tiny_decoder("opt", max_positions=16)
     _, past = keep(model, tiny_ids(model, time=6))
     assert model(tiny_ids(model, time=10), past=past).shape == (2, 10, 128)
-    with pytest.raises(ValueError, match="17 tokens .* exceed the 16 learned positions"):
+    with pytest.raises(ValueError, match=r"17 tokens .* exceed the 16 learned positions"):
         model(tiny_ids(model, time=11), past=past)
 
 

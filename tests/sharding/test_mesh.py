@@ -32,7 +32,6 @@ MODELS = {
 
 # Dense models on every mesh, the others where words and groups are cut.
 COMBINATIONS = [(model, mesh) for model in ("llama", "opt") for mesh in MESHES] + [
-    ("llama-packed", "2x2x2"),
     ("llama-packed", "1x1x8"),
     ("llama-act-order", "2x2x2"),
 ]
@@ -63,7 +62,9 @@ def test_prompt_gradient_on_a_mesh():
     model = MODELS["llama-packed"]()
     mesh = make_mesh(MESHES["2x2x2"])
     ids = tiny_ids(model, batch=4, time=10)
-    prompt = 0.4 * jax.random.normal(jax.random.key(0), (1, 4, model.config.embedding_dim), jnp.float32)
+    prompt = 0.4 * jax.random.normal(
+        jax.random.key(0), (1, 4, model.config.embedding_dim), jnp.float32
+    )
 
     @jax.jit
     def gradient(prompt, model, ids):
@@ -89,7 +90,7 @@ def local(parameter) -> tuple[int, ...]:
 
 def test_parameters_are_cut():
     model = shard(tiny_decoder("llama", attention_bias=True), make_mesh({"fsdp": 2, "model": 4}))
-    # [L, I, O] = [2, 64, 64], [2, 96, 64] ...: inputs over fsdp and outputs over model, or the reverse.
+    # [L, I, O] = [2, 64, 64] ...: inputs over fsdp and outputs over model, or the reverse.
     assert local(model.layers.q.kernel) == (2, 32, 16)
     assert local(model.layers.q.bias) == (2, 16)
     assert local(model.layers.k.kernel) == (2, 32, 8)
@@ -172,6 +173,11 @@ def test_meshes():
 def test_meshes_that_do_not_fit(shape, message):
     with pytest.raises(ValueError, match=message):
         make_mesh(shape)
+
+
+def test_a_batch_that_does_not_divide():
+    with pytest.raises(ValueError, match=r"12 rows .* = 8 devices; choose a multiple of 8"):
+        shard_batch({"ids": np.ones((12, 3), np.int32)}, make_mesh())
 
 
 def test_without_a_mesh_nothing_happens():

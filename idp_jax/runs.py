@@ -1,0 +1,32 @@
+"""Folders of long jobs: one configuration each, so that a job goes on only where it belongs."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from idp_jax.config import ConfigError, to_dict
+from idp_jax.files import write_text
+
+
+def claim(out: Path, settings: Any) -> None:
+    """Writes the resolved configuration to `out`/config.yaml, or checks that the job found there
+    has the same.
+
+    Raises:
+        ConfigError: the folder holds something else, or a job with another configuration.
+    """
+    wanted = to_dict(settings)
+    file = out / "config.yaml"
+    if not file.is_file():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ConfigError(f"{out} exists and holds no run of this kind; give another --out")
+        write_text(file, yaml.safe_dump(wanted, sort_keys=False))
+        return
+    found = yaml.safe_load(file.read_text()) or {}
+    for key in sorted(set(found) | set(wanted)):
+        if key != "out" and found.get(key) != wanted.get(key):
+            raise ConfigError(
+                f"{out} holds a run with {key} = {found.get(key)!r}, this one has {wanted.get(key)!r}; "
+                "give another --out, or remove the folder"
+            )
