@@ -1,4 +1,5 @@
-"""SmolLM2 scored by the harness's Hugging Face backend and by ours, on the same items: differences and time.
+"""SmolLM2 scored by the harness's Hugging Face backend and by ours, on the same items: differences
+and time.
 
     python benchmarks/lm_eval_parity.py --data ../shared/data --limit 8
 
@@ -80,7 +81,8 @@ def main() -> None:
         )
         print(
             f"{task}: {name} {metrics[name]:.3f} and {our_metrics[name]:.3f}; "
-            f"{compare(tokenizer, expected, found)}; {their_time:.1f} s and {our_time:.1f} s (compilation included)",
+            f"{compare(tokenizer, expected, found)}; "
+            f"{their_time:.1f} s and {our_time:.1f} s (compilation included)",
             flush=True,
         )
 

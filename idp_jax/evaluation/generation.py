@@ -88,8 +88,8 @@ def _check_input(
     end = before + int((mask > 0).sum(1).max()) + max_new_tokens
     if config.rope is None and end > config.max_positions:
         raise ValueError(
-            f"{end} tokens (prompt and new ones included) exceed the {config.max_positions} learned "
-            "positions; shorten the input or ask for fewer"
+            f"{end} tokens (prompt and new ones included) exceed the {config.max_positions} "
+            "learned positions; shorten the input or ask for fewer"
         )
 
 

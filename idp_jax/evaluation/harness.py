@@ -254,8 +254,8 @@ class HarnessLM(TemplateLM):
         """
         if not context or not 0 < len(continuation) <= self.max_length:
             raise ValueError(
-                f"a continuation of {len(continuation)} tokens behind {len(context)} cannot be scored; "
-                f"both need text, and at most {self.max_length} tokens"
+                f"a continuation of {len(continuation)} tokens behind {len(context)} cannot be "
+                f"scored; both need text, and at most {self.max_length} tokens"
             )
         room = self.max_length + 1 - len(continuation)
         return Request(list(context[-room:]), list(continuation))

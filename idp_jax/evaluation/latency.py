@@ -1,7 +1,7 @@
 """How long prefill and decoding take, with the protocol beside the numbers.
 
-Compilation is left out (everything runs once before), and a LoRA is measured beside its frozen matrices, unmerged, because merging would
-leave the quantisation grid or fill the pruning mask.
+Compilation is left out (everything runs once before), and a LoRA is measured beside its frozen
+matrices, unmerged, because merging would leave the quantisation grid or fill the pruning mask.
 """
 
 import time
@@ -35,8 +35,9 @@ def latency(
         repeats: timed runs, of which the median is given.
 
     Returns:
-        `prefill_ms`, `decode_ms_per_token` (one step of the whole batch), `tokens_per_second` (decoding, all rows), every run's times, and
-        the protocol: batch_size, prompt_length, soft_prompt_tokens, new_tokens, repeats, device, dtype, lora.
+        `prefill_ms`, `decode_ms_per_token` (one step of the whole batch), `tokens_per_second`
+        (decoding, all rows), every run's times, and the protocol: batch_size, prompt_length,
+        soft_prompt_tokens, new_tokens, repeats, device, dtype, lora.
 
     Raises:
         ValueError: a size below 1, or more tokens than learned positions.
@@ -56,7 +57,8 @@ def latency(
     total = soft + prompt_length + new_tokens
     if config.rope is None and total > config.max_positions:
         raise ValueError(
-            f"{total} tokens exceed the {config.max_positions} learned positions; shorten the prompt"
+            f"{total} tokens exceed the {config.max_positions} learned positions; "
+            "shorten the prompt"
         )
     draw = np.random.default_rng(seed)
     ids = draw.integers(0, config.vocab_size, (batch_size, prompt_length), np.int32)

@@ -1,6 +1,7 @@
 """One call that runs harness tasks on a model and returns plain numbers.
 
-Everything a later comparison needs comes back with the scores: intervals, the number of items, and every item's own score.
+Everything a later comparison needs comes back with the scores: intervals, the number of items, and
+every item's own score.
 """
 
 import logging
@@ -50,8 +51,8 @@ def evaluate(
 
     Returns:
         A dict that is ready for JSON:
-        `tasks`: per task every metric by name, `interval` (95 %, Wilson) per accuracy, `items`, `num_fewshot`, `version`;
-        `groups`: the same for groups of tasks, without intervals;
+        `tasks`: per task every metric by name, `interval` (95 %, Wilson) per accuracy, `items`,
+        `num_fewshot`, `version`; `groups`: the same for groups of tasks, without intervals;
         `mean_accuracy`: the mean over tasks of `acc` or else `exact_match`;
         `samples`: per task and metric one score per item, in the order of the items;
         `prompt_choices`: per task how often each prompt of a pool was chosen;

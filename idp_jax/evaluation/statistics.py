@@ -1,4 +1,5 @@
-"""Intervals for the numbers we report, so that a difference is not taken for a finding when it is chance.
+"""Intervals for the numbers we report, so that a difference is not taken for a finding when it is
+chance.
 
 Comparisons are paired: two models answer the same items, and whole items are drawn again.
 """
@@ -62,7 +63,8 @@ def paired_difference(
 def perplexity_ratio(
     first: Sequence[float], second: Sequence[float], *, seed: int = 0, confidence: float = 0.95
 ) -> Estimate:
-    """perplexity(second) / perplexity(first) on the same windows, with a paired bootstrap interval over windows.
+    """perplexity(second) / perplexity(first) on the same windows, with a paired bootstrap interval
+    over windows.
 
     Args:
         first, second: mean loss of every window (`PerplexityResult.per_window_nll`).

@@ -116,6 +116,8 @@ class LoraAdapter(nnx.Module):
             raise ValueError(
                 f"no matrix {unknown[0]!r} for LoRA; this model has {', '.join(known)}"
             )
+        if not targets:
+            raise ValueError(f"LoRA needs at least one matrix; this model has {', '.join(known)}")
         if rank < 1:
             raise ValueError(f"LoRA rank {rank} must be at least 1")
         a, b = {}, {}

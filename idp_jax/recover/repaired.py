@@ -72,6 +72,7 @@ def _logits(repaired: Repaired, input_ids, attention_mask) -> jax.Array:
     return repaired.decoder.logits(repaired.decoder.hidden(input_ids, attention_mask, past=past))
 
 
+@jax.jit
 def encode_prompts(decoder: Decoder, prompts: list[jax.Array]) -> KV:
     """Runs soft prompts [n_i, E] through the model, apart from each other, and keeps their keys and
     values.

@@ -32,9 +32,15 @@ class TrainState:
     @classmethod
     def start(cls, adapter: Any, optimizer: optax.GradientTransformation) -> "TrainState":
         """The state before the first step."""
-        copy = jax.tree.map(jnp.copy, adapter)
-        infinite, zero = jnp.asarray(jnp.inf, jnp.float32), jnp.zeros((), jnp.int32)
-        return cls(adapter, optimizer.init(adapter), zero, copy, infinite, zero)
+        # The state is donated, so no two of its leaves may be one buffer.
+        return cls(
+            adapter=adapter,
+            optimizer=optimizer.init(adapter),
+            step=jnp.zeros((), jnp.int32),
+            best_adapter=jax.tree.map(jnp.copy, adapter),
+            best_loss=jnp.full((), jnp.inf, jnp.float32),
+            best_step=jnp.zeros((), jnp.int32),
+        )
 
 
 def make_optimizer(

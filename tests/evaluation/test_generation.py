@@ -31,14 +31,19 @@ VARIANTS = {
 }
 
 
+_past = jax.jit(Repaired.past)
+
+
 def plain_greedy(model, prompt, count):
     """The pool's choice is made once, from the prompt, as a stored prefix is."""
     repaired = Repaired.of(model)
-    past = repaired.past(jnp.asarray(prompt)[None], jnp.ones((1, len(prompt)), jnp.int32))
+    past = _past(repaired, jnp.asarray(prompt)[None], jnp.ones((1, len(prompt)), jnp.int32))
     text = list(map(int, prompt))
     for _ in range(count):
-        logits = repaired.decoder(jnp.asarray([text], jnp.int32), past=past)
-        text.append(int(logits[0, -1].argmax()))
+        spare = 16 - len(text)
+        ids = jnp.asarray([text + [0] * spare], jnp.int32)
+        mask = jnp.asarray([[1] * len(text) + [0] * spare], jnp.int32)
+        text.append(int(repaired.decoder(ids, mask, past=past)[0, len(text) - 1].argmax()))
     return text[len(prompt) :]
 
 

@@ -1,4 +1,6 @@
-"""The harness's requests against the plain definition: every pair alone, without branches, buckets or padding."""
+"""The harness's requests against the plain definition: every pair alone, without branches, buckets
+or padding.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +51,9 @@ _past = jax.jit(Repaired.past)
 
 
 def plain_score(model, context, continuation, chooses=None):
-    """Reads context and continuation as one text; a pool chooses from `chooses`, by default the context."""
+    """Reads context and continuation as one text; a pool chooses from `chooses`, by default the
+    context.
+    """
     repaired = Repaired.of(model)
     chooses = context if chooses is None else chooses
     past = _past(

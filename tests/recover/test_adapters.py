@@ -1,0 +1,236 @@
+"""A repair computes what its definition says: the prompt before the input, the update beside W."""
+
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from idp_jax.models.block import Block
+from idp_jax.models.decoder import Decoder
+from idp_jax.models.layers import Norm
+from idp_jax.recover import LoraAdapter, Pool, PrefixAdapter, Repaired, SoftPrompt
+from idp_jax.recover.adapters import matrix_shape, parameter_count
+from idp_jax.weights import Dense
+from tests.helpers import close, quantize_decoder, tiny_config, tiny_decoder, tiny_ids
+
+MODELS = {
+    "llama": lambda: tiny_decoder("llama"),
+    "opt": lambda: tiny_decoder("opt"),
+    "opt-projected": lambda: tiny_decoder("opt", embedding_dim=32),
+}
+KEY = jax.random.key(3)
+LENGTHS = (10, 6, 6)  # tokens of the rows below
+
+
+@functools.cache
+def model_of(name: str) -> Decoder:
+    """One model for the whole file."""
+    return MODELS[name]()
+
+
+def random_prompt(model: Decoder, length: int, seed: int = 0) -> SoftPrompt:
+    """Nothing that stands in the vocabulary."""
+    rng = np.random.default_rng(seed)
+    return SoftPrompt(jnp.asarray(rng.normal(0, 0.5, (length, model.config.embedding_dim)), "f4"))
+
+
+def rows(ids, lengths, side: str):
+    """Rows of several lengths in one [B, T] batch, padded on one side, and their mask."""
+    ids, mask = np.asarray(ids), np.zeros(ids.shape, np.int32)
+    out = np.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        place = slice(None, length) if side == "right" else slice(ids.shape[1] - length, None)
+        out[row, place], mask[row, place] = ids[row, :length], 1
+    return jnp.asarray(out), jnp.asarray(mask)
+
+
+def real_logits(logits, mask) -> np.ndarray:
+    """Logits of real tokens, [tokens, V]."""
+    return np.asarray(logits)[np.asarray(mask) == 1]
+
+
+@jax.jit
+def concatenated(model: Decoder, prompt, ids) -> jax.Array:
+    """Logits [B, T, V] of unpadded rows behind the prompt, with one plain forward pass."""
+    words = model.embed(ids)
+    before = jnp.broadcast_to(prompt, (ids.shape[0], *prompt.shape))
+    hidden = model.hidden(embeddings=jnp.concatenate([before, words], 1))
+    return model.logits(hidden)[:, prompt.shape[0] :]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_soft_prompt_is_a_concatenation(name):
+    model = model_of(name)
+    prompt = random_prompt(model, 5)
+    repaired = prompt.repair(model)
+    ids = tiny_ids(model, batch=3, time=10)
+    expected = np.asarray(concatenated(model, prompt.embeddings[...], ids))
+    # Later tokens are not seen, so the first ones of unpadded rows are the reference.
+    expected = np.concatenate([expected[i, :n] for i, n in enumerate(LENGTHS)])
+    for side in ("left", "right"):
+        padded, mask = rows(ids, LENGTHS, side)
+        assert close(real_logits(repaired(padded, mask), mask), expected), side
+    assert not close(expected, real_logits(model(padded, mask), mask), 0.1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_empty_prompt_changes_nothing(name):
+    model = model_of(name)
+    empty = SoftPrompt.init(model, 0, KEY)
+    assert empty.length == 0
+    ids, mask = rows(tiny_ids(model, batch=3, time=10), LENGTHS, "left")
+    repaired = empty.repair(model)
+    assert (real_logits(repaired(ids, mask), mask) == real_logits(model(ids, mask), mask)).all()
+    assert repaired.past(ids, mask) is None
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_prefix_starts_as_the_prompt(name):
+    model = model_of(name)
+    prompt, prefix = SoftPrompt.init(model, 4, KEY), PrefixAdapter.init(model, 4, KEY)
+    ids, mask = rows(tiny_ids(model, batch=3, time=10), LENGTHS, "left")
+    expected = prompt.repair(model)(ids, mask)
+    assert close(real_logits(prefix.repair(model)(ids, mask), mask), real_logits(expected, mask))
+    assert prefix.k.shape == (2, 4, model.config.num_kv_heads, model.config.head_dim)
+
+
+def test_a_prompt_starts_from_different_words():
+    model = model_of("llama")
+    words = np.asarray(SoftPrompt.init(model, 20, KEY).embeddings[...])
+    table = np.asarray(model.embedding[...])
+    found = [int(np.abs(table - word).sum(1).argmin()) for word in words]
+    assert (table[found] == words).all() and len(set(found)) == 20
+    again = SoftPrompt.init(model, 20, KEY).embeddings[...]
+    other = SoftPrompt.init(model, 20, jax.random.key(4)).embeddings[...]
+    assert (words == again).all() and not (words == np.asarray(other)).all()
+
+
+@pytest.mark.parametrize("length", [-1, 257])
+def test_prompts_beyond_the_positions_are_refused(length):
+    with pytest.raises(ValueError, match=rf"{length} .*between 0 and \d+"):
+        SoftPrompt.init(model_of("llama"), length, KEY)
+
+
+def random_lora(model: Decoder, targets, rank: int = 3) -> LoraAdapter:
+    """B is not zero, as after training; the update is about as large as the matrix."""
+    rng = np.random.default_rng(5)
+    a, b = {}, {}
+    for name in targets:
+        inputs, outputs = matrix_shape(model, name)
+        a[name] = jnp.asarray(rng.normal(0, inputs**-0.5, (2, inputs, rank)), jnp.float32)
+        b[name] = jnp.asarray(rng.normal(0, 0.5, (2, rank, outputs)), jnp.float32)
+    return LoraAdapter(a, b, 5.0)
+
+
+@jax.jit
+def merged(repaired: Repaired, ids):
+    """Logits with every updated matrix written out, and the query matrices."""
+    layers = repaired.decoder.layers
+    dense = {}
+    for name in layers.weight_names:
+        weight = getattr(layers, name)
+        bias = None if weight.bias is None else weight.bias[...]
+        dense[name] = Dense(weight.dense(jnp.float32), bias)
+    model = repaired.decoder.with_layers(layers.replace(**dense))
+    return model.logits(model.hidden(ids)), dense["q"].kernel[...]
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("llama", ("q", "k", "v", "o", "gate", "up", "down")),
+        ("opt", ("q", "v", "down")),
+    ],
+)
+def test_lora_is_the_merged_matrix(name, targets):
+    model = model_of(name)
+    ids = tiny_ids(model)
+    lora = random_lora(model, targets)
+    logits = np.asarray(lora.repair(model)(ids))
+    expected, kernel = merged(lora.repair(model), ids)
+    # The updates are as large as the matrices, and logits reach 10.
+    assert close(logits, expected, 1e-4)
+    update = np.asarray(lora.a["q"][...]) @ np.asarray(lora.b["q"][...])
+    assert close(kernel, np.asarray(model.layers.q.kernel[...]) + update * (5.0 / 3), 1e-5)
+    assert not close(logits, model(ids), 0.1)
+
+
+def test_a_fresh_lora_changes_nothing():
+    model = model_of("llama")
+    fresh = LoraAdapter.init(model, 3, KEY)
+    assert all((b[...] == 0).all() for b in fresh.b.values())
+    assert float(jnp.abs(fresh.a["q"][...]).max()) <= 64**-0.5
+    ids = tiny_ids(model)
+    # Another program adds in another order.
+    assert close(fresh.repair(model)(ids), model(ids), 1e-5)
+
+
+def test_lora_on_packed_weights():
+    model = quantize_decoder(model_of("opt"), 3)
+    ids = tiny_ids(model)
+    repaired = random_lora(model, ("q", "down")).repair(model)
+    assert repaired.decoder.layers.q.base.bits == 3
+    assert close(repaired(ids), merged(repaired, ids)[0], 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"targets": ("q", "gate")}, "no matrix 'gate' .*q, k, v, o, up, down"),
+        ({"targets": ()}, "at least one matrix"),
+        ({"rank": 0}, "rank 0 .*at least 1"),
+    ],
+)
+def test_lora_that_does_not_fit(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LoraAdapter.init(model_of("opt"), **{"rank": 2, "key": KEY, **settings})
+
+
+def test_a_repaired_model_checks_its_input():
+    model = model_of("opt")
+    repaired = random_prompt(model, 6).repair(model)
+    with pytest.raises(ValueError, match="token id 128 is outside the vocabulary of 128"):
+        repaired([[128]])
+    with pytest.raises(ValueError, match="257 tokens .prompt included. exceed the 256"):
+        repaired(np.ones((1, 251), np.int32))
+
+
+def llama_7b() -> Decoder:
+    """LLaMA-7B's shapes, all zeros: to be called in `jax.eval_shape`, where nothing is allocated."""
+    config = tiny_config(
+        "llama",
+        hidden_dim=4096,
+        num_heads=32,
+        num_kv_heads=32,
+        num_layers=32,
+        ffw_dim=11008,
+        vocab_size=32000,
+        max_positions=2048,
+    )
+    sized = SimpleNamespace(config=config)
+    names = ("q", "k", "v", "o", "gate", "up", "down")
+    weights = {n: Dense(jnp.zeros((32, *matrix_shape(sized, n)), "float32")) for n in names}
+    norm = lambda *shape: Norm(jnp.zeros(shape, "float32"), centred=False, epsilon=1e-6)
+    return Decoder(
+        config,
+        embedding=jnp.zeros((32000, 4096), "float32"),
+        layers=Block(weights, norm(32, 4096), norm(32, 4096), config),
+        final_norm=norm(4096),
+    )
+
+
+@pytest.mark.parametrize(
+    ("start", "count"),
+    [
+        (lambda model: SoftPrompt.init(model, 50, KEY), 204_800),
+        (lambda model: PrefixAdapter.init(model, 50, KEY), 50 * 262_144),
+        (lambda model: LoraAdapter.init(model, 8, KEY), 4_194_304),
+        (lambda model: Pool([SoftPrompt.init(model, n, KEY) for n in (25, 100)]), 125 * 4_096),
+    ],
+    ids=["prompt", "prefix", "lora", "pool"],
+)
+def test_parameter_counts_of_llama_7b(start, count):
+    assert parameter_count(jax.eval_shape(lambda: start(llama_7b()))) == count
