@@ -111,7 +111,8 @@ def parse(kind: type, arguments: list[str], program: str) -> Any:
                 kind,
                 args=arguments,
                 prog=program,
-                description=f"{(kind.__doc__ or '').strip()}\n\nOptions may also stand in a YAML file: "
+                description=f"{(kind.__doc__ or '').strip()}\n\nOptions may also stand in a YAML "
+                "file: "
                 "--config_path FILE.",
                 **options,
             )

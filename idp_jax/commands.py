@@ -122,7 +122,8 @@ def train(settings: config.Train) -> None:
     result = training.train(settings)
     for part in result.get("prompts", [result]):
         console.print(
-            f"best validation perplexity {part['validation_perplexity']:.3f} at step {part['best_step']}",
+            f"best validation perplexity {part['validation_perplexity']:.3f} at step "
+            f"{part['best_step']}",
             highlight=False,
         )
     console.print(

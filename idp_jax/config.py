@@ -87,7 +87,8 @@ class Compression:
             return {"sparsity": fraction}
         except ValueError:
             raise ConfigError(
-                f"--sparsity {text!r} is neither a fraction in [0, 1) such as 0.5 nor n:m zeros such as 2:4"
+                f"--sparsity {text!r} is neither a fraction in [0, 1) such as 0.5 nor n:m zeros "
+                "such as 2:4"
             ) from None
 
 

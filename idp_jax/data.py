@@ -64,7 +64,8 @@ def _hub_documents(source: str, seed: int, shuffle: bool) -> Iterator[str]:
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ValueError(
-            f"dataset {name} cannot be read from the hub ({reason}); check the name, or give a local .jsonl file"
+            f"dataset {name} cannot be read from the hub ({reason}); check the name, or give a "
+            "local .jsonl file"
         ) from error
 
 
@@ -200,7 +201,8 @@ class TrainingText:
         else:
             if len(local) <= validation_windows:
                 raise ValueError(
-                    f"{source} gives {len(local)} windows of {length} tokens, too few to train on when "
+                    f"{source} gives {len(local)} windows of {length} tokens, too few to train on "
+                    "when "
                     f"{validation_windows} are held out for validation; give more text, "
                     "--data.validation, or fewer --data.validation-windows"
                 )

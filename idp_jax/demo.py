@@ -286,7 +286,8 @@ def _main_table(settings, rows: list[dict[str, Any]]) -> Table:
     budget = _budget(settings)
     table = Table(
         title=f"{settings.model}, {settings.compression.method} {settings.compression.bits} bit "
-        f"group {settings.compression.group_size}; {budget['training_tokens_per_adapter']:,} training tokens per adapter"
+        f"group {settings.compression.group_size}; {budget['training_tokens_per_adapter']:,} "
+        "training tokens per adapter"
     )
     table.add_column("variant")
     for column in ("perplexity", "knowledge % [95 %]", "extra params", "prefill ms", "ms/token"):

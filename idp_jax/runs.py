@@ -27,6 +27,7 @@ def claim(out: Path, settings: Any) -> None:
     for key in sorted(set(found) | set(wanted)):
         if key != "out" and found.get(key) != wanted.get(key):
             raise ConfigError(
-                f"{out} holds a run with {key} = {found.get(key)!r}, this one has {wanted.get(key)!r}; "
+                f"{out} holds a run with {key} = {found.get(key)!r}, this one has "
+                f"{wanted.get(key)!r}; "
                 "give another --out, or remove the folder"
             )

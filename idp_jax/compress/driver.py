@@ -122,18 +122,21 @@ def check_fit(model: Decoder, settings: Compression) -> None:
             _, run = settings.target().get("pattern", (0, 1))
             if inputs % run:
                 raise ConfigError(
-                    f"--sparsity {settings.sparsity} needs multiples of {run}; {name} has {inputs} inputs"
+                    f"--sparsity {settings.sparsity} needs multiples of {run}; {name} has "
+                    f"{inputs} inputs"
                 )
             continue
         if settings.group_size != -1 and inputs % settings.group_size:
             sizes = [size for size in (32, 64, 128) if inputs % size == 0]
             raise ConfigError(
-                f"--group-size {settings.group_size} does not divide the {inputs} inputs of matrix {name}; "
+                f"--group-size {settings.group_size} does not divide the {inputs} inputs of "
+                f"matrix {name}; "
                 f"use {', '.join(map(str, [*sizes, -1]))}"
             )
         if inputs % 32 or outputs % 32:
             raise ConfigError(
-                f"matrix {name} of {inputs} x {outputs} cannot be packed: GPTQ files need multiples of 32"
+                f"matrix {name} of {inputs} x {outputs} cannot be packed: GPTQ files need "
+                "multiples of 32"
             )
 
 
@@ -326,6 +329,7 @@ def _check(row: dict[str, Any]) -> None:
             row[key] = int(number) if isinstance(number, int) else float(f"{number:.6g}")
     if not np.isfinite(row.get("damping", 0.0)) or not np.isfinite(row.get("relative_error", 0.0)):
         raise CompressionError(
-            f"the Hessian of layer {row['layer']} matrix {row['matrix']} is not positive definite at any damping tried; "
+            f"the Hessian of layer {row['layer']} matrix {row['matrix']} is not positive definite "
+            "at any damping tried; "
             "give more calibration text or a larger --damping"
         )

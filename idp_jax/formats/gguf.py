@@ -143,7 +143,8 @@ def load_tokenizer(path: Path):
         return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:
         raise ValueError(
-            f"the {fields.get('tokenizer.ggml.model')!r} tokenizer of {path} needs torch to be read; "
+            f"the {fields.get('tokenizer.ggml.model')!r} tokenizer of {path} needs torch to be "
+            "read; "
             "install torch, or put the model's tokenizer.json into a folder with its weights"
         ) from error
 

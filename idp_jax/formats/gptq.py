@@ -105,7 +105,8 @@ def to_weight(
     for key, wanted in expected.items():
         if parts[key].shape != wanted:
             raise ValueError(
-                f"{name}.{key} has shape {parts[key].shape}; {settings.bits} bits and config.json ask for {wanted}"
+                f"{name}.{key} has shape {parts[key].shape}; {settings.bits} bits and config.json "
+                f"ask for {wanted}"
             )
     zeros = np.asarray(unpack(jnp.asarray(parts["qzeros"]), settings.bits, axis=-1), np.uint8)
     if settings.checkpoint_format != VERSION_2:

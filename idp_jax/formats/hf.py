@@ -114,7 +114,8 @@ class _Assembler:
         value = self.source.read(found)
         if shape is not None and value.shape != shape:
             raise CheckpointError(
-                f"{found} in {self.source.path} has shape {value.shape}, config.json asks for {shape}"
+                f"{found} in {self.source.path} has shape {value.shape}, config.json asks for "
+                f"{shape}"
             )
         floating = value.dtype.kind in "fV"  # V: numpy's kind of bfloat16
         return value.astype(self.dtype) if cast and floating and self.dtype is not None else value
@@ -203,7 +204,8 @@ class _Assembler:
         left = sorted(name for name in left if not name.endswith(_UNUSED))
         if left:
             raise CheckpointError(
-                f"{self.source.path} holds {left[0]}, for which a {self.config.architecture} model has no use "
+                f"{self.source.path} holds {left[0]}, for which a {self.config.architecture} "
+                "model has no use "
                 f"({len(left)} such tensors); check config.json against the weights"
             )
 
@@ -215,7 +217,8 @@ def _stack(blocks: list[Block]) -> Block:
     for layer, (_, other) in enumerate(flat):
         if other != structure:
             raise CheckpointError(
-                f"layer {layer} is stored otherwise than layer 0 (another bit width, or not packed); "
+                f"layer {layer} is stored otherwise than layer 0 (another bit width, or not "
+                "packed); "
                 "layers of one model must be stored alike"
             )
     leaves = [leaves for leaves, _ in flat]

@@ -101,7 +101,8 @@ def _download(name: str) -> Path:
         except Exception:
             reason = str(online).strip().splitlines()[0] if str(online).strip() else repr(online)
             raise CheckpointError(
-                f"no folder {name} here, and it cannot be had from the Hugging Face hub ({reason}); "
+                f"no folder {name} here, and it cannot be had from the Hugging Face hub "
+                f"({reason}); "
                 "give a local folder, or check the name and the network"
             ) from online
 

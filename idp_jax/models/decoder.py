@@ -94,7 +94,8 @@ class Decoder(nnx.Module):
         end = input_ids.shape[1] + (0 if past is None else past.length)
         if self.config.rope is None and end > self.config.max_positions:
             raise ValueError(
-                f"{end} tokens (prompt included) exceed the {self.config.max_positions} learned positions; "
+                f"{end} tokens (prompt included) exceed the {self.config.max_positions} learned "
+                "positions; "
                 "shorten the input"
             )
 

@@ -37,7 +37,8 @@ class SoftPrompt(nnx.Module):
         config = decoder.config
         if not 0 <= length <= min(config.max_positions, config.vocab_size):
             raise ValueError(
-                f"prompt length {length} is out of range; it must lie between 0 and {config.max_positions}"
+                f"prompt length {length} is out of range; it must lie between 0 and "
+                f"{config.max_positions}"
             )
         rows = jax.random.choice(key, config.vocab_size, (length,), replace=False)
         return cls(decoder.embedding[...][rows].astype(jnp.float32))

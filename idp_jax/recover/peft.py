@@ -186,7 +186,8 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
 
 def _other_model(folder: Path, found: str, wanted: str) -> ValueError:
     return ValueError(
-        f"the adapter {folder} was made for another model: it has {found}, this model needs {wanted}"
+        f"the adapter {folder} was made for another model: it has {found}, this model needs "
+        f"{wanted}"
     )
 
 

@@ -95,7 +95,7 @@ def attention_scores(
     Returns:
         float32 [B, M].
     """
-    prompt_count, prompt_length = inputs.prompt_mask.shape
+    prompt_count = inputs.prompt_mask.shape[0]
     per_prompt = jax.vmap(partial(_one_prompt_logits, inputs))
     to_prompt = per_prompt(jnp.arange(prompt_count))  # [M, B, N, T, P]
     if softmax:

@@ -76,7 +76,7 @@ def test_soft_prompt_is_a_concatenation(name):
     assert not close(expected, real_logits(model(padded, mask), mask), 0.1)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["llama", "opt-projected"])
 def test_an_empty_prompt_changes_nothing(name):
     model = model_of(name)
     empty = SoftPrompt.init(model, 0, KEY)
@@ -87,7 +87,7 @@ def test_an_empty_prompt_changes_nothing(name):
     assert repaired.past(ids, mask) is None
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["llama", "opt-projected"])
 def test_a_prefix_starts_as_the_prompt(name):
     model = model_of(name)
     prompt, prefix = SoftPrompt.init(model, 4, KEY), PrefixAdapter.init(model, 4, KEY)
@@ -194,12 +194,12 @@ def test_a_repaired_model_checks_its_input():
     repaired = random_prompt(model, 6).repair(model)
     with pytest.raises(ValueError, match="token id 128 is outside the vocabulary of 128"):
         repaired([[128]])
-    with pytest.raises(ValueError, match="257 tokens .prompt included. exceed the 256"):
+    with pytest.raises(ValueError, match=r"257 tokens \(prompt included\) exceed the 256"):
         repaired(np.ones((1, 251), np.int32))
 
 
 def llama_7b() -> Decoder:
-    """LLaMA-7B's shapes, all zeros: to be called in `jax.eval_shape`, where nothing is allocated."""
+    """LLaMA-7B in zeros, for `jax.eval_shape`, which allocates nothing."""
     config = tiny_config(
         "llama",
         hidden_dim=4096,
@@ -213,7 +213,10 @@ def llama_7b() -> Decoder:
     sized = SimpleNamespace(config=config)
     names = ("q", "k", "v", "o", "gate", "up", "down")
     weights = {n: Dense(jnp.zeros((32, *matrix_shape(sized, n)), "float32")) for n in names}
-    norm = lambda *shape: Norm(jnp.zeros(shape, "float32"), centred=False, epsilon=1e-6)
+
+    def norm(*shape):
+        return Norm(jnp.zeros(shape, "float32"), centred=False, epsilon=1e-6)
+
     return Decoder(
         config,
         embedding=jnp.zeros((32000, 4096), "float32"),
