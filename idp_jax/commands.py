@@ -173,4 +173,26 @@ def evaluate(settings: config.Evaluate) -> dict[str, Any]:
             seed=settings.seed,
         )
     write_text(settings.out, json.dumps(results, indent=2))
+    _print_evaluation(settings, results)
     return results
+
+
+def _print_evaluation(settings: config.Evaluate, results: dict[str, Any]) -> None:
+    name = settings.model if settings.adapter is None else f"{settings.model} + {settings.adapter}"
+    table = Table(title=name)
+    for column in ("measure", "value", "95 %", "items"):
+        table.add_column(column, justify="left" if column == "measure" else "right")
+    if "perplexity" in results:
+        own = results["perplexity"]
+        label = f"perplexity ({Path(own['file']).name})"
+        table.add_row(label, f"{own['perplexity']:.3f}", "", f"{own['windows']} windows")
+    for task, row in results.get("tasks", {}).get("tasks", {}).items():
+        values = {k: v for k, v in row.items() if isinstance(v, float)}
+        for metric, value in values.items():
+            interval = row["interval"].get(metric)
+            shown = "" if interval is None else f"[{interval[0]:.3f}, {interval[1]:.3f}]"
+            table.add_row(f"{task} {metric}", f"{value:.4f}", shown, str(row["items"]))
+    console.print(table)
+    for task, counts in results.get("tasks", {}).get("prompt_choices", {}).items():
+        console.print(f"{task}: prompts chosen {counts}", highlight=False)
+    console.print(f"written to {settings.out}", highlight=False)

@@ -5,7 +5,12 @@ Parameters, packed words and activations all name their axes by what they mean (
 cuts which of them. On one device, or outside `jax.set_mesh`, every function here does nothing.
 """
 
+import os
+from collections.abc import Callable
+
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "model")
@@ -76,15 +81,45 @@ def make_mesh(shape: dict[str, int] | None = None, devices=None) -> jax.sharding
 def mesh_of(config) -> jax.sharding.Mesh | None:
     """The mesh that a `config.Mesh` asks for, or None for one device.
 
-    Joins the job's other processes first where that is asked for, or where a cluster's environment
-    is detected.
+    Joins the other processes of the job first, where that is asked for or the launcher is
+    recognised;
+    several processes without a mesh of their own share the batch.
     """
-    if config.distributed and not jax.distributed.is_initialized():
-        jax.distributed.initialize()
+    if (config.distributed or _launched_together()) and not jax.distributed.is_initialized():
+        # A launcher that JAX knows (SLURM, Open MPI, TPU pods) fills these in by itself.
+        own = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+        given = {key: int(os.environ[name]) for key, name in own.items() if name in os.environ}
+        jax.distributed.initialize(**given)
     shape = {axis: getattr(config, axis) for axis in MESH_AXES}
     if all(size == 1 for size in shape.values()):
-        return None
+        return make_mesh() if jax.process_count() > 1 else None
     return make_mesh(shape)
+
+
+def _launched_together() -> bool:
+    """Whether a launcher started this process as one of several."""
+    counts = ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+    several = any(int(os.environ.get(name, "1")) > 1 for name in counts)
+    return several or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+
+
+def first_process(action: Callable[[], None], name: str) -> None:
+    """Runs `action` (writing a file, say) on process 0 while the others of the job wait.
+
+    Args:
+        name: of the meeting point, the same in every process.
+    """
+    if jax.process_index() == 0:
+        action()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def gather(tree):
+    """Whole arrays on every process, for writing what the devices of several processes hold."""
+    if jax.process_count() == 1:
+        return tree
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> PartitionSpec:
@@ -117,20 +152,18 @@ def _axes_of(path: tuple, leaf: jax.Array) -> tuple[str | None, ...]:
     """Logical axes of one parameter, from the names on the way to it."""
     keys = [str(getattr(key, "name", getattr(key, "key", key))) for key in path]
     matrix = next((key for key in keys if key in WEIGHT_AXES), None)
-    stacked = ("layers",) if "layers" in keys else ()
-    last = next((key for key in reversed(keys) if key != "value"), "")
-    rank = leaf.ndim - len(stacked)
-    if matrix is None or last == "group_index":
-        return stacked + (None,) * rank
+    if matrix is None or "group_index" in keys:
+        return (None,) * leaf.ndim
     row, column = WEIGHT_AXES[matrix]
-    own = {
+    parts = {
         "bias": (column,),
         "scales": ("groups", column),
         "zeros": ("groups", column),
         "a": (row, "rank"),
         "b": ("rank", column),
-    }.get(last, (row, column))
-    return stacked + own
+    }
+    own = next((parts[key] for key in keys if key in parts), (row, column))
+    return ("layers",) * (leaf.ndim - len(own)) + own
 
 
 def shardings(tree, mesh: jax.sharding.Mesh):
@@ -141,14 +174,19 @@ def shardings(tree, mesh: jax.sharding.Mesh):
 
 
 def shard(tree, mesh: jax.sharding.Mesh | None):
-    """Places a model or an adapter on a mesh; without a mesh it is returned as it is."""
-    return tree if mesh is None else jax.device_put(tree, shardings(tree, mesh))
+    """Places a model or an adapter on a mesh; without a mesh it is returned as it is.
+
+    In a job of several processes each passes the whole tree and keeps its own part.
+    """
+    if mesh is None:
+        return tree
+    return jax.tree.map(_place, tree, shardings(tree, mesh))
 
 
 def shard_batch(batch, mesh: jax.sharding.Mesh | None):
     """Places host arrays [B, ...] with the batch cut over `data` and `fsdp`.
 
-    In a job of several processes each passes its own rows.
+    In a job of several processes each passes the whole batch and keeps its own rows.
 
     Raises:
         ValueError: the rows do not divide over the mesh.
@@ -156,15 +194,20 @@ def shard_batch(batch, mesh: jax.sharding.Mesh | None):
     if mesh is None:
         return jax.tree.map(jax.numpy.asarray, batch)
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    sharding = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
     def place(x):
-        rows = x.shape[0] * jax.process_count()
-        if rows % parts:
+        if x.shape[0] % parts:
             raise ValueError(
-                f"a batch of {rows} rows does not divide over data x fsdp = {parts} devices; "
+                f"a batch of {x.shape[0]} rows does not divide over data x fsdp = {parts} devices; "
                 f"choose a multiple of {parts}"
             )
-        sharding = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
-        return jax.make_array_from_process_local_data(sharding, x)
+        return _place(x, sharding)
 
     return jax.tree.map(place, batch)
+
+
+def _place(x, sharding: NamedSharding) -> jax.Array:
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: np.asarray(x)[index])

@@ -95,7 +95,9 @@ def compress(
     times = StageTimes() if times is None else times
     if settings.needs_data and tokens is None:
         raise ConfigError(f"--method {settings.method} needs calibration text; give --calibration")
-    flow = _start(model, tokens, batch_size, mesh) if settings.needs_data else None
+    flow = None
+    if tokens is not None and settings.needs_data:
+        flow = _start(model, tokens, batch_size, mesh)
     blocks, report = [], []
     for layer in progress(range(model.config.num_layers)):
         block = layer_slice(model.layers, layer)
@@ -117,7 +119,7 @@ def check_fit(model: Decoder, settings: Compression) -> None:
         weight = getattr(model.layers, name)
         if not isinstance(weight, Dense):
             raise ConfigError(f"matrix {name} is packed already; compress the uncompressed model")
-        inputs, outputs = weight.kernel.shape[-2:]
+        inputs, outputs = weight.kernel[...].shape[-2:]
         if settings.prunes:
             _, run = settings.target().get("pattern", (0, 1))
             if inputs % run:
@@ -174,7 +176,9 @@ def _compress_block(
             done.append(stored)
     if flow is not None:
         with times.measure("forward") as done:
-            flow.streams = [_output(block, h, m) for h, m in zip(flow.streams, kept, strict=True)]
+            flow.streams = [
+                _output(block, h, m) for h, m in zip(flow.streams, kept or [], strict=True)
+            ]
             done.append(flow.streams)
     return block.replace(**stored), rows
 

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def load_model(
     path_or_name: str | Path,
     *,
     dtype: str = "float32",
-    weights: Literal["packed", "dense", "auto"] = "packed",
+    weights: str = "packed",
     mesh: jax.sharding.Mesh | None = None,
     progress: Callable = iter,
 ) -> Decoder:

@@ -21,8 +21,7 @@ _ACTIVATIONS = {
 }
 
 
-@struct.dataclass
-class Context:
+class Context(struct.PyTreeNode):
     """What every layer of one forward pass shares.
 
     Attributes:
@@ -78,8 +77,10 @@ class Block(nnx.Module):
     def attention_output(self, x, context: Context, past=None):
         """What o reads, [B, T, N * H], and this input's keys and values [B, T, K, H]."""
         q, k, v = self.heads(x, context)
-        past = None if past is None else (*past, context.past_mask)
-        return attention(q, k, v, context.visible, past), (k, v)
+        stored = None
+        if past is not None and context.past_mask is not None:
+            stored = (*past, context.past_mask)
+        return attention(q, k, v, context.visible, stored), (k, v)
 
     def mlp_input(self, h: jax.Array, attended: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Adds the attention to the residual; returns it and what gate and up read."""

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 
-@struct.dataclass
-class KV:
+class KV(struct.PyTreeNode):
     """Stored keys and values of every layer.
 
     Attributes:

@@ -10,6 +10,8 @@ ours.
 from dataclasses import dataclass
 from typing import Any, Literal
 
+Activation = Literal["silu", "relu", "gelu"]
+
 _IGNORED_ROPE_KEYS = {"rope_type", "type", "rope_theta"}
 _ROPE_KEYS = {
     "default": set(),
@@ -57,7 +59,7 @@ class ModelConfig:
     head_dim: int
     ffw_dim: int
     max_positions: int
-    activation: Literal["silu", "relu", "gelu"]
+    activation: Activation
     norm_epsilon: float
     norm_before: bool
     final_norm: bool
@@ -95,8 +97,13 @@ def from_hf(config: Any) -> ModelConfig:
     return model_config
 
 
-def _activation(name: str) -> str:
-    known = {"silu": "silu", "swish": "silu", "relu": "relu", "gelu": "gelu"}
+def _activation(name: str) -> Activation:
+    known: dict[str, Activation] = {
+        "silu": "silu",
+        "swish": "silu",
+        "relu": "relu",
+        "gelu": "gelu",
+    }
     if name not in known:
         raise ValueError(f"activation {name!r} is not supported; supported: {', '.join(known)}")
     return known[name]

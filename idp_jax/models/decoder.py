@@ -7,9 +7,12 @@ and
 knows nothing else of prompts.
 """
 
+from typing import Literal, overload
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 
 from idp_jax.models.block import Block, Context
 from idp_jax.models.cache import KV
@@ -17,6 +20,7 @@ from idp_jax.models.config import ModelConfig
 from idp_jax.models.layers import Norm, rope_frequencies, rotation, visibility
 from idp_jax.sharding import constrain
 from idp_jax.weights import Dense
+from idp_jax.weights.base import Array
 
 OPT_POSITION_OFFSET = 2  # the first two rows of OPT's position table are never used
 
@@ -36,11 +40,11 @@ class Decoder(nnx.Module):
         self,
         config: ModelConfig,
         *,
-        embedding: jax.Array,
+        embedding: Array,
         layers: Block,
         final_norm: Norm | None,
         head: Dense | None = None,
-        positions: jax.Array | None = None,
+        positions: Array | None = None,
         project_in: Dense | None = None,
         project_out: Dense | None = None,
     ):
@@ -81,9 +85,8 @@ class Decoder(nnx.Module):
         """
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids must be [B, T], got shape {tuple(input_ids.shape)}")
-        known = input_ids.size and not isinstance(
-            input_ids, jax.core.Tracer
-        )  # inside a jit nothing is known
+        # Inside a jit nothing is known of the values.
+        known = input_ids.size and not isinstance(input_ids, Tracer)
         low, high = (int(input_ids.min()), int(input_ids.max())) if known else (0, 0)
         if low < 0 or high >= self.config.vocab_size:
             bad = low if low < 0 else high
@@ -99,7 +102,7 @@ class Decoder(nnx.Module):
                 "shorten the input"
             )
 
-    def embed(self, input_ids: jax.Array) -> jax.Array:
+    def embed(self, input_ids) -> jax.Array:
         """Word embeddings [B, T, E]."""
         return self.embedding[...][input_ids]
 
@@ -139,6 +142,30 @@ class Decoder(nnx.Module):
         return rope_frequencies(
             config.rope, config.head_dim, config.max_positions, positions.max() + 1
         )
+
+    @overload
+    def hidden(
+        self,
+        input_ids=...,
+        attention_mask=...,
+        *,
+        embeddings=...,
+        past: KV | None = ...,
+        keep: Literal[True],
+        remat: bool = ...,
+    ) -> tuple[jax.Array, KV]: ...
+
+    @overload
+    def hidden(
+        self,
+        input_ids=...,
+        attention_mask=...,
+        *,
+        embeddings=...,
+        past: KV | None = ...,
+        keep: Literal[False] = ...,
+        remat: bool = ...,
+    ) -> jax.Array: ...
 
     def hidden(
         self,

@@ -38,7 +38,7 @@ def save_adapter(
         base: that model's path or name, for `base_model_name_or_path`.
 
     Raises:
-        ValueError: `out` exists.
+        ValueError: `out` exists, or a pool's selector is not one of `SELECTORS`.
     """
     with written_folder(Path(out), overwrite=overwrite) as folder:
         if isinstance(adapter, Pool):
@@ -50,6 +50,10 @@ def save_adapter(
 
 def _save_pool(pool: Pool, folder: Path, decoder: Decoder, base: str) -> None:
     named = [name for name, function in SELECTORS.items() if function is pool.selector]
+    if not named:
+        raise ValueError(
+            f"the pool's selector {pool.selector!r} has no name to save; add it to SELECTORS first"
+        )
     names = [f"prompt_{i}_{length}_tokens" for i, length in enumerate(pool.lengths)]
     for name, prompt in zip(names, pool.prompts, strict=True):
         (folder / name).mkdir()
@@ -58,7 +62,7 @@ def _save_pool(pool: Pool, folder: Path, decoder: Decoder, base: str) -> None:
         "type": "IDP_POOL",
         "prompts": names,
         "lengths": pool.lengths,
-        "selector": named[0] if named else "mean_attention",
+        "selector": named[0],
         # Rotary models: every prompt ends where the input starts. Learned positions: as trained, 0
         # .. n - 1.
         "alignment": "right" if decoder.config.rope is not None else "own",
@@ -147,17 +151,12 @@ def read_adapter(decoder: Decoder, folder: str | Path) -> Adapter:
     """Reads an adapter folder for `decoder`; raises as `load_adapter`."""
     folder = Path(folder)
     if (folder / "pool.json").is_file():
-        settings = json.loads((folder / "pool.json").read_text())
-        prompts = [read_adapter(decoder, folder / name) for name in settings["prompts"]]
-        return Pool(
-            [p for p in prompts if isinstance(p, SoftPrompt)], selector(settings["selector"])
-        )
+        return _read_pool(decoder, folder)
     if not (folder / "adapter_config.json").is_file():
         raise ValueError(
             f"{folder} holds no adapter_config.json and no pool.json; give an adapter's folder"
         )
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    tensors = _read_tensors(folder)
+    settings, tensors = _read_json(folder / "adapter_config.json"), _read_tensors(folder)
     readers = {
         "PROMPT_TUNING": _read_prompt,
         "PREFIX_TUNING": _read_prefix,
@@ -168,7 +167,36 @@ def read_adapter(decoder: Decoder, folder: str | Path) -> Adapter:
         raise ValueError(
             f"{folder}: peft_type {kind!r} is not supported; supported: {', '.join(readers)}"
         )
-    return readers[kind](decoder, folder, settings, tensors)
+    try:
+        return readers[kind](decoder, folder, settings, tensors)
+    except KeyError as error:
+        raise ValueError(f"{folder} lacks {error}; save the adapter again") from error
+
+
+def _read_pool(decoder: Decoder, folder: Path) -> Pool:
+    settings = _read_json(folder / "pool.json")
+    missing = [name for name in ("prompts", "selector") if not settings.get(name)]
+    if missing:
+        raise ValueError(f"{folder / 'pool.json'} names no {missing[0]}; save the pool again")
+    prompts = []
+    for name in settings["prompts"]:
+        prompt = read_adapter(decoder, folder / name)
+        if not isinstance(prompt, SoftPrompt):
+            raise ValueError(
+                f"{folder / name} is not a PROMPT_TUNING adapter; a pool has no others"
+            )
+        prompts.append(prompt)
+    return Pool(prompts, selector(settings["selector"]))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON ({error}); save the adapter again") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{file} holds no settings; save the adapter again")
+    return tree
 
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:

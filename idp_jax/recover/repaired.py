@@ -15,8 +15,7 @@ from idp_jax.models.decoder import Decoder
 from idp_jax.recover.selectors import Selector, attention_scores, layer0_inputs
 
 
-@struct.dataclass
-class Repaired:
+class Repaired(struct.PyTreeNode):
     """A decoder (a LoRA already attached) and what stands before every input.
 
     Attributes:

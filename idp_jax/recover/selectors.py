@@ -25,8 +25,7 @@ from idp_jax.models.cache import KV
 from idp_jax.models.decoder import Decoder
 
 
-@struct.dataclass
-class ScoreInputs:
+class ScoreInputs(struct.PyTreeNode):
     """What a selector may look at.
 
     U is 1 where the input stands at the same position behind every prompt, and M where each prompt

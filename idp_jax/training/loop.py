@@ -17,7 +17,7 @@ import numpy as np
 from idp_jax.config import Train
 from idp_jax.data import TrainingText
 from idp_jax.models.decoder import Decoder
-from idp_jax.sharding import shard, shard_batch
+from idp_jax.sharding import first_process, shard, shard_batch
 from idp_jax.training.step import (
     TrainState,
     evaluate_step,
@@ -56,7 +56,7 @@ def fit(
     metrics = _Metrics(folder / "metrics.jsonl")
     with ocp.CheckpointManager(folder.absolute() / "checkpoints", options=options) as manager:
         state = _restore(manager, state)
-        metrics.drop_after(int(state.step))
+        first_process(lambda: metrics.drop_after(int(state.step)), "metrics")
         if not int(state.step):
             state = _validate(state, decoder, text, config.batch_size, metrics, manager)
         batches = text.batches(config.batch_size, skip=int(state.step))

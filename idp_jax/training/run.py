@@ -25,7 +25,7 @@ from idp_jax.recover import LoraAdapter, Pool, PrefixAdapter, SoftPrompt, save_a
 from idp_jax.recover.adapters import parameter_count
 from idp_jax.recover.selectors import selector
 from idp_jax.runs import claim
-from idp_jax.sharding import mesh_of
+from idp_jax.sharding import first_process, gather, mesh_of
 from idp_jax.training.loop import fit
 
 
@@ -41,11 +41,11 @@ def train(config: Train) -> dict[str, Any]:
         ValueError: the model or the text cannot be used.
     """
     out = Path(config.out)
-    claim(out, config)
+    mesh = mesh_of(config.mesh)
+    first_process(lambda: claim(out, config), "claim")
     done = out / "result.json"
     if done.is_file():
         return json.loads(done.read_text())
-    mesh = mesh_of(config.mesh)
     with jax.set_mesh(mesh) if mesh is not None else nullcontext():
         return _train(config, out, mesh)
 
@@ -81,7 +81,6 @@ def _train(config: Train, out: Path, mesh) -> dict[str, Any]:
         trained.append(adapter)
         summaries.append(summary)
     adapter = Pool(trained, selector(config.selector)) if config.method == "idp" else trained[0]
-    save_adapter(adapter, out / "adapter", decoder=decoder, base=config.model, overwrite=True)
     result = {
         "method": config.method,
         "extra_parameters": parameter_count(adapter),
@@ -93,7 +92,13 @@ def _train(config: Train, out: Path, mesh) -> dict[str, Any]:
         "config": to_dict(config),
         "environment": describe(),
     }
-    write_text(out / "result.json", json.dumps(result, indent=2))
+    whole = gather(adapter)
+
+    def write() -> None:
+        save_adapter(whole, out / "adapter", decoder=decoder, base=config.model, overwrite=True)
+        write_text(out / "result.json", json.dumps(result, indent=2))
+
+    first_process(write, "result")
     return result
 
 
@@ -123,5 +128,6 @@ def _source(config: Train, out: Path, decoder: Decoder, tokenizer) -> str:
         wanted = config.tokens + (held_out + 1) * config.data.sequence_length
         with bar("sampling text from the model", "tokens") as update:
             texts = sample_documents(teacher, tokenizer, wanted, seed=config.seed, progress=update)
-        write_text(file, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        first_process(lambda: write_text(file, lines), "text")
     return str(file)

@@ -16,8 +16,7 @@ from idp_jax.config import Optimizer
 from idp_jax.models.decoder import Decoder
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """Everything that a run needs to go on: adapter, optimiser state and step, and the best adapter
     so far.
     """

@@ -10,9 +10,12 @@ else.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from idp_jax.kernels.quant_matmul import xla as quant_matmul
+
+Array = jax.Array | np.ndarray  # a model read from disk holds numpy arrays until it is placed
 
 
 def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -32,7 +35,7 @@ class Dense(nnx.Module):
         bias: [..., O] or None.
     """
 
-    def __init__(self, kernel: jax.Array, bias: jax.Array | None = None):
+    def __init__(self, kernel: Array, bias: Array | None = None):
         self.kernel = nnx.Param(kernel)
         self.bias = None if bias is None else nnx.Param(bias)
 
@@ -106,7 +109,7 @@ class Lora(nnx.Module):
         scale: alpha / r.
     """
 
-    def __init__(self, base: nnx.Module, a: jax.Array, b: jax.Array, scale: float):
+    def __init__(self, base: "Dense | Quantized", a: jax.Array, b: jax.Array, scale: float):
         self.base = base
         self.a = nnx.Param(a)
         self.b = nnx.Param(b)
