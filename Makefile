@@ -7,21 +7,19 @@ INSTALLED := $(VENV)/.installed
 DATA ?= ../shared/data
 DEMO := configs/demo$(if $(QUICK),-quick).yaml
 
-.PHONY: demo test test-slow lint types reference golden benchmarks clean
+.PHONY: demo test test-slow lint reference golden benchmarks clean
 
 demo: $(INSTALLED)  ## compress, repair and score SmolLM2-135M (QUICK=1: the short form)
 	$(BIN)/idp-jax demo --config_path $(DEMO)
 
-test: $(INSTALLED)  ## lint, types and all tests but the slow ones
+test: $(INSTALLED)  ## lint, and all tests but the slow ones
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --level error
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
-
-types: $(INSTALLED)
-	$(BIN)/pyright
 
 reference: $(INSTALLED)  ## the compression rows that published implementations gave on SmolLM2
 	$(BIN)/python benchmarks/reference.py --data $(DATA)

@@ -31,3 +31,10 @@ def claim(out: Path, settings: Any) -> None:
                 f"{wanted.get(key)!r}; "
                 "give another --out, or remove the folder"
             )
+
+
+def release(out: Path) -> None:
+    """Takes a claim back where the job wrote nothing else: one that cannot start leaves nothing."""
+    if [path.name for path in out.iterdir()] == ["config.yaml"]:
+        (out / "config.yaml").unlink()
+        out.rmdir()

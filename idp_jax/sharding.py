@@ -87,19 +87,23 @@ def mesh_of(config) -> jax.sharding.Mesh | None:
     """
     if (config.distributed or _launched_together()) and not jax.distributed.is_initialized():
         # A launcher that JAX knows (SLURM, Open MPI, TPU pods) fills these in by itself.
-        own = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
-        given = {key: int(os.environ[name]) for key, name in own.items() if name in os.environ}
-        jax.distributed.initialize(**given)
+        jax.distributed.initialize(
+            num_processes=_number("JAX_NUM_PROCESSES"), process_id=_number("JAX_PROCESS_ID")
+        )
     shape = {axis: getattr(config, axis) for axis in MESH_AXES}
     if all(size == 1 for size in shape.values()):
         return make_mesh() if jax.process_count() > 1 else None
     return make_mesh(shape)
 
 
+def _number(variable: str) -> int | None:
+    return int(os.environ[variable]) if variable in os.environ else None
+
+
 def _launched_together() -> bool:
     """Whether a launcher started this process as one of several."""
     counts = ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-    several = any(int(os.environ.get(name, "1")) > 1 for name in counts)
+    several = any((_number(name) or 1) > 1 for name in counts)
     return several or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
 
 
@@ -154,6 +158,8 @@ def _axes_of(path: tuple, leaf: jax.Array) -> tuple[str | None, ...]:
     matrix = next((key for key in keys if key in WEIGHT_AXES), None)
     if matrix is None or "group_index" in keys:
         return (None,) * leaf.ndim
+    if leaf.ndim == 4:  # keys and values of a prefix [L, P, K, H]
+        return ("layers", "time", "kv_heads", None)
     row, column = WEIGHT_AXES[matrix]
     parts = {
         "bias": (column,),

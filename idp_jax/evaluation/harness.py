@@ -163,7 +163,8 @@ class HarnessLM(TemplateLM):
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
-        answers, choices = [""] * len(requests), [None] * len(requests)
+        answers = [""] * len(requests)
+        choices: list[int | None] = [None] * len(requests)
         for members in groups.values():
             contexts = [requests[i].args[0] for i in members]
             found = self._continue(contexts, requests[members[0]].args[1])
@@ -235,7 +236,7 @@ class HarnessLM(TemplateLM):
             self._vocabulary = self.tokenizer.batch_decode([[token] for token in range(size)])
         special = set(self.tokenizer.all_special_ids)
         strings = [string for string in until if string]
-        for token, text in enumerate(self._vocabulary):
+        for token, text in enumerate(self._vocabulary or []):
             if token not in special and any(string in text for string in strings):
                 ends.add(token)
         return sorted(ends)

@@ -70,7 +70,7 @@ def windows_from_text(
 
 
 @jax.jit
-def _window_losses(repaired: Repaired, tokens: jax.Array) -> jax.Array:
+def _window_losses(repaired: Repaired, tokens) -> jax.Array:
     past = repaired.past(tokens, jax.numpy.ones_like(tokens))
     hidden = repaired.decoder.hidden(tokens, past=past)
     logprob, _ = token_scores(repaired.decoder, hidden[:, :-1], tokens[:, 1:])
@@ -106,7 +106,8 @@ def perplexity(
     for start in progress(range(0, count, batch_size)):
         # The last batch is filled up with window 0, so that one compilation serves all.
         rows = np.arange(start, start + batch_size)
-        losses.append(_window_losses(repaired, windows[np.where(rows < count, rows, 0)]))
-    per_window = np.concatenate([np.asarray(x, np.float64) for x in losses])[:count]
+        batch = _window_losses(repaired, windows[np.where(rows < count, rows, 0)])
+        losses.append(np.asarray(batch, np.float64))
+    per_window = np.concatenate(losses)[:count]
     mean = float(per_window.mean())
     return PerplexityResult(math.exp(mean), mean, count * (length - 1), count, per_window)

@@ -126,7 +126,7 @@ def score_requests(
                 )
                 for owner in owners:
                     scores[owner] = score
-    return scores
+    return [score for score in scores if score is not None]  # every request has its row
 
 
 def _batches(rows: list[_Row], batch_size: int) -> list[tuple[list[_Row], int, int]]:

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import lm_eval
@@ -65,7 +65,8 @@ def evaluate(
     loaded = local_tasks(tasks, task_data)
     model = HarnessLM(repaired, tokenizer, batch_size, max_length, seed=seed, verbose=verbose)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it reports every setting as a warning
-    found = lm_eval.simple_evaluate(
+    # The harness's decorators hide its signature from type checkers.
+    found: Any = cast(Any, lm_eval.simple_evaluate)(
         model=model,
         tasks=loaded,
         task_manager=task_manager(),

@@ -77,17 +77,17 @@ def perplexity_ratio(
 
 
 def _items(values: Sequence[float]) -> np.ndarray:
-    values = np.asarray(values, np.float64)
-    if values.ndim != 1 or not len(values):
-        raise ValueError(f"scores must be one number per item, got shape {values.shape}")
-    return values
+    scores = np.asarray(values, np.float64)
+    if scores.ndim != 1 or not len(scores):
+        raise ValueError(f"scores must be one number per item, got shape {scores.shape}")
+    return scores
 
 
 def _same_items(first: Sequence[float], second: Sequence[float]) -> np.ndarray:
-    first, second = _items(first), _items(second)
-    if len(first) != len(second):
-        raise ValueError(f"paired scores need the same items, got {len(first)} and {len(second)}")
-    return second - first
+    before, after = _items(first), _items(second)
+    if len(before) != len(after):
+        raise ValueError(f"paired scores need the same items, got {len(before)} and {len(after)}")
+    return after - before
 
 
 def _bootstrap(values: np.ndarray, statistic, seed: int, confidence: float) -> Estimate:

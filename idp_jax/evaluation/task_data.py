@@ -61,7 +61,7 @@ def local_tasks(names: Sequence[str], data_dir: str | Path | None = None) -> lis
             )
         built_in = entry.yaml_path is not None and Path(entry.yaml_path).is_relative_to(BUILT_IN)
         if data_dir is None or built_in:
-            found = manager.load(name)
+            found: Any = manager.load(name)
             loaded += list(found["groups"].values()) or list(found["tasks"].values())
         else:
             override = _local_rows(name, Path(data_dir))

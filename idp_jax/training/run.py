@@ -24,7 +24,7 @@ from idp_jax.progress import bar, tracker
 from idp_jax.recover import LoraAdapter, Pool, PrefixAdapter, SoftPrompt, save_adapter
 from idp_jax.recover.adapters import parameter_count
 from idp_jax.recover.selectors import selector
-from idp_jax.runs import claim
+from idp_jax.runs import claim, release
 from idp_jax.sharding import first_process, gather, mesh_of
 from idp_jax.training.loop import fit
 
@@ -46,8 +46,13 @@ def train(config: Train) -> dict[str, Any]:
     done = out / "result.json"
     if done.is_file():
         return json.loads(done.read_text())
-    with jax.set_mesh(mesh) if mesh is not None else nullcontext():
-        return _train(config, out, mesh)
+    try:
+        with jax.set_mesh(mesh) if mesh is not None else nullcontext():
+            return _train(config, out, mesh)
+    except ValueError:
+        if jax.process_index() == 0:
+            release(out)
+        raise
 
 
 def _train(config: Train, out: Path, mesh) -> dict[str, Any]:

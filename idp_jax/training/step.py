@@ -80,7 +80,7 @@ def make_train_step(optimizer: optax.GradientTransformation, *, remat: bool = Fa
         loss, gradient = jax.value_and_grad(token_loss)(state.adapter, decoder, tokens, remat=remat)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.adapter)
         adapter = optax.apply_updates(state.adapter, updates)
-        metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradient)}
+        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
         return state.replace(
             adapter=adapter, optimizer=optimizer_state, step=state.step + 1
         ), metrics

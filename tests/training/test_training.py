@@ -12,7 +12,7 @@ import pytest
 from idp_jax.config import ConfigError, Data, Lora, Optimizer, Train
 from idp_jax.data import TrainingText
 from idp_jax.formats.io import expand
-from idp_jax.recover import LoraAdapter, SoftPrompt
+from idp_jax.recover import LoraAdapter, PrefixAdapter, SoftPrompt
 from idp_jax.runs import claim
 from idp_jax.sharding import make_mesh, shard, shard_batch
 from idp_jax.training import fit, train
@@ -21,6 +21,13 @@ from tests.helpers import close, quantize_decoder, tiny_decoder, tiny_folder
 
 LENGTH = 16  # tokens of a window
 KEY = jax.random.key(5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optax_promotes():
+    """optax raises floats to int32 powers; our own code is traced strictly in the tests of it."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 @functools.cache
@@ -49,6 +56,8 @@ def start(kind: str = "prompt", decoder=None):
     decoder = model() if decoder is None else decoder
     if kind == "prompt":
         return SoftPrompt.init(decoder, 4, KEY)
+    if kind == "prefix":
+        return PrefixAdapter.init(decoder, 4, KEY)
     return LoraAdapter.init(decoder, 2, KEY)
 
 
@@ -194,7 +203,7 @@ def test_the_learning_rate_rises_and_falls():
 MESHES = {"2x2x2": {"data": 2, "fsdp": 2, "model": 2}, "8x1x1": {"data": 8}}
 
 
-@pytest.fixture(scope="module", params=["prompt", "lora"])
+@pytest.fixture(scope="module", params=["prompt", "prefix", "lora"])
 def on_one_device(request):
     """The kind of adapter and what three steps make of it."""
     return request.param, leaves(train_steps(start(request.param), model())[0])
@@ -243,7 +252,8 @@ def test_recomputed_activations_give_the_same_gradient():
         batch = jnp.asarray(text().validation)
         return jax.jit(jax.grad(loss))(start(), model(), batch)
 
-    found, expected = leaves(gradient(True))[0], leaves(gradient(False))[0]
+    with jax.numpy_dtype_promotion("strict"):
+        found, expected = leaves(gradient(True))[0], leaves(gradient(False))[0]
     assert close(found, expected, 1e-5 * np.abs(expected).max())
 
 
