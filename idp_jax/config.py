@@ -49,15 +49,16 @@ class Compression:
     """For sparsegpt and magnitude: a fraction such as 0.5, or n:m zeros such as 2:4."""
     damping: float = 0.01
     """Added to the Hessian's diagonal, as a fraction of its mean."""
-    block_size: int = 128
-    """Columns between two lazy updates; for sparsegpt also the columns that share a threshold."""
+    block_size: int | None = None
+    """Columns between two lazy updates (gptq, default 32: a matter of speed and rounding alone), or
+    that share a threshold (sparsegpt, default 128)."""
 
     def __post_init__(self):
         _one_of("method", self.method, METHODS)
         _one_of("bits", self.bits, BITS)
         if self.group_size != -1:
             _at_least("group-size", self.group_size, 1)
-        _at_least("block-size", self.block_size, 1)
+        _at_least("block-size", self.columns, 1)
         _at_least("damping", self.damping, 0)
         if self.prunes:
             self.target()
@@ -66,6 +67,12 @@ class Compression:
     def prunes(self) -> bool:
         """Whether the method leaves zeros instead of fewer bits."""
         return self.method in ("sparsegpt", "magnitude")
+
+    @property
+    def columns(self) -> int:
+        """The block size, given or the method's default."""
+        default = 128 if self.prunes else 32
+        return default if self.block_size is None else self.block_size
 
     @property
     def needs_data(self) -> bool:

@@ -229,7 +229,18 @@ class TrainingText:
                 order = np.random.default_rng([self.seed, epoch]).permutation(len(self.local))
                 yield from (self.local[index] for index in order)
             else:
-                texts = documents(self.source, seed=self.seed + epoch, shuffle=True)
-                first = self.held_out if epoch == 0 else 0
-                yield from islice(windows(texts, self.tokenizer, self.length), first, None)
+                yield from self._stream()
             epoch += 1
+
+    def _stream(self) -> Iterator[np.ndarray]:
+        """One pass over a stream. Every pass has the same order: what is held out stays so."""
+        texts = documents(self.source, seed=self.seed, shuffle=True)
+        rest = islice(windows(texts, self.tokenizer, self.length), self.held_out, None)
+        number = 0
+        for number, window in enumerate(rest, 1):
+            yield window
+        if not number:
+            raise ValueError(
+                f"{self.source} gives no window of {self.length} tokens to train on beside the "
+                f"{self.held_out} held out; give more text or fewer --data.validation-windows"
+            )

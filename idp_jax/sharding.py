@@ -140,7 +140,7 @@ def spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> Partiti
         size = 1
         for axis in axes:
             size *= mesh.shape[axis]
-        parts.append(rule if axes and length % size == 0 else None)
+        parts.append(rule if size > 1 and length % size == 0 else None)
     return PartitionSpec(*parts)
 
 

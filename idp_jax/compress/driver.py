@@ -284,7 +284,7 @@ def _quantize(matrices, hessian, settings: Compression):
         dense = dequantize_matrix(quantized)
     else:
         quantized, dense, diagnostics = gptq(
-            stacked, hessian, **grid, damping=settings.damping, block_size=settings.block_size
+            stacked, hessian, **grid, damping=settings.damping, block_size=settings.columns
         )
         row = _row(diagnostics)
     out, first = {}, 0
@@ -308,7 +308,7 @@ def _prune(matrices, hessian, settings: Compression):
                 hessian,
                 **settings.target(),
                 damping=settings.damping,
-                block_size=settings.block_size,
+                block_size=settings.columns,
             )
             row = _row(diagnostics)
         out[name] = (dense, None, {**row, "sparsity": mask.mean(dtype=jnp.float32)})

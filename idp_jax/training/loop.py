@@ -56,8 +56,10 @@ def fit(
     metrics = _Metrics(folder / "metrics.jsonl")
     with ocp.CheckpointManager(folder.absolute() / "checkpoints", options=options) as manager:
         state = _restore(manager, state)
-        first_process(lambda: metrics.drop_after(int(state.step)), "metrics")
-        if not int(state.step):
+        fresh = manager.latest_step() is None
+        last = -1 if fresh else int(state.step)
+        first_process(lambda: metrics.drop_after(last), "metrics")
+        if fresh:
             state = _validate(state, decoder, text, config.batch_size, metrics, manager)
         batches = text.batches(config.batch_size, skip=int(state.step))
         for number in range(int(state.step) + 1, config.steps + 1):
@@ -124,7 +126,7 @@ class _Metrics:
         rows = [
             json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")
         ]
-        kept = [row for row in rows if row["step"] <= step] if step else []
+        kept = [row for row in rows if row["step"] <= step]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, step: int, values: dict[str, float]) -> None:
