@@ -89,7 +89,14 @@ def _calibration(settings: config.Compress, model: Decoder) -> np.ndarray:
     if settings.calibration == SELF:
         wanted = (count + 1) * length
         with bar("sampling calibration text", "tokens") as update:
-            texts = sample_documents(model, tokenizer, wanted, seed=settings.seed, progress=update)
+            texts = sample_documents(
+                model,
+                tokenizer,
+                wanted,
+                document_tokens=min(length, 512),
+                seed=settings.seed,
+                progress=update,
+            )
         return take_windows(iter(texts), tokenizer, length, count, "the model's own text")
     shuffle = settings.order == "random"
     texts = documents(settings.calibration, seed=settings.seed, shuffle=shuffle)

@@ -154,6 +154,8 @@ class Optimizer:
             raise ConfigError(f"--optimizer.learning-rate {self.learning_rate} must be above 0")
         if not 0 <= self.warmup <= 1:
             raise ConfigError(f"--optimizer.warmup {self.warmup} must lie between 0 and 1")
+        if self.clip_norm <= 0:
+            raise ConfigError(f"--optimizer.clip-norm {self.clip_norm} must be above 0")
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,11 @@ class Lora:
     alpha: float = 16.0
     targets: tuple[str, ...] = ("q", "v")
     """Matrices of every block: q k v o gate up down."""
+
+    def __post_init__(self):
+        _at_least("lora.rank", self.rank, 1)
+        if not self.targets:
+            raise ConfigError("--lora.targets must name at least one matrix, such as q")
 
 
 @dataclass(frozen=True)
@@ -338,7 +345,7 @@ class Demo:
     calibration_windows: int = 64
     validation_windows: int = 16
     """Windows held out from training; half choose the best step, half give the perplexity."""
-    train_tokens: int = 40_960
+    train_tokens: int = 30_720
     """Tokens that each prompt, and the LoRA, is trained on."""
     batch_size: int = 4
     """Windows of a training step."""
@@ -380,6 +387,8 @@ def from_yaml(kind: type[T], path: str | Path, **required: Any) -> T:
         tree = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds no settings; give lines such as `seed: 0`")
     return from_dict(kind, {**required, **tree}, str(path))
 
 

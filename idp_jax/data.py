@@ -22,8 +22,7 @@ SELF = "self"
 HUB = "hub:"
 _DOCUMENTS_AT_A_TIME = 256
 _SHUFFLE_BUFFER = 10_000
-_ROWS = 64  # documents that the model writes at a time
-_MAX_TOKENS = 256  # of a document that the model writes
+_ROWS = 128  # documents that the model writes at a time
 _TOP_K = 50
 
 
@@ -108,17 +107,18 @@ def sample_documents(
     tokenizer: Any,
     tokens: int,
     *,
+    document_tokens: int = 128,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
     """Text that the model writes itself, so that no dataset is needed.
 
-    Every document starts from a random token of the vocabulary and is sampled at temperature 1
-    among the 50 likeliest, up to 256
-    tokens. After "LLM-QAT: Data-Free Quantization Aware Training for Large Language Models".
+    Every document starts from a random token of the vocabulary and is sampled at temperature 1 among
+    the 50 likeliest. After "LLM-QAT: Data-Free Quantization Aware Training for Large Language Models".
 
     Args:
         tokens: how many to write, at least.
+        document_tokens: length of a document at most; short ones are written faster.
         progress: called with tokens written and wanted.
     """
     config = model.config
@@ -126,7 +126,7 @@ def sample_documents(
     starts = np.array([i for i in range(config.vocab_size) if i not in special], np.int32)
     rng = np.random.default_rng(seed)
     key = jax.random.key(seed)
-    length = min(_MAX_TOKENS, config.max_positions) - 1
+    length = min(document_tokens, config.max_positions) - 1
     texts, written, rounds = [], 0, 0
     while written < tokens:
         first = rng.choice(starts, (_ROWS, 1))
@@ -236,10 +236,11 @@ class TrainingText:
         """One pass over a stream. Every pass has the same order: what is held out stays so."""
         texts = documents(self.source, seed=self.seed, shuffle=True)
         rest = islice(windows(texts, self.tokenizer, self.length), self.held_out, None)
-        number = 0
-        for number, window in enumerate(rest, 1):
+        empty = True
+        for window in rest:
+            empty = False
             yield window
-        if not number:
+        if empty:
             raise ValueError(
                 f"{self.source} gives no window of {self.length} tokens to train on beside the "
                 f"{self.held_out} held out; give more text or fewer --data.validation-windows"

@@ -132,7 +132,14 @@ def _source(config: Train, out: Path, decoder: Decoder, tokenizer) -> str:
         held_out = 0 if config.data.validation else config.data.validation_windows
         wanted = config.tokens + (held_out + 1) * config.data.sequence_length
         with bar("sampling text from the model", "tokens") as update:
-            texts = sample_documents(teacher, tokenizer, wanted, seed=config.seed, progress=update)
+            texts = sample_documents(
+                teacher,
+                tokenizer,
+                wanted,
+                document_tokens=min(config.data.sequence_length, 512),
+                seed=config.seed,
+                progress=update,
+            )
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
         first_process(lambda: write_text(file, lines), "text")
     return str(file)

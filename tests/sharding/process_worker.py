@@ -1,4 +1,6 @@
-"""One process of a training job, for `test_processes.py`: process_worker.py MODEL TEXT OUT [MESH]."""
+"""One process of a training job, for `test_processes.py`: process_worker.py MODEL TEXT OUT
+[MESH].
+"""
 
 import sys
 
