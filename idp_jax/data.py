@@ -113,8 +113,10 @@ def sample_documents(
 ) -> list[str]:
     """Text that the model writes itself, so that no dataset is needed.
 
-    Every document starts from a random token of the vocabulary and is sampled at temperature 1 among
-    the 50 likeliest. After "LLM-QAT: Data-Free Quantization Aware Training for Large Language Models".
+    Every document starts from a random token of the vocabulary and is sampled at temperature 1
+    among
+    the 50 likeliest. After "LLM-QAT: Data-Free Quantization Aware Training for Large Language
+    Models".
 
     Args:
         tokens: how many to write, at least.

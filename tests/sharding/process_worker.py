@@ -12,8 +12,8 @@ jax.config.update("jax_num_cpu_devices", 2 if MESH else 1)
 if MESH:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
 
-from idp_jax.config import Data, Mesh, Optimizer, Train  # noqa: E402
-from idp_jax.training import train  # noqa: E402
+from idp_jax.config import Data, Mesh, Optimizer, Train
+from idp_jax.training import train
 
 if __name__ == "__main__":
     train(
