@@ -114,8 +114,7 @@ def sample_documents(
     """Text that the model writes itself, so that no dataset is needed.
 
     Every document starts from a random token of the vocabulary and is sampled at temperature 1
-    among
-    the 50 likeliest. After "LLM-QAT: Data-Free Quantization Aware Training for Large Language
+    among the 50 likeliest, after "LLM-QAT: Data-Free Quantization Aware Training for Large Language
     Models".
 
     Args:

@@ -142,7 +142,8 @@ def _reduce(
         weights = jnp.where(mask, weights, -jnp.inf).max(-1)
     else:
         total = jnp.where(mask, weights, 0.0).sum(-1)
-        weights = total / mask.sum(-1).astype(jnp.float32) if columns == "mean" else total
+        tokens = jnp.maximum(mask.sum(-1), 1).astype(jnp.float32)
+        weights = total / tokens if columns == "mean" else total
     counted = inputs.real
     if rows == "last":
         last = jnp.max(jnp.where(counted, jnp.arange(counted.shape[1]), -1), -1, keepdims=True)

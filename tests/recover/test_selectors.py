@@ -220,6 +220,13 @@ def test_ties_go_to_the_first_prompt():
     assert (np.asarray(same.choose(ids)) == 0).all()
 
 
+def test_an_empty_prompt_gets_no_attention():
+    model, pool, ids = case("llama")
+    prefix = Pool([random_prompt(model, 0), pool.prompts[2]]).repair(model).prefix
+    found = np.asarray(scores_of(model, prefix, ids, np.ones_like(ids)))
+    assert (found[:, 0] == 0).all() and (found[:, 1] > 0).all()
+
+
 def test_fixed_and_random_controls():
     model, _, ids = case("llama")
     left, mask = rows(ids, LENGTHS, "left")
