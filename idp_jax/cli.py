@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from idp_jax import config
+from idp_jax import config, config_files
 
 
 def _compress(settings: config.Compress) -> None:
@@ -133,7 +133,7 @@ def _first_paragraph(box: str, program: str) -> str:
 def _with_missing(kind: type, path: str, required: dict[str, Any]) -> Any:
     """The file's settings, with tyro's mark for required ones that are still to come."""
     placeholders = dict.fromkeys(required, "")
-    settings = config.from_yaml(kind, path, **placeholders)
+    settings = config_files.from_yaml(kind, path, **placeholders)
     missing = {
         name: mark for name, mark in required.items() if str(getattr(settings, name)) in ("", ".")
     }

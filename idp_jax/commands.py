@@ -13,7 +13,7 @@ from rich.table import Table
 from idp_jax import config, formats, training
 from idp_jax.compress.driver import StageTimes, check_fit
 from idp_jax.compress.driver import compress as compress_model
-from idp_jax.config import to_dict
+from idp_jax.config_files import to_dict
 from idp_jax.data import SELF, documents, sample_documents, take_windows
 from idp_jax.environment import describe
 from idp_jax.evaluation.perplexity import perplexity, windows_from_text

@@ -1,14 +1,12 @@
-"""Every setting of every command: frozen dataclasses, read from YAML and overridden on the command
-line.
+"""Every setting of every command: frozen dataclasses (read from YAML by `config_files`).
 
 An unknown key or a value out of range is an error of one line. No number is defaulted here that the
 model's own config.json supplies.
 """
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tyro.conf import Positional
 
@@ -362,63 +360,17 @@ class Demo:
     """Training steps between two validations."""
     seed: int = 0
 
-
-T = TypeVar("T")
-
-
-def from_yaml(kind: type[T], path: str | Path, **required: Any) -> T:
-    """Reads a configuration file.
-
-    Args:
-        kind: one of the dataclasses above.
-        required: values for fields that the file leaves out.
-
-    Raises:
-        ConfigError: the file is missing or not YAML, a key is unknown, a value has the wrong
-            type or is out of range.
-    """
-    import yaml
-
-    try:
-        text = Path(path).read_text()
-    except OSError as error:
-        raise ConfigError(f"--config_path {path} cannot be read: {error.strerror}") from error
-    try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds no settings; give lines such as `seed: 0`")
-    return from_dict(kind, {**required, **tree}, str(path))
-
-
-def from_dict(kind: type[T], tree: dict[str, Any], origin: str = "configuration") -> T:
-    """Builds a configuration from nested dictionaries; raises as `from_yaml`."""
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
-
-    strict = ConfigDict(extra="forbid")
-    for name in (Compression, Mesh, Optimizer, Lora, Data, kind):
-        name.__pydantic_config__ = strict  # type: ignore[attr-defined]
-    try:
-        return TypeAdapter(kind).validate_python(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "unexpected_keyword_argument":
-            raise ConfigError(f"{origin}: unknown key {where!r}") from None
-        reason = first["msg"].removeprefix("Value error, ")
-        value = "" if first["type"] == "value_error" else f" (got {first['input']!r})"
-        raise ConfigError(f"{origin}: {where + ': ' if where else ''}{reason}{value}") from None
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain YAML and JSON types."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        return str(value) if isinstance(value, Path) else value
-
-    return plain(dataclasses.asdict(config))
+    def __post_init__(self):
+        for name in (
+            "calibration_windows",
+            "batch_size",
+            "short_length",
+            "long_length",
+            "evaluate_every",
+        ):
+            _at_least(name.replace("_", "-"), getattr(self, name), 1)
+        _at_least("sequence-length", self.sequence_length, 2)
+        _at_least("validation-windows", self.validation_windows, 2)
+        _at_least("train-tokens", self.train_tokens, self.batch_size * self.sequence_length)
+        if self.items is not None:
+            _at_least("items", self.items, 1)

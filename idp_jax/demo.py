@@ -19,6 +19,7 @@ from rich.table import Table
 
 from idp_jax import commands, config, formats, training
 from idp_jax.analysis.figures import comparison
+from idp_jax.config_files import to_dict
 from idp_jax.data import sample_documents
 from idp_jax.environment import describe
 from idp_jax.evaluation.latency import latency
@@ -56,7 +57,7 @@ def run(settings: config.Demo) -> dict[str, Any]:
     results = {
         "variants": rows,
         "budget": _budget(settings),
-        "config": config.to_dict(settings),
+        "config": to_dict(settings),
         "environment": describe(),
         "seconds_of_this_call": time.perf_counter() - started,
     }
@@ -116,7 +117,7 @@ def _compress(settings: config.Demo, texts: dict[str, Path]) -> Path:
                 samples=settings.calibration_windows,
                 sequence_length=settings.sequence_length,
                 batch_size=16,
-                **config.to_dict(settings.compression),
+                **to_dict(settings.compression),
             )
         )
     return out

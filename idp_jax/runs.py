@@ -5,7 +5,8 @@ from typing import Any
 
 import yaml
 
-from idp_jax.config import ConfigError, to_dict
+from idp_jax.config import ConfigError
+from idp_jax.config_files import to_dict
 from idp_jax.files import write_text
 
 

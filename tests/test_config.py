@@ -15,10 +15,8 @@ from idp_jax.config import (
     Demo,
     Evaluate,
     Train,
-    from_dict,
-    from_yaml,
-    to_dict,
 )
+from idp_jax.config_files import from_dict, from_yaml, to_dict
 
 ROOT = Path(__file__).parents[1]
 KINDS = {"compress": Compress, "train": Train, "configs": Demo, "eval": Evaluate}

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import datasets
 import lm_eval
@@ -61,23 +62,9 @@ def evaluate(
     Raises:
         ValueError: an unknown task, or one without rows in `task_data`.
     """
-    datasets.disable_progress_bars()
     loaded = local_tasks(tasks, task_data)
     model = HarnessLM(repaired, tokenizer, batch_size, max_length, seed=seed, verbose=verbose)
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it reports every setting as a warning
-    # The harness's decorators hide its signature from type checkers.
-    found: Any = cast(Any, lm_eval.simple_evaluate)(
-        model=model,
-        tasks=loaded,
-        task_manager=task_manager(),
-        num_fewshot=num_fewshot,
-        limit=limit,
-        bootstrap_iters=0,  # intervals are ours
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
-    )
+    found = _run_harness(model, loaded, seed, num_fewshot=num_fewshot, limit=limit)
     samples = {task: _item_scores(rows) for task, rows in found["samples"].items()}
     rows = {task: _task_row(found, task, samples[task]) for task in samples}
     main = [next((row[name] for name in ACCURACIES if name in row), None) for row in rows.values()]
@@ -90,6 +77,26 @@ def evaluate(
         "prompt_choices": _histograms(model),
         "harness": version("lm_eval"),
     }
+
+
+def _run_harness(model: HarnessLM, tasks: list, seed: int, **options: Any) -> dict[str, Any]:
+    """The harness's own evaluation, without what it prints on its own account."""
+    datasets.disable_progress_bars()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it reports every setting as a warning
+    # It asks git for the commit of the current folder, which need not be a checkout.
+    with mock.patch("lm_eval.evaluator.get_git_commit_hash", return_value=None):
+        # The harness's decorators hide its signature from type checkers.
+        return cast(Any, lm_eval.simple_evaluate)(
+            model=model,
+            tasks=tasks,
+            task_manager=task_manager(),
+            bootstrap_iters=0,  # intervals are ours
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+            **options,
+        )
 
 
 def _metrics(row: dict[str, Any]) -> dict[str, float]:

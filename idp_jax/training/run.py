@@ -15,7 +15,8 @@ from typing import Any
 import jax
 
 from idp_jax import formats
-from idp_jax.config import Train, to_dict
+from idp_jax.config import Train
+from idp_jax.config_files import to_dict
 from idp_jax.data import SELF, TrainingText, sample_documents
 from idp_jax.environment import describe
 from idp_jax.files import write_text
