@@ -54,7 +54,7 @@ def comparison(variants: list[dict[str, Any]], title: str, path: Path) -> None:
     if pool:
         bars = axes[2].bar(list(pool["choices"]), list(pool["choices"].values()), color=_REPAIRED)
         axes[2].bar_label(bars, padding=2)
-        axes[2].set(title="prompts chosen by the pool", ylabel="questions")
+        axes[2].set(title="choices of the pool", ylabel="questions")
         axes[2].spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
