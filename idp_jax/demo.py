@@ -45,8 +45,10 @@ def run(settings: config.Demo) -> dict[str, Any]:
         The contents of results.json.
 
     Raises:
+        CheckpointError: there is no such model.
         ConfigError: the folder holds a demo with other settings.
     """
+    formats.resolve(settings.model)  # a model that is not there leaves no folder behind
     claim(settings.out, settings)
     started = time.perf_counter()
     dense = _Lazy(lambda: formats.load_model(settings.model, progress=tracker("loading")))
