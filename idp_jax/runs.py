@@ -10,14 +10,18 @@ from idp_jax.config_files import to_dict
 from idp_jax.files import write_text
 
 
-def claim(out: Path, settings: Any) -> None:
+def claim(out: Path, settings: Any, *, free: tuple[str, ...] = ("out",), **facts: str) -> None:
     """Writes the resolved configuration to `out`/config.yaml, or checks that the job found there
     has the same.
+
+    Args:
+        free: settings that may change from call to call.
+        facts: what else must stay as it is.
 
     Raises:
         ConfigError: the folder holds something else, or a job with another configuration.
     """
-    wanted = to_dict(settings)
+    wanted = {**to_dict(settings), **facts}
     file = out / "config.yaml"
     if not file.is_file():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -26,7 +30,7 @@ def claim(out: Path, settings: Any) -> None:
         return
     found = yaml.safe_load(file.read_text()) or {}
     for key in sorted(set(found) | set(wanted)):
-        if key != "out" and found.get(key) != wanted.get(key):
+        if key not in free and found.get(key) != wanted.get(key):
             raise ConfigError(
                 f"{out} holds a run with {key} = {found.get(key)!r}, this one has "
                 f"{wanted.get(key)!r}; "

@@ -1,36 +1,32 @@
 """Walks a model block by block, each block fed with what the compressed ones before it put out.
 
-One staged pass per block: the matrices of a stage (q, k, v | o | gate, up | down) read the same
-input, so they share one Hessian; once a
-stage is compressed, the next one's inputs are computed with it. A block therefore costs one forward
-pass, and every
-Hessian is measured on what the matrix will really see.
+A block is compressed stage by stage (flow.py); a stage's matrices share one Hessian (matrices.py).
+The invariant: nothing falls back in silence. A matrix whose Hessian cannot be factorised, or that
+ends worse than plain rounding or magnitude pruning, stops the walk unless it is allowed by name.
 """
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from idp_jax.compress.gptq import gptq
-from idp_jax.compress.grid import QuantizedMatrix, dequantize_matrix
-from idp_jax.compress.hessian import accumulate, empty_state, relative_output_error
-from idp_jax.compress.magnitude import magnitude
-from idp_jax.compress.rtn import rtn
-from idp_jax.compress.sparsegpt import sparsegpt
+from idp_jax.compress.flow import Flow
+from idp_jax.compress.matrices import compress_matrices
+from idp_jax.compress.rules import allowed_worse, settings_by_name
 from idp_jax.config import Compression, ConfigError
-from idp_jax.kernels.quant_matmul.packing import pack
-from idp_jax.models.block import STAGES, Block, layer_slice, stack_layers
+from idp_jax.formats import hf
+from idp_jax.models.block import STAGES, Block, layer_slice
+from idp_jax.models.config import ModelConfig
 from idp_jax.models.decoder import Decoder
-from idp_jax.sharding import shard_batch
 from idp_jax.weights import Dense, Quantized
+
+# What float32 sums may differ by between two equally good results.
+_TOLERANCE = 1e-3
 
 
 class CompressionError(ValueError):
@@ -52,16 +48,6 @@ class StageTimes:
         self.seconds[name] += time.perf_counter() - start
 
 
-@dataclass
-class _Flow:
-    """The calibration text on its way through the model, in micro-batches: residual streams and
-    contexts.
-    """
-
-    streams: list[jax.Array]
-    contexts: list[Any]
-
-
 def compress(
     model: Decoder,
     settings: Compression,
@@ -72,268 +58,187 @@ def compress(
     progress: Callable = iter,
     times: StageTimes | None = None,
 ) -> tuple[Decoder, list[dict[str, Any]]]:
-    """Compresses every matrix of every block; embeddings, norms and the head stay as they are.
+    """Compresses every matrix of every block of a model in memory; embeddings, norms and the head
+    stay as they are.
 
     Args:
         model: with dense matrices.
         settings: method and its numbers.
-        tokens: int [samples, T] calibration windows, for gptq and sparsegpt.
+        tokens: int [samples, T] calibration windows, for methods that need them.
         batch_size: windows that go through the model at a time.
-        mesh: where the calibration text is cut over `data`.
+        mesh: where the calibration text is cut over `data`, the rows of matrices over `model`.
         progress: wraps the iteration over layers.
         times: filled with the seconds of forward, Hessian and core.
 
     Returns:
-        The compressed model, and for each matrix what was done: damping, retries, dead columns,
-            relative output error.
+        The compressed model, and for each matrix what was done: settings, damping, retries, dead
+            columns, relative output error and that of the baseline.
 
     Raises:
-        ConfigError: a group size or pattern that does not fit a matrix.
-        CompressionError: a matrix without a usable Hessian.
+        ConfigError: a group size, pattern or rule that does not fit the model.
+        CompressionError: a matrix without a usable Hessian, or worse than its baseline.
     """
-    check_fit(model, settings)
+    names = model.layers.weight_names
+    packed = [n for n in names if not isinstance(getattr(model.layers, n), Dense)]
+    if packed:
+        raise ConfigError(f"matrix {packed[0]} is packed already; compress the uncompressed model")
+    by_name = resolve_settings(model.config, settings)
     times = StageTimes() if times is None else times
-    if settings.needs_data and tokens is None:
-        raise ConfigError(f"--method {settings.method} needs calibration text; give --calibration")
     flow = None
-    if tokens is not None and settings.needs_data:
-        flow = _start(model, tokens, batch_size, mesh)
+    if needs_data(by_name):
+        if tokens is None:
+            raise ConfigError(
+                f"--method {settings.method} needs calibration text; give --calibration"
+            )
+        flow = Flow(model, tokens, batch_size, mesh)
     blocks, report = [], []
     for layer in progress(range(model.config.num_layers)):
         block = layer_slice(model.layers, layer)
-        block, rows = _compress_block(block, settings, flow, times)
-        for row in rows:
-            report.append({"layer": layer, **row})
-            _check(report[-1])
+        block, rows = compress_block(block, layer, by_name, settings, flow, times)
+        report.extend(rows)
         blocks.append(jax.tree.map(np.asarray, block))
-    return model.with_layers(stack_layers(blocks)), report
+    return model.with_layers(hf.stack(blocks)), report
 
 
-def check_fit(model: Decoder, settings: Compression) -> None:
-    """Refuses settings that some matrix of the model cannot take, before any work is done.
+def resolve_settings(
+    config: ModelConfig, settings: Compression
+) -> dict[tuple[int, str], Compression | None]:
+    """The settings of every matrix, by layer and name, after the rules; None leaves it as it is.
 
     Raises:
-        ConfigError: naming the matrix.
+        ConfigError: a rule that matches nothing, or settings that a matrix cannot take.
     """
-    for name in model.layers.weight_names:
-        weight = getattr(model.layers, name)
-        if not isinstance(weight, Dense):
-            raise ConfigError(f"matrix {name} is packed already; compress the uncompressed model")
-        inputs, outputs = weight.kernel[...].shape[-2:]
-        if settings.prunes:
-            _, run = settings.target().get("pattern", (0, 1))
-            if inputs % run:
-                raise ConfigError(
-                    f"--sparsity {settings.sparsity} needs multiples of {run}; {name} has "
-                    f"{inputs} inputs"
-                )
-            continue
-        if settings.group_size != -1 and inputs % settings.group_size:
-            sizes = [size for size in (32, 64, 128) if inputs % size == 0]
-            raise ConfigError(
-                f"--group-size {settings.group_size} does not divide the {inputs} inputs of "
-                f"matrix {name}; "
-                f"use {', '.join(map(str, [*sizes, -1]))}"
-            )
-        if inputs % 32 or outputs % 32:
-            raise ConfigError(
-                f"matrix {name} of {inputs} x {outputs} cannot be packed: GPTQ files need "
-                "multiples of 32"
-            )
+    modules = hf.module_names(config)
+    by_module = settings_by_name(settings, list(modules.values()))
+    shapes = hf.matrix_shapes(config)
+    resolved = {}
+    for (layer, name), module in modules.items():
+        own = by_module[module]
+        if own is not None:
+            _check_fit(module, shapes[name], own)
+        resolved[layer, name] = own
+    return resolved
 
 
-def _start(model: Decoder, tokens: np.ndarray, batch_size: int, mesh) -> _Flow:
-    streams, contexts = [], []
-    begin = jax.jit(lambda model, ids: model.start(model.embed(ids))[:2])
-    for first in range(0, len(tokens), batch_size):
-        ids = shard_batch(np.asarray(tokens[first : first + batch_size], np.int32), mesh)
-        h, context = begin(model, ids)
-        streams.append(h)
-        contexts.append(context)
-    return _Flow(streams, contexts)
+def needs_data(by_name: Mapping[Any, Compression | None]) -> bool:
+    """Whether any matrix needs calibration text."""
+    return any(own is not None and own.needs_data for own in by_name.values())
 
 
-def _compress_block(
-    block: Block, settings: Compression, flow: _Flow | None, times: StageTimes
+def _check_fit(module: str, shape: tuple[int, int], settings: Compression) -> None:
+    """Refuses settings that a matrix [out, in] cannot take, before any work is done."""
+    outputs, inputs = shape
+    group = inputs if settings.group_size == -1 else settings.group_size
+    if settings.quantizes and inputs % group:
+        sizes = [size for size in (32, 64, 128) if inputs % size == 0]
+        raise ConfigError(
+            f"--group-size {group} does not divide the {inputs} inputs of {module}; "
+            f"use {', '.join(map(str, [*sizes, -1]))}, or a rule for this matrix"
+        )
+    _, run = settings.target().get("pattern", (0, 1))
+    if inputs % run or (settings.quantizes and group % run):
+        raise ConfigError(
+            f"--sparsity {settings.sparsity} needs inputs and groups that are multiples of {run}; "
+            f"{module} has {inputs} inputs in groups of {group}"
+        )
+    if settings.quantizes and (inputs % 32 or outputs % 32):
+        raise ConfigError(
+            f"{module} of {inputs} x {outputs} cannot be packed: the files need multiples of 32; "
+            'give the rule "REGEX skip" for it'
+        )
+
+
+def compress_block(
+    block: Block,
+    layer: int,
+    by_name: Mapping[tuple[int, str], Compression | None],
+    settings: Compression,
+    flow: Flow | None,
+    times: StageTimes,
 ) -> tuple[Block, list[dict[str, Any]]]:
-    """Compresses one block and moves the flow behind it."""
-    stored, rows, kept = {}, [], None
+    """Compresses one block and moves the flow behind it.
+
+    Args:
+        by_name: from `resolve_settings`.
+        settings: of the run, for what is allowed.
+
+    Returns:
+        The block as it is to be stored, and its rows of the report.
+
+    Raises:
+        CompressionError: a matrix without a usable Hessian, or worse than its baseline.
+    """
+    stored, rows = {}, []
+    modules = hf.module_names(block.config)
     for stage, names in enumerate(STAGES):
         names = tuple(name for name in names if getattr(block, name) is not None)
-        inputs = None
+        own = {name: by_name[layer, name] for name in names}
+        hessian = None
         if flow is not None:
-            with times.measure("forward") as done:
-                kept, inputs = _stage_inputs(stage, block, flow, kept)
-                done.append(inputs)
-        with times.measure("hessian") as done:
-            hessian = None if inputs is None else _hessian(inputs)
-            done.append(hessian)
+            with times.measure("forward"):
+                flow.enter(stage, block)
+                flow.wait()
+        if flow is not None and any(own.values()):
+            with times.measure("hessian") as done:
+                hessian = flow.hessian(stage, block)
+                done.append(hessian)
         with times.measure("core") as done:
-            for name, result in _compress_stage(block, names, hessian, settings).items():
-                running, stored[name], row = result
-                block = block.replace(**{name: running})
-                rows.append({"matrix": name, **row})
-            done.append(stored)
+            weights = {name: getattr(block, name) for name in names}
+            results = compress_matrices(weights, hessian, own)
+            done.append(results)
+        for name, result in results.items():
+            row = {"layer": layer, "matrix": name, "module": modules[layer, name]}
+            rows.append(row | _described(own[name]) | _numbers(result.row))
+            _check(rows[-1], settings)
+        stored |= {name: result.weight for name, result in results.items()}
+        if flow is not None:
+            block = block.replace(**{name: running(stored[name], flow.dtype) for name in names})
     if flow is not None:
-        with times.measure("forward") as done:
-            flow.streams = [
-                _output(block, h, m) for h, m in zip(flow.streams, kept or [], strict=True)
-            ]
-            done.append(flow.streams)
+        with times.measure("forward"):
+            flow.leave(block)
+            flow.wait()
     return block.replace(**stored), rows
 
 
-@jax.jit
-def _attention_inputs(block: Block, h):
-    return block.attention_input(h)
-
-
-@jax.jit
-def _attention_outputs(block: Block, x, context):
-    return block.attention_output(x, context)[0]
-
-
-@jax.jit
-def _mlp_inputs(block: Block, h, attended):
-    return block.mlp_input(h, attended)
-
-
-@jax.jit
-def _mlp_hidden(block: Block, x):
-    return block.mlp_hidden(x)
-
-
-@jax.jit
-def _output(block: Block, h, hidden):
-    return block.output(h, hidden)
-
-
-def _stage_inputs(stage: int, block: Block, flow: _Flow, kept: list | None):
-    """What the matrices of a stage read, per micro-batch; returned twice, as `kept` for the stage
-    after it.
+@partial(jax.jit, static_argnames="dtype")
+def running(stored: Dense | Quantized, dtype: str) -> Dense:
+    """A matrix as the calibration pass runs it: expanded from what is stored, so that a block read
+    back from disk runs alike.
     """
-    if stage == 0:
-        inputs = [_attention_inputs(block, h) for h in flow.streams]
-    elif stage == 1:
-        pairs = zip(kept or [], flow.contexts, strict=True)
-        inputs = [_attention_outputs(block, x, context) for x, context in pairs]
-    elif stage == 2:
-        pairs = zip(flow.streams, kept or [], strict=True)
-        both = [_mlp_inputs(block, h, attended) for h, attended in pairs]
-        flow.streams = [h for h, _ in both]
-        inputs = [x for _, x in both]
-    else:
-        inputs = [_mlp_hidden(block, x) for x in kept or []]
-    return inputs, inputs
+    return Dense(stored.dense(dtype), None if stored.bias is None else stored.bias[...])
 
 
-@jax.jit
-def _accumulate(state, x):
-    return accumulate(state, x.reshape(-1, x.shape[-1]))
+def _described(settings: Compression | None) -> dict[str, Any]:
+    if settings is None:
+        return {"method": "skip"}
+    row: dict[str, Any] = {"method": settings.method}
+    if settings.quantizes:
+        row |= {"bits": settings.bits, "group_size": settings.group_size}
+    return row
 
 
-def _hessian(inputs: list[jax.Array]) -> jax.Array:
-    state = empty_state(inputs[0].shape[-1])
-    for x in inputs:
-        state = _accumulate(state, x)
-    return state.hessian
-
-
-def _compress_stage(block: Block, names: tuple[str, ...], hessian, settings: Compression):
-    """name -> (the weight to run on, the weight to store, the report's row)."""
-    kernels = {name: getattr(block, name).kernel[...] for name in names}
-    biases = {name: getattr(block, name).bias for name in names}
-    matrices = {name: kernel.astype(jnp.float32).T for name, kernel in kernels.items()}
-    core = _prune if settings.prunes else _quantize
-    results = core(matrices, hessian, settings)
-    out = {}
-    for name, (dense, matrix, row) in results.items():
-        bias = None if biases[name] is None else biases[name][...]
-        running = Dense(dense.T.astype(kernels[name].dtype), bias)
-        packed = running if matrix is None else _packed(matrix, settings.bits, bias)
-        if hessian is not None:
-            row["relative_error"] = _relative_error(matrices[name], dense, hessian)
-        out[name] = (running, packed, row)
-    return out
-
-
-_relative_error = jax.jit(relative_output_error)
-
-
-@partial(jax.jit, static_argnames="bits")
-def _packed(matrix: QuantizedMatrix, bits: int, bias) -> Quantized:
-    words = pack(matrix.codes.T, bits, axis=0)
-    return Quantized(
-        words, matrix.scales.T.astype(jnp.float16), matrix.zeros.T, bits=bits, bias=bias
-    )
-
-
-def _quantize(matrices, hessian, settings: Compression):
-    """All matrices of a stage in one call: rows are independent, and the factor of H serves them
-    all.
-    """
-    stacked = jnp.concatenate(list(matrices.values()), 0)
-    grid = {
-        "bits": settings.bits,
-        "group_size": settings.group_size,
-        "symmetric": settings.symmetric,
-    }
-    row: dict[str, Any] = {}
-    if settings.method == "rtn":
-        quantized = rtn(stacked, **grid)
-        dense = dequantize_matrix(quantized)
-    else:
-        quantized, dense, diagnostics = gptq(
-            stacked, hessian, **grid, damping=settings.damping, block_size=settings.columns
-        )
-        row = _row(diagnostics)
-    out, first = {}, 0
-    for name, matrix in matrices.items():
-        part = slice(first, first + matrix.shape[0])
-        out[name] = (dense[part], QuantizedMatrix(*(x[part] for x in quantized)), dict(row))
-        first = part.stop
-    return out
-
-
-def _prune(matrices, hessian, settings: Compression):
-    """Matrix by matrix: an unstructured threshold belongs to one matrix."""
-    out = {}
-    for name, matrix in matrices.items():
-        if settings.method == "magnitude":
-            dense, mask = magnitude(matrix, **settings.target())
-            row: dict[str, Any] = {}
-        else:
-            dense, mask, diagnostics = sparsegpt(
-                matrix,
-                hessian,
-                **settings.target(),
-                damping=settings.damping,
-                block_size=settings.columns,
-            )
-            row = _row(diagnostics)
-        out[name] = (dense, None, {**row, "sparsity": mask.mean(dtype=jnp.float32)})
-    return out
-
-
-def _row(diagnostics) -> dict[str, Any]:
-    return {
-        "damping": diagnostics.damping_used,
-        "retries": diagnostics.retries,
-        "dead_columns": diagnostics.dead_columns,
-    }
-
-
-def _check(row: dict[str, Any]) -> None:
-    """Turns a row's device scalars into numbers and refuses a matrix whose Hessian could not be
-    factorised.
-    """
+def _numbers(row: dict[str, Any]) -> dict[str, Any]:
+    """Device scalars as numbers."""
+    numbers = {}
     for key, value in row.items():
-        if isinstance(value, jax.Array):
-            number = value.item()
-            row[key] = int(number) if isinstance(number, int) else float(f"{number:.6g}")
-    if not np.isfinite(row.get("damping", 0.0)) or not np.isfinite(row.get("relative_error", 0.0)):
+        number = value.item()
+        numbers[key] = number if isinstance(number, int) else float(f"{number:.6g}")
+    return numbers
+
+
+def _check(row: dict[str, Any], settings: Compression) -> None:
+    """Refuses a matrix whose Hessian could not be factorised, or that is worse than it need be."""
+    module, error = row["module"], row.get("relative_error", 0.0)
+    if not np.isfinite(row.get("damping", 0.0)) or not np.isfinite(error):
         raise CompressionError(
-            f"the Hessian of layer {row['layer']} matrix {row['matrix']} is not positive definite "
-            "at any damping tried; "
-            "give more calibration text or a larger --damping"
+            f"the Hessian of {module} is not positive definite at any damping tried; give more "
+            "calibration text or a larger --damping"
+        )
+    baseline = row.get("baseline_error", np.inf)
+    if error > baseline * (1 + _TOLERANCE) and not allowed_worse(settings, module):
+        kind = "rounding to nearest" if settings.quantizes else "magnitude pruning"
+        raise CompressionError(
+            f"{module} ends with a relative output error of {error:g}, {kind} alone with "
+            f"{baseline:g}; give more calibration text or a larger --damping, or allow it with "
+            f"--allow-worse '{module}'"
         )

@@ -16,6 +16,9 @@ GRID_BITS = (2, 3, 4, 8)
 # as inf or 0.
 _LARGEST_SCALE = 65504.0
 _SMALLEST_SCALE = 2.0**-24
+# The search for the best range: how many widths, down to which part of the min-max range is cut off.
+_SHRINK_STEPS = 32
+_LARGEST_SHRINK = 0.8
 
 
 class QuantizedMatrix(NamedTuple):
@@ -30,14 +33,18 @@ class QuantizedMatrix(NamedTuple):
     zeros: jax.Array
 
 
-def find_grid(weights: jax.Array, bits: int, symmetric: bool) -> tuple[jax.Array, jax.Array]:
-    """Min-max grid of every row.
+def find_grid(
+    weights: jax.Array, bits: int, symmetric: bool, importance: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Grid of every row: min-max, or the shrunken one that rounds with the least error.
 
     Args:
       weights: float32 [O, I], the columns of one group.
       bits: 2, 3, 4 or 8.
       symmetric: whether the range is [-max|w|, max|w|] with the zero at 2^(bits - 1), not [min(w,
         0), max(w, 0)].
+      importance: float32 [I], what a squared error of each column costs; given, the range is
+        searched for the least cost (`_SHRINK_STEPS` widths down to 1 - `_LARGEST_SHRINK` of min-max), otherwise it is min-max.
 
     Returns:
       scale [O] and zero [O], float32.
@@ -54,6 +61,26 @@ def find_grid(weights: jax.Array, bits: int, symmetric: bool) -> tuple[jax.Array
         low = -high
     empty = (low == 0.0) & (high == 0.0)
     low, high = jnp.where(empty, -1.0, low), jnp.where(empty, 1.0, high)
+    if importance is None:
+        return _grid_of_range(low, high, bits, symmetric)
+
+    def try_width(step: jax.Array, best):
+        width = 1.0 - step.astype(jnp.float32) * (_LARGEST_SHRINK / _SHRINK_STEPS)
+        scale, zero = _grid_of_range(low * width, high * width, bits, symmetric)
+        codes = quantize(weights, scale[:, None], zero[:, None], bits)
+        off = weights - dequantize(codes, scale[:, None], zero[:, None])
+        cost = jnp.sum(jnp.square(off) * importance, axis=1)
+        better = cost < best[0]
+        return tuple(jnp.where(better, a, b) for a, b in zip((cost, scale, zero), best, strict=True))
+
+    start = (jnp.full_like(low, jnp.inf), *_grid_of_range(low, high, bits, symmetric))
+    _, scale, zero = jax.lax.fori_loop(0, _SHRINK_STEPS, try_width, start)
+    return scale, zero
+
+
+def _grid_of_range(
+    low: jax.Array, high: jax.Array, bits: int, symmetric: bool
+) -> tuple[jax.Array, jax.Array]:
     levels = float(2**bits - 1)
     scale = jnp.clip((high - low) / levels, _SMALLEST_SCALE, _LARGEST_SCALE)
     scale = scale.astype(jnp.float16).astype(jnp.float32)

@@ -1,0 +1,242 @@
+"""`idp-jax compress`: from a checkpoint to a compressed checkpoint, with one block in memory.
+
+A block is read, compressed, and written under its final name when it is complete. While the job
+runs, everything lies in OUT.partial: `model/` grows into the result, the rest is what a job that
+was killed needs to go on (its settings, the calibration tokens, a report for each block). The
+invariant: a job that goes on ends with the same bits as one that was never stopped, because
+finished blocks are read back and the text is taken through them by the same code.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from idp_jax import formats
+from idp_jax.compress.driver import (
+    StageTimes,
+    compress_block,
+    needs_data,
+    resolve_settings,
+    running,
+)
+from idp_jax.compress.flow import Flow, pass_through
+from idp_jax.config import Compress, Compression, ConfigError
+from idp_jax.data import SELF, documents, sample_documents, take_windows
+from idp_jax.environment import peak_memory
+from idp_jax.files import fingerprint, write_file, write_text
+from idp_jax.formats import hf
+from idp_jax.formats.io import write_settings
+from idp_jax.formats.names import module_names
+from idp_jax.formats.quantization import Packing, write_config
+from idp_jax.formats.source import open_source, part_of
+from idp_jax.models.block import Block
+from idp_jax.progress import bar
+from idp_jax.runs import claim
+from idp_jax.sharding import first_process, gather, shard
+
+# What may change between two calls that work on the same job.
+_FREE = ("out", "overwrite", "plan", "allow_worse")
+
+
+class Job:
+    """One compression job: its model, its settings matrix by matrix, and its folders.
+
+    Raises:
+        CheckpointError: the model cannot be read.
+        ConfigError: settings that do not fit the model.
+    """
+
+    def __init__(self, settings: Compress, mesh: jax.sharding.Mesh | None = None):
+        if settings.out is None:
+            raise ConfigError("--out is missing: give the folder of the compressed model")
+        self.settings, self.mesh, self.out = settings, mesh, settings.out
+        self.source = open_source(settings.model)
+        if self.source.quantization is not None:
+            raise ConfigError(f"{settings.model} is packed already; compress the original model")
+        # Matrices keep the checkpoint's dtype until they are used.
+        self.reader = hf.Reader(self.source, "auto")
+        self.config = self.reader.config
+        self.by_name = resolve_settings(self.config, settings)
+        if needs_data(self.by_name) and settings.sequence_length > self.config.max_positions:
+            raise ConfigError(
+                f"--sequence-length {settings.sequence_length} exceeds the model's "
+                f"{self.config.max_positions} positions"
+            )
+        self.quantization = _announced(settings, self.by_name, module_names(self.config))
+        self.folder = self.out.with_name(self.out.name + ".partial")
+        self.model = self.folder / "model"
+
+    def start(self) -> int:
+        """Claims the job's folder; returns how many blocks an earlier call has finished there.
+
+        Raises:
+            ConfigError: the folder holds a job with other settings or another model.
+            ValueError: `out` exists.
+        """
+        if self.out.exists() and self.folder.exists() and not self.model.exists():
+            shutil.rmtree(self.folder)  # killed between the last rename and the clearing up
+        formats.check_absent(self.out, overwrite=self.settings.overwrite)
+        model = fingerprint(self.source.path)
+
+        def prepare() -> None:
+            claim(self.folder, self.settings, free=_FREE, model_fingerprint=model)
+            self.model.mkdir(exist_ok=True)
+
+        first_process(prepare, "compress: start")
+        return sum(self._shard(layer).is_file() for layer in range(self.config.num_layers))
+
+    def run(self, times: StageTimes, *, progress: Callable = iter) -> list[dict[str, Any]]:
+        """Compresses what is not yet compressed; returns the report, a row for every matrix.
+
+        Raises:
+            CompressionError: see `driver.compress_block`; what was finished before stays.
+        """
+        flow = None
+        if needs_data(self.by_name):
+            with times.measure("calibration text"):
+                tokens = self._tokens()
+            with times.measure("forward"):
+                outer = hf.Reader(self.source, self.settings.dtype).without_layers()
+                flow = Flow(shard(outer, self.mesh), tokens, self.settings.batch_size, self.mesh)
+                flow.wait()
+                del outer
+        for layer in progress(range(self.config.num_layers)):
+            if self._shard(layer).is_file():
+                with times.measure("forward"):
+                    if flow is not None:
+                        pass_through(flow, self._finished(layer, flow.dtype))
+                continue
+            with times.measure("load"):
+                block = jax.block_until_ready(shard(self.reader.block(layer), self.mesh))
+            started = time.perf_counter()
+            block, rows = compress_block(block, layer, self.by_name, self.settings, flow, times)
+            seconds = time.perf_counter() - started
+            with times.measure("save"):
+                self._write(layer, block, {"seconds": seconds, "matrices": rows})
+        reports = [self._report(layer) for layer in range(self.config.num_layers)]
+        return [row for report in reports for row in json.loads(report.read_text())["matrices"]]
+
+    def finish(self, report: dict[str, Any]) -> None:
+        """Writes what is not a block, and gives the folder its name."""
+
+        def write() -> None:
+            outer = self.reader.without_layers()
+            dtype = np.asarray(outer.embedding[...]).dtype
+            write_file(self._file(0), lambda path: _save(hf.outer_tensors(outer), path))
+            self._write_index()
+            write_settings(self.model, self.settings.model, self.quantization, dtype)
+            write_text(self.model / "compression.json", json.dumps(report, indent=2))
+            if self.out.exists():
+                shutil.rmtree(self.out) if self.out.is_dir() else self.out.unlink()
+            self.model.rename(self.out)
+            shutil.rmtree(self.folder)
+
+        first_process(write, "compress: finish")
+
+    def _tokens(self) -> np.ndarray:
+        """int32 [samples, T]; kept in the folder, so that a job that goes on reads the same."""
+        file = self.folder / "calibration.npy"
+
+        def write() -> None:
+            tokens = np.asarray(calibration_tokens(self.settings), np.int32)
+            write_file(file, lambda path: np.save(path.open("wb"), tokens))
+
+        if not file.is_file():
+            first_process(write, "compress: calibration")
+        return np.load(file)
+
+    def _file(self, number: int) -> Path:
+        count = self.config.num_layers + 1
+        return self.model / f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+    def _shard(self, layer: int) -> Path:
+        return self._file(layer + 1)
+
+    def _report(self, layer: int) -> Path:
+        return self.folder / f"layer-{layer:05d}.json"
+
+    def _finished(self, layer: int, dtype: str) -> Block:
+        """A finished block as the calibration pass runs it."""
+        source = part_of(self.source, self._shard(layer), self.quantization)
+        block = shard(hf.Reader(source, "auto").block(layer), self.mesh)
+        return block.replace(**{n: running(getattr(block, n), dtype) for n in block.weight_names})
+
+    def _write(self, layer: int, block: Block, report: dict[str, Any]) -> None:
+        """Writes a block's report, then its tensors, whose file says that the block is finished."""
+        block = jax.tree.map(np.asarray, gather(block))
+
+        def write() -> None:
+            write_text(self._report(layer), json.dumps(report))
+            tensors = hf.block_tensors(self.config, layer, block, self.settings.form)
+            write_file(self._shard(layer), lambda path: _save(tensors, path))
+
+        first_process(write, f"compress: layer {layer}")
+
+    def _write_index(self) -> None:
+        from safetensors import safe_open
+
+        places, size = {}, 0
+        for number in range(self.config.num_layers + 1):
+            file = self._file(number)
+            size += file.stat().st_size
+            with safe_open(file, "np") as handle:
+                places |= dict.fromkeys(handle.keys(), file.name)
+        index = {"metadata": {"total_size": size}, "weight_map": places}
+        write_text(self.model / "model.safetensors.index.json", json.dumps(index, indent=2))
+
+
+def _save(tensors: Iterator[tuple[str, np.ndarray]], path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors}
+    save_file(contiguous, path, metadata={"format": "pt"})
+
+
+def _announced(
+    settings: Compress,
+    by_name: dict[tuple[int, str], Compression | None],
+    modules: dict[tuple[int, str], str],
+) -> dict[str, Any] | None:
+    """The `quantization_config` of the result."""
+    packings = {
+        modules[key]: None
+        if own is None or not own.quantizes
+        else Packing(own.bits, own.group_size, own.symmetric)
+        for key, own in by_name.items()
+    }
+    if settings.form == "dense" and any(packings.values()):
+        raise ConfigError(
+            "--format dense has no room for fewer bits; write gptq_v2 and use `idp-jax convert`"
+        )
+    return write_config(settings.form, packings, damping=settings.damping)
+
+
+def calibration_tokens(settings: Compress) -> np.ndarray:
+    """The calibration windows that the settings ask for, int [samples, T].
+
+    Raises:
+        ValueError: there is too little text.
+    """
+    tokenizer = formats.load_tokenizer(settings.model)
+    length, count = settings.sequence_length, settings.samples
+    if settings.calibration == SELF:
+        model = formats.load_model(settings.model, dtype=settings.dtype)
+        with bar("sampling calibration text", "tokens") as update:
+            texts = sample_documents(
+                model,
+                tokenizer,
+                (count + 1) * length,
+                document_tokens=min(length, 512),
+                seed=settings.seed,
+                progress=update,
+            )
+        return take_windows(iter(texts), tokenizer, length, count, "the model's own text")
+    shuffle = settings.order == "random"
+    texts = documents(settings.calibration, seed=settings.seed, shuffle=shuffle)
+    return take_windows(texts, tokenizer, length, count, settings.calibration)

@@ -1,0 +1,98 @@
+"""Settings that differ between matrices: which rule counts for which matrix.
+
+A rule is one line, "REGEX SETTING=VALUE ..." or "REGEX skip"; the regex is searched for in the
+matrix' module name in the checkpoint ("model.layers.0.mlp.down_proj"). The invariant: every rule
+matches something, and of several that match a matrix the first counts.
+"""
+
+import dataclasses
+import re
+
+import yaml
+
+from idp_jax.config import Compression, ConfigError
+
+# What may differ from matrix to matrix; the rest belongs to the run.
+SETTINGS = (
+    "method",
+    "bits",
+    "group_size",
+    "symmetric",
+    "grid",
+    "act_order",
+    "sparsity",
+    "damping",
+    "block_size",
+)
+
+
+def settings_by_name(settings: Compression, names: list[str]) -> dict[str, Compression | None]:
+    """The settings of every matrix.
+
+    Args:
+        settings: those of the run, with its rules.
+        names: of all matrices' modules, as in the checkpoint.
+
+    Returns:
+        name -> settings, or None where the matrix is left as it is.
+
+    Raises:
+        ConfigError: a rule that cannot be read, or that is the first to match no matrix at all.
+    """
+    rules = [(rule, *_read(rule, settings)) for rule in settings.rules]
+    used, found = set(), {}
+    for name in names:
+        matching = (entry for entry in rules if entry[1].search(name))
+        rule, _, own = next(matching, ("", None, settings))
+        used.add(rule)
+        found[name] = own
+    for rule, pattern, _ in rules:
+        if rule not in used:
+            earlier = any(pattern.search(name) for name in names)
+            reason = "every matrix it matches has an earlier rule" if earlier else "no such matrix"
+            raise ConfigError(f"--rules {rule!r}: {reason}; names are like {names[0]}")
+    for pattern in settings.allow_worse:
+        if not any(_regex(pattern, "--allow-worse").search(name) for name in names):
+            raise ConfigError(
+                f"--allow-worse {pattern!r}: no such matrix; names are like {names[0]}"
+            )
+    return found
+
+
+def allowed_worse(settings: Compression, name: str) -> bool:
+    """Whether a matrix may end worse than its baseline."""
+    return any(re.search(pattern, name) for pattern in settings.allow_worse)
+
+
+def _read(rule: str, settings: Compression) -> tuple[re.Pattern, Compression | None]:
+    pattern, *changes = rule.split()
+    regex = _regex(pattern, "--rules")
+    if changes == ["skip"]:
+        return regex, None
+    values = dict(change.partition("=")[::2] for change in changes)
+    unknown = [key for key in values if key not in SETTINGS]
+    if unknown or not values or "" in values.values():
+        raise ConfigError(
+            f'--rules {rule!r} is not "REGEX SETTING=VALUE ..." or "REGEX skip"; '
+            f"settings: {', '.join(SETTINGS)}"
+        )
+    kinds = {field.name: field.type for field in dataclasses.fields(Compression)}
+    changed = {
+        # A sparsity such as 2:4 is text; YAML would read it as a number to base 60.
+        key: text if "str" in str(kinds[key]) else yaml.safe_load(text)
+        for key, text in values.items()
+    }
+    for key, value in changed.items():
+        if not isinstance(value, str) and "str" not in str(kinds[key]) and type(value) not in (int, float, bool):
+            raise ConfigError(f"--rules {rule!r}: {key}={values[key]} is no number")
+    try:
+        return regex, dataclasses.replace(settings, rules=(), allow_worse=(), **changed)
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(f"--rules {rule!r}: {error}") from None
+
+
+def _regex(pattern: str, option: str) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"{option} {pattern!r} is no regular expression: {error}") from None
