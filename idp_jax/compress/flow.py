@@ -9,7 +9,6 @@ see. The invariant: going through a finished block gives the same bits as having
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from idp_jax.compress.hessian import accumulate, empty_state

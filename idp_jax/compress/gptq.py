@@ -4,8 +4,10 @@ for the rounding of earlier ones; with a mask as in SparseGPT, zeros and fewer b
 Minimises tr((W - Q) H (W - Q)^T) over Q on the grid, greedily: columns are visited in order; column
 i is rounded to its grid, its error spread over the columns to come by the optimal brain surgeon
 update (sweep.py). The order is the same for all rows, so that one factor U of H^-1 serves them all.
-A squared error e^2 of column i costs e^2 / U_ii^2 in output error once the later columns have made
-up for it: that is what the search for a grid weighs errors by, and what a mask is chosen by.
+
+A mask is chosen by what a zero costs once the later columns have made up for it, w^2 / U_ii^2. The
+search for a grid weighs errors by H_ii instead, what they cost before that: the error comes out a
+little larger and the model better (SmolLM2, 3 bits in groups of 64: perplexity 49.1, not 55.2).
 
 Columns with large inputs should come first, while others are left to make up for them. `order.py`
 gives orders that leave groups where they lie on disk, so that nothing is gathered at inference.
@@ -26,6 +28,7 @@ from idp_jax.compress.grid import (
     QuantizedMatrix,
     dequantize,
     find_grid,
+    find_grids,
     quantize,
     resolve_group_size,
 )
@@ -98,14 +101,18 @@ def gptq(
     segment, tile = _tiling(inputs, group, whole, block_size, run)
     U, dead, damping_used, retries = inverse_factor(H[order][:, order], damping)
     columns = jnp.where(dead, 0.0, W[:, order]).T
-    import os
-    worth = 1.0 / jnp.square(jnp.diagonal(U)) if os.environ.get("WORTH", "pivot") == "pivot" else jnp.diagonal(H)[order]
-    padded_worth = jnp.pad(worth, (0, -inputs % tile))
-
-    find = functools.partial(_find, bits=bits, symmetric=symmetric, search=grid == "mse")
+    search = grid == "mse"
     static = whole or act_order == "static"
     # The grids of the original weights, their groups as they lie: [G, O].
-    fixed = find(columns[back].reshape(-1, group, W.shape[0]), worth[back].reshape(-1, group))
+    importance = jnp.diagonal(H)
+    fixed = find_grids(
+        columns[back].reshape(-1, group, W.shape[0]),
+        bits,
+        symmetric,
+        importance.reshape(-1, group) if search else None,
+    )
+    # Columns that fill up the last tile count for nothing.
+    importance = jnp.pad(importance[order], (0, -inputs % tile))
     group_of = jnp.pad(order // group, (0, -inputs % tile))
     mask_of = _masker(W.shape[0], inputs, segment, sparsity, pattern) if sparse else None
 
@@ -115,11 +122,12 @@ def gptq(
             groups = jax.lax.dynamic_slice_in_dim(group_of, first, segment)
             return tuple(values[groups] for values in fixed), masked
         kept = own if masked is None else jnp.where(masked, 0.0, own)
-        return find(kept[None], jax.lax.dynamic_slice_in_dim(padded_worth, first, segment)[None]), masked
+        weighed = jax.lax.dynamic_slice_in_dim(importance, first, segment) if search else None
+        return find_grid(kept.T, bits, symmetric, weighed), masked
 
     def change(column: jax.Array, place: jax.Array, decision):
         levels, masked = decision
-        scale, zero = (values[place if static else 0] for values in levels)
+        scale, zero = (values[place] if static else values for values in levels)
         code = quantize(column, scale, zero, bits)
         if masked is not None:
             code = jnp.where(masked[place], zero, code)
@@ -128,26 +136,13 @@ def gptq(
     Q, codes, (found, _) = sweep(columns, U, tile=tile, segment=segment, plan=plan, change=change)
     if not static:
         # One grid a segment, in the order of the visits.
-        fixed = tuple(values[back[::group] // group, 0] for values in found)
+        fixed = tuple(values[back[::group] // group] for values in found)
     scales, zeros = fixed
     matrix = QuantizedMatrix(codes[back].T, scales.T, zeros.T.astype(jnp.uint8))
     Q = Q[back].T
     error = relative_output_error(W, Q, H)
     diagnostics = Diagnostics(damping_used, retries, jnp.sum(dead, dtype=jnp.int32), error)
     return matrix, Q, diagnostics
-
-
-def _find(
-    columns: jax.Array, worth: jax.Array, *, bits: int, symmetric: bool, search: bool
-) -> tuple[jax.Array, jax.Array]:
-    """The grids of several groups: columns [G, size, O] and what their errors cost [G, size] ->
-    scales and zeros [G, O].
-    """
-
-    def one(own: jax.Array, cost: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return find_grid(own.T, bits, symmetric, cost if search else None)
-
-    return jax.lax.map(lambda group: one(*group), (columns, worth))
 
 
 def _masker(
@@ -175,9 +170,7 @@ def _masker(
     return mask_of
 
 
-def _tiling(
-    inputs: int, group: int, whole_row: bool, block_size: int, run: int
-) -> tuple[int, int]:
+def _tiling(inputs: int, group: int, whole_row: bool, block_size: int, run: int) -> tuple[int, int]:
     """Segment (columns of one decision) and tile (columns between lazy updates), the segment
     dividing the tile and the runs of a pattern dividing the segment.
     """

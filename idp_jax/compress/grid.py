@@ -16,7 +16,7 @@ GRID_BITS = (2, 3, 4, 8)
 # as inf or 0.
 _LARGEST_SCALE = 65504.0
 _SMALLEST_SCALE = 2.0**-24
-# The search for the best range: how many widths, down to which part of the min-max range is cut off.
+# The search for the best range: how many widths, and the largest part of min-max that is cut off.
 _SHRINK_STEPS = 32
 _LARGEST_SHRINK = 0.8
 
@@ -44,7 +44,7 @@ def find_grid(
       symmetric: whether the range is [-max|w|, max|w|] with the zero at 2^(bits - 1), not [min(w,
         0), max(w, 0)].
       importance: float32 [I], what a squared error of each column costs; given, the range is
-        searched for the least cost (`_SHRINK_STEPS` widths down to 1 - `_LARGEST_SHRINK` of min-max), otherwise it is min-max.
+        searched for the least cost, otherwise it is min-max.
 
     Returns:
       scale [O] and zero [O], float32.
@@ -54,8 +54,9 @@ def find_grid(
     """
     if bits not in GRID_BITS:
         raise ValueError(f"bits must be one of {GRID_BITS}, not {bits}")
-    low = jnp.minimum(jnp.min(weights, axis=1), 0.0)
-    high = jnp.maximum(jnp.max(weights, axis=1), 0.0)
+    columns = weights.T  # sums over the leading axis keep the vector units busy
+    low = jnp.minimum(jnp.min(columns, axis=0), 0.0)
+    high = jnp.maximum(jnp.max(columns, axis=0), 0.0)
     if symmetric:
         high = jnp.maximum(-low, high)
         low = -high
@@ -67,11 +68,14 @@ def find_grid(
     def try_width(step: jax.Array, best):
         width = 1.0 - step.astype(jnp.float32) * (_LARGEST_SHRINK / _SHRINK_STEPS)
         scale, zero = _grid_of_range(low * width, high * width, bits, symmetric)
-        codes = quantize(weights, scale[:, None], zero[:, None], bits)
-        off = weights - dequantize(codes, scale[:, None], zero[:, None])
-        cost = jnp.sum(jnp.square(off) * importance, axis=1)
+        # Whole steps from the zero, which is one of the levels itself.
+        steps = jnp.clip(jnp.round(columns / scale), -zero, float(2**bits - 1) - zero)
+        off = columns - steps * scale
+        cost = jnp.sum(jnp.square(off) * importance[:, None], axis=0)
         better = cost < best[0]
-        return tuple(jnp.where(better, a, b) for a, b in zip((cost, scale, zero), best, strict=True))
+        return tuple(
+            jnp.where(better, a, b) for a, b in zip((cost, scale, zero), best, strict=True)
+        )
 
     start = (jnp.full_like(low, jnp.inf), *_grid_of_range(low, high, bits, symmetric))
     _, scale, zero = jax.lax.fori_loop(0, _SHRINK_STEPS, try_width, start)
@@ -87,6 +91,24 @@ def _grid_of_range(
     if symmetric:
         return scale, jnp.full_like(scale, float(2 ** (bits - 1)))
     return scale, jnp.clip(jnp.round(-low / scale), 0.0, levels)
+
+
+def find_grids(
+    columns: jax.Array, bits: int, symmetric: bool, importance: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Grids of all groups of a transposed matrix.
+
+    Args:
+      columns: float32 [G, size, O].
+      importance: float32 [G, size] or None, see `find_grid`.
+
+    Returns:
+      scales and zeros [G, O], float32.
+    """
+    if importance is None:
+        return jax.lax.map(lambda own: find_grid(own.T, bits, symmetric), columns)
+    grid = lambda group: find_grid(group[0].T, bits, symmetric, group[1])
+    return jax.lax.map(grid, (columns, importance))
 
 
 def quantize(weights: jax.Array, scale: jax.Array, zero: jax.Array, bits: int) -> jax.Array:

@@ -26,9 +26,9 @@ from idp_jax.compress.driver import (
     running,
 )
 from idp_jax.compress.flow import Flow, pass_through
+from idp_jax.compress.report import draw
 from idp_jax.config import Compress, Compression, ConfigError
 from idp_jax.data import SELF, documents, sample_documents, take_windows
-from idp_jax.environment import peak_memory
 from idp_jax.files import fingerprint, write_file, write_text
 from idp_jax.formats import hf
 from idp_jax.formats.io import write_settings
@@ -132,6 +132,11 @@ class Job:
             self._write_index()
             write_settings(self.model, self.settings.model, self.quantization, dtype)
             write_text(self.model / "compression.json", json.dumps(report, indent=2))
+            title = f"{self.settings.model}: {self.settings.method}"
+            write_file(
+                self.model / "compression.png",
+                lambda path: draw(report["matrices"], title, path),
+            )
             if self.out.exists():
                 shutil.rmtree(self.out) if self.out.is_dir() else self.out.unlink()
             self.model.rename(self.out)
@@ -210,10 +215,6 @@ def _announced(
         else Packing(own.bits, own.group_size, own.symmetric)
         for key, own in by_name.items()
     }
-    if settings.form == "dense" and any(packings.values()):
-        raise ConfigError(
-            "--format dense has no room for fewer bits; write gptq_v2 and use `idp-jax convert`"
-        )
     return write_config(settings.form, packings, damping=settings.damping)
 
 

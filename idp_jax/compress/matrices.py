@@ -71,9 +71,11 @@ def compress_matrices(
     return out
 
 
+@partial(jax.jit, static_argnames="settings")
 def _compress_alike(
     weights: dict[str, Dense], hessian: jax.Array | None, settings: Compression
 ) -> dict[str, Result]:
+    """One program for a stage: what is computed for its matrices, packing and errors included."""
     matrices = {n: weight.kernel[...].astype(jnp.float32).T for n, weight in weights.items()}
     stacked = constrain(jnp.concatenate(list(matrices.values())), "rows", None)
     compressed = _core(stacked, hessian, settings)
@@ -83,13 +85,13 @@ def _compress_alike(
         first = rows.stop
         quantized = compressed.quantized
         own = None if quantized is None else QuantizedMatrix(*(x[rows] for x in quantized))
-        dtype = weight.kernel[...].dtype
-        dense = compressed.dense[rows].astype(dtype)
+        dense = compressed.dense[rows].astype(weight.kernel[...].dtype)
         row = _row(compressed.diagnostics)
         if settings.prunes:
-            row["sparsity"] = jnp.mean(dense == 0, dtype=jnp.float32)
+            row["sparsity"] = jnp.mean(compressed.dense[rows] == 0, dtype=jnp.float32)
         if hessian is not None:
-            row |= _errors(matrices[name], dense.astype(jnp.float32), hessian, settings)
+            exact = dense.astype(jnp.float32) if own is None else compressed.dense[rows]
+            row |= _errors(matrices[name], exact, hessian, settings)
         bias = None if weight.bias is None else weight.bias[...]
         stored = Dense(dense.T, bias) if own is None else _packed(own, settings.bits, bias)
         results[name] = Result(stored, row)
@@ -132,18 +134,14 @@ def _grid(settings: Compression) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in ("bits", "group_size", "symmetric", "grid")}
 
 
-_relative_error = jax.jit(relative_output_error)
-
-
 def _errors(matrix, compressed, hessian, settings: Compression) -> dict[str, jax.Array]:
-    errors = {"relative_error": _relative_error(matrix, compressed, hessian)}
+    errors = {"relative_error": relative_output_error(matrix, compressed, hessian)}
     if settings.needs_data:
         baseline = _baseline(matrix, settings).dense
-        errors["baseline_error"] = _relative_error(matrix, baseline, hessian)
+        errors["baseline_error"] = relative_output_error(matrix, baseline, hessian)
     return errors
 
 
-@partial(jax.jit, static_argnames="bits")
 def _packed(matrix: QuantizedMatrix, bits: int, bias) -> Quantized:
     words = pack(matrix.codes.T, bits, axis=0)
     return Quantized(

@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from idp_jax.compress.grid import QuantizedMatrix, find_grid, quantize, resolve_group_size
+from idp_jax.compress.grid import QuantizedMatrix, find_grids, quantize, resolve_group_size
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "group_size", "symmetric", "grid"))
@@ -38,12 +38,9 @@ def rtn(
     """
     outputs, inputs = weights.shape
     group = resolve_group_size(inputs, group_size)
-    rows = (weights if mask is None else jnp.where(mask, 0.0, weights)).reshape(-1, group)
-    importance = jnp.ones(group, jnp.float32) if grid == "mse" else None
-    scale, zero = find_grid(rows, bits, symmetric, importance)
-    codes = quantize(rows, scale[:, None], zero[:, None], bits)
-    return QuantizedMatrix(
-        codes.reshape(outputs, inputs).astype(jnp.uint8),
-        scale.reshape(outputs, -1),
-        zero.reshape(outputs, -1).astype(jnp.uint8),
-    )
+    kept = weights if mask is None else jnp.where(mask, 0.0, weights)
+    columns = kept.T.reshape(-1, group, outputs)
+    importance = jnp.ones(columns.shape[:2], jnp.float32) if grid == "mse" else None
+    scales, zeros = find_grids(columns, bits, symmetric, importance)
+    codes = quantize(columns, scales[:, None], zeros[:, None], bits).astype(jnp.uint8)
+    return QuantizedMatrix(codes.reshape(inputs, outputs).T, scales.T, zeros.T.astype(jnp.uint8))

@@ -5,12 +5,11 @@ matrix' module name in the checkpoint ("model.layers.0.mlp.down_proj"). The inva
 matches something, and of several that match a matrix the first counts.
 """
 
-import dataclasses
 import re
-
-import yaml
+from typing import Any
 
 from idp_jax.config import Compression, ConfigError
+from idp_jax.config_files import from_dict
 
 # What may differ from matrix to matrix; the rest belongs to the run.
 SETTINGS = (
@@ -39,11 +38,13 @@ def settings_by_name(settings: Compression, names: list[str]) -> dict[str, Compr
     Raises:
         ConfigError: a rule that cannot be read, or that is the first to match no matrix at all.
     """
-    rules = [(rule, *_read(rule, settings)) for rule in settings.rules]
+    common = {key: getattr(settings, key) for key in SETTINGS}
+    plain = Compression(**common)
+    rules = [(rule, *_read(rule, common)) for rule in settings.rules]
     used, found = set(), {}
     for name in names:
         matching = (entry for entry in rules if entry[1].search(name))
-        rule, _, own = next(matching, ("", None, settings))
+        rule, _, own = next(matching, ("", None, plain))
         used.add(rule)
         found[name] = own
     for rule, pattern, _ in rules:
@@ -64,34 +65,21 @@ def allowed_worse(settings: Compression, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in settings.allow_worse)
 
 
-def _read(rule: str, settings: Compression) -> tuple[re.Pattern, Compression | None]:
-    pattern, *changes = rule.split()
+def _read(rule: str, common: dict[str, Any]) -> tuple[re.Pattern[str], Compression | None]:
+    pattern, *changes = rule.split() or [""]
     regex = _regex(pattern, "--rules")
     if changes == ["skip"]:
         return regex, None
-    values = dict(change.partition("=")[::2] for change in changes)
-    unknown = [key for key in values if key not in SETTINGS]
-    if unknown or not values or "" in values.values():
+    values = {key: value for key, _, value in (change.partition("=") for change in changes)}
+    if not values or set(values) - set(SETTINGS) or "" in values.values():
         raise ConfigError(
             f'--rules {rule!r} is not "REGEX SETTING=VALUE ..." or "REGEX skip"; '
             f"settings: {', '.join(SETTINGS)}"
         )
-    kinds = {field.name: field.type for field in dataclasses.fields(Compression)}
-    changed = {
-        # A sparsity such as 2:4 is text; YAML would read it as a number to base 60.
-        key: text if "str" in str(kinds[key]) else yaml.safe_load(text)
-        for key, text in values.items()
-    }
-    for key, value in changed.items():
-        if not isinstance(value, str) and "str" not in str(kinds[key]) and type(value) not in (int, float, bool):
-            raise ConfigError(f"--rules {rule!r}: {key}={values[key]} is no number")
-    try:
-        return regex, dataclasses.replace(settings, rules=(), allow_worse=(), **changed)
-    except (ConfigError, TypeError) as error:
-        raise ConfigError(f"--rules {rule!r}: {error}") from None
+    return regex, from_dict(Compression, {**common, **values}, f"--rules {rule!r}")
 
 
-def _regex(pattern: str, option: str) -> re.Pattern:
+def _regex(pattern: str, option: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from idp_jax.formats import compressed_tensors, gptq
-from idp_jax.formats.names import NAMES
+from idp_jax.formats.names import NAMES, matrix_shapes
 from idp_jax.formats.quantization import (
     DENSE,
     PACK_QUANTIZED,
@@ -142,23 +142,9 @@ class Reader:
         bias = self.tensor(f"{name}.bias", shape) if config.norm_affine and layer_norm else None
         return Norm(scale, bias, centred=layer_norm, epsilon=config.norm_epsilon)
 
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of every matrix of a layer."""
-        c = self.config
-        queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        return {
-            "q": (queries, c.hidden_dim),
-            "k": (keys, c.hidden_dim),
-            "v": (keys, c.hidden_dim),
-            "o": (c.hidden_dim, queries),
-            "gate": (c.ffw_dim, c.hidden_dim),
-            "up": (c.ffw_dim, c.hidden_dim),
-            "down": (c.hidden_dim, c.ffw_dim),
-        }
-
     def block(self, layer: int) -> Block:
         """One layer, each matrix as it is stored; leaves are numpy arrays."""
-        config, names, shapes = self.config, self.names, self.shapes()
+        config, names, shapes = self.config, self.names, matrix_shapes(self.config)
         biased = (
             *(_BIASES["attention"] if config.attention_bias else ()),
             *(_BIASES["mlp"] if config.mlp_bias else ()),

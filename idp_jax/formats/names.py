@@ -74,3 +74,19 @@ def module_names(config: ModelConfig) -> dict[tuple[int, str], str]:
         for layer in range(config.num_layers)
         for name in names.weights
     }
+
+
+def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(out, in) of every matrix of a layer."""
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    wide, narrow = config.ffw_dim, config.hidden_dim
+    shapes = {
+        "q": (queries, narrow),
+        "k": (keys, narrow),
+        "v": (keys, narrow),
+        "o": (narrow, queries),
+        "gate": (wide, narrow),
+        "up": (wide, narrow),
+        "down": (narrow, wide),
+    }
+    return {name: shapes[name] for name in NAMES[config.architecture].weights}

@@ -5,6 +5,7 @@ a checkpoint twice. The invariant:
 every reader gives float tensors as [out, in], in the file's own precision.
 """
 
+import copy
 import importlib.util
 import json
 from collections.abc import Callable
@@ -118,17 +119,45 @@ def open_source(path_or_name: str | Path) -> Source:
     path = resolve(path_or_name)
     if path.is_file():
         return Source(path, *gguf.open_file(path))
+    hf_config = open_config(path)
+    index = _tensor_files(path)
+    return Source(path, hf_config, frozenset(index), _Reader(index))
+
+
+def open_config(path_or_name: str | Path) -> Any:
+    """The transformers configuration of a checkpoint whose weights need not be there.
+
+    Raises:
+        CheckpointError: it is missing or cannot be used.
+    """
+    path = resolve(path_or_name)
+    if path.is_file():
+        return gguf.open_file(path)[0]
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} has no config.json; give the folder of a Hugging Face model")
     from transformers import AutoConfig
 
     try:
-        hf_config = AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path)
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{path}/config.json cannot be used: {reason}") from error
-    index = _tensor_files(path)
-    return Source(path, hf_config, frozenset(index), _Reader(index))
+
+
+def part_of(source: Source, file: Path, quantization: dict[str, Any] | None) -> Source:
+    """One safetensors file of a checkpoint that is being made from another.
+
+    Args:
+        source: the other; its configuration holds for both.
+        quantization: how the file's matrices are packed.
+    """
+    from safetensors import safe_open
+
+    config = copy.copy(source.hf_config)
+    config.quantization_config = quantization
+    with safe_open(file, "np") as handle:
+        index = dict.fromkeys(handle.keys(), file)
+    return Source(file.parent, config, frozenset(index), _Reader(index))
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:

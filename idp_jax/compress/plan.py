@@ -1,0 +1,170 @@
+"""What a compression job will take, before it runs: memory, and time from rates measured here.
+
+The memory is the sum of what lives at the same time in the most expensive stage of a block. The
+time is the job's work, by kind, over the rates at which this machine did a little of the same work.
+The invariant: nothing is read of the model but its configuration.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from rich.table import Table
+
+from idp_jax.compress.flow import KEPT_BYTES
+from idp_jax.compress.gptq import gptq
+from idp_jax.compress.hessian import accumulate, empty_state, inverse_factor
+from idp_jax.config import Compress, Compression
+from idp_jax.formats.names import matrix_shapes
+from idp_jax.models.block import STAGES
+from idp_jax.models.config import ModelConfig
+
+_FLOAT = 4  # bytes; streams, Hessians and what the cores work on are float32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes by what holds them, operations by kind.
+
+    Attributes:
+        devices: how many work together.
+        device: bytes on each device, by what they hold.
+        host: bytes on the host beside the device's (the same memory, on a CPU).
+        work: multiplications and additions of the whole job, by kind.
+        disk: bytes of the result's matrices.
+    """
+
+    devices: int
+    device: dict[str, int]
+    host: dict[str, int]
+    work: dict[str, float]
+    disk: int
+
+
+def plan(
+    config: ModelConfig,
+    settings: Compress,
+    by_name: dict[tuple[int, str], Compression | None],
+) -> Plan:
+    """Counts a job.
+
+    Args:
+        settings: whose mesh gives the number of devices, -1 counting as 1.
+        by_name: the settings of every matrix, from `driver.resolve_settings`.
+    """
+    data = max(settings.mesh.data, 1) * max(settings.mesh.fsdp, 1)
+    rows = max(settings.mesh.model, 1)
+    shapes = matrix_shapes(config)
+    tokens = settings.samples * settings.sequence_length
+    weights = sum(outputs * inputs for outputs, inputs in shapes.values())
+    has_text = any(own is not None and own.needs_data for own in by_name.values())
+    batch = settings.batch_size * settings.sequence_length
+    inner = tokens * config.ffw_dim * _FLOAT // data
+    stages = [[shapes[name] for name in stage if name in shapes] for stage in STAGES]
+    widest = max(stage[0][1] for stage in stages)
+    # W, Q, the errors and the codes of a stage, of which several copies live in the sweep.
+    swept = max(sum(o for o, _ in stage) * stage[0][1] for stage in stages) * _FLOAT * 4 // rows
+    device = {"one block's weights": weights * _FLOAT // rows, "a stage's rows": swept}
+    if has_text:
+        kept = inner if inner * data <= KEPT_BYTES else 0
+        device |= {
+            "residual streams, twice": 2 * tokens * config.hidden_dim * _FLOAT // data,
+            "inner activations of all text": kept,
+            "a micro-batch": batch * (3 * config.ffw_dim + config.hidden_dim) * _FLOAT // data,
+            "Hessian and its factor": 5 * widest**2 * _FLOAT,
+        }
+    bits = {key: _bits(own) for key, own in by_name.items()}
+    sizes = {key: shapes[key[1]][0] * shapes[key[1]][1] for key in by_name}
+    disk = sum(int(sizes[key] * bits[key] / 8) for key in by_name)
+    host = {
+        "embeddings, while the text enters": config.vocab_size * config.embedding_dim * _FLOAT,
+        "one block, as read and as written": weights * 4,
+        "libraries": 500_000_000,
+    }
+    work = _work(config, settings, by_name, stages if has_text else [])
+    return Plan(data * rows, device, host, work, disk)
+
+
+def _bits(settings: Compression | None) -> float:
+    """Bits of a weight in the file, grids included."""
+    if settings is None or not settings.quantizes:
+        return 16.0
+    group = settings.group_size
+    return settings.bits + (16 + settings.bits) / group if group > 0 else float(settings.bits)
+
+
+def _work(config: ModelConfig, settings: Compress, by_name, stages) -> dict[str, float]:
+    tokens, layers = settings.samples * settings.sequence_length, config.num_layers
+    attention = 2 * config.num_heads * config.head_dim * settings.sequence_length  # causal: half
+    forward = sum(2 * o * i for stage in stages for o, i in stage) + attention * 2
+    shapes = matrix_shapes(config)
+    swept = {key: shapes[key[1]] for key, own in by_name.items() if own is not None}
+    return {
+        "forward": float(layers * tokens * forward if stages else 0),
+        "Hessian": float(layers * tokens * sum(2 * stage[0][1] ** 2 for stage in stages)),
+        "factor": float(layers * sum(4 / 3 * stage[0][1] ** 3 for stage in stages)),
+        "sweep": float(sum(2 * o * i * i for o, i in swept.values())),
+        "grids": float(sum(o * i for o, i in swept.values())),
+    }
+
+
+def rates(batch: int = 4096, width: int = 1024) -> dict[str, float]:
+    """Operations in a second on this machine's first device, by kind of work.
+
+    Each is measured on a small instance of the very functions that the job runs.
+    """
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (batch, width), jnp.float32)
+    w = jax.random.normal(keys[1], (width, width), jnp.float32)
+    hessian = accumulate(empty_state(width), x).hessian
+    product = jax.jit(lambda x, w: x @ w)
+    walk = jax.jit(
+        lambda w, h, grid: gptq(w, h, bits=3, group_size=64, grid=grid, act_order="group")[1],
+        static_argnames="grid",
+    )
+    factor_seconds = _seconds(lambda: inverse_factor(hessian, 0.01).factor)
+    plain = max(_seconds(lambda: walk(w, hessian, "minmax")) - factor_seconds, 1e-6)
+    search = max(_seconds(lambda: walk(w, hessian, "mse")) - factor_seconds - plain, 1e-6)
+    return {
+        "forward": 2 * batch * width**2 / _seconds(lambda: product(x, w)),
+        "Hessian": 2 * batch * width**2 / _seconds(lambda: accumulate(empty_state(width), x)),
+        "factor": 4 / 3 * width**3 / factor_seconds,
+        "sweep": 2 * width**3 / plain,
+        "grids": width**2 / search,
+    }
+
+
+def _seconds(run: Callable[[], object], repeats: int = 3) -> float:
+    """The best of some runs, compiled before."""
+    jax.block_until_ready(run())
+    best = float("inf")
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(run())
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def table(plan: Plan, title: str, speeds: dict[str, float] | None = None) -> Table:
+    """The plan as a table; with `speeds` (from `rates`) the time too."""
+    shown = Table(title=title)
+    shown.add_column("")
+    shown.add_column("GB on each device" if plan.devices > 1 else "GB", justify="right")
+    held = {**plan.device, **plan.host}
+    for name, size in held.items():
+        shown.add_row(name, f"{size / 1e9:.2f}")
+    shown.add_row("together", f"{sum(held.values()) / 1e9:.2f}", end_section=True)
+    shown.add_row("matrices on disk", f"{plan.disk / 1e9:.2f}", end_section=True)
+    if speeds is not None:
+        # Every device factorises the Hessian for itself.
+        alone = {"factor"}
+        seconds = {
+            kind: work / speeds[kind] / (1 if kind in alone else plan.devices)
+            for kind, work in plan.work.items()
+        }
+        for kind, value in seconds.items():
+            shown.add_row(f"{kind}: seconds, at {speeds[kind] / 1e9:.3g} G/s", f"{value:.0f}")
+        shown.add_row("seconds together", f"{sum(seconds.values()):.0f}")
+    return shown

@@ -1,0 +1,88 @@
+"""What compression did, for people: a table of the matrices by kind, and a picture of every layer.
+
+The report itself is the JSON beside the model (`compression.json`), one row for every matrix.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+# Column of the table: what it shows of several layers' numbers.
+_SHOWN = {
+    "relative_error": np.mean,
+    "baseline_error": np.mean,
+    "sparsity": np.mean,
+    "damping": np.max,
+    "retries": np.sum,
+    "dead_columns": np.sum,
+}
+
+
+def table(title: str, rows: list[dict[str, Any]]) -> Table:
+    """One line for each kind of matrix.
+
+    Args:
+        rows: from `driver.compress`.
+    """
+    shown = Table(title=title)
+    shown.add_column("matrix")
+    shown.add_column("stored as")
+    measured = [key for key in _SHOWN if any(key in row for row in rows)]
+    for key in measured:
+        kind = {np.mean: "mean", np.max: "largest", np.sum: "sum"}[_SHOWN[key]]
+        shown.add_column(f"{key.replace('_', ' ')} ({kind})", justify="right")
+    for name in dict.fromkeys(row["matrix"] for row in rows):
+        own = [row for row in rows if row["matrix"] == name]
+        forms = dict.fromkeys(_form(row) for row in own)
+        cells = []
+        for key in measured:
+            values = [row[key] for row in own if key in row]
+            cells.append(f"{_SHOWN[key](values):.4g}" if values else "")
+        shown.add_row(name, ", ".join(forms), *cells)
+    return shown
+
+
+def _form(row: dict[str, Any]) -> str:
+    if "bits" not in row:
+        return row["method"]
+    group = "row" if row["group_size"] == -1 else f"group {row['group_size']}"
+    return f"{row['method']} {row['bits']} bit, {group}"
+
+
+def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Draws the relative output error of every matrix over the layers, and its baseline's.
+
+    Args:
+        rows: from `driver.compress`; nothing is drawn where none has an error.
+        path: the PNG to write.
+    """
+    import matplotlib
+
+    measured = [row for row in rows if "relative_error" in row]
+    if not measured:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(row["matrix"] for row in measured))
+    figure, axes = pyplot.subplots(
+        1, len(names), figsize=(2.3 * len(names) + 1, 3.2), layout="constrained", sharey=True
+    )
+    figure.suptitle(title)
+    for axis, name in zip(np.atleast_1d(axes), names, strict=True):
+        own = [row for row in measured if row["matrix"] == name]
+        layers = [row["layer"] for row in own]
+        if all("baseline_error" in row for row in own):
+            baselines = [row["baseline_error"] for row in own]
+            axis.plot(layers, baselines, ".-", color="#a9c9d9", label="baseline")
+        errors = [row["relative_error"] for row in own]
+        axis.plot(layers, errors, ".-", color="#2a6f97", label="compressed")
+        axis.set(title=name, xlabel="layer", yscale="log")
+        axis.spines[["top", "right"]].set_visible(False)
+    first = np.atleast_1d(axes)[0]
+    first.set_ylabel("relative output error")
+    first.legend(fontsize="small", frameon=False)
+    figure.savefig(path, dpi=120, format="png")
+    pyplot.close(figure)
