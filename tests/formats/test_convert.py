@@ -83,8 +83,8 @@ def test_a_round_trip_through_every_sparse_form(tmp_path, form, architecture):
     assert len(masks) == 2 * len(model.layers.weight_names)
     assert tensors[masks[0]].dtype == np.uint8
     assert_same(load_model(out), model)
-    back = convert(Convert(model=str(out), out=tmp_path / "dense", to="dense"))
-    assert_same(load_model(back), model)
+    main(["convert", str(out), "--out", str(tmp_path / "dense"), "--to", "dense"])
+    assert_same(load_model(tmp_path / "dense"), model)
 
 
 def test_masks_under_the_whole_name_of_every_tensor(tmp_path):
