@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from idp_jax import commands, config
+from idp_jax.compress.run import compress
 
 # name: (options of compress, reference perplexity, allowed excess)
 ROWS = {
@@ -36,7 +37,7 @@ def _row(name: str, data: Path, scratch: Path) -> tuple[float, float]:
     model, seconds = MODEL, 0.0
     if options is not None:
         out = scratch / name.replace(" ", "_").replace("%", "").replace(":", "-")
-        report = commands.compress(
+        report = compress(
             config.Compress(
                 model=MODEL,
                 out=out,

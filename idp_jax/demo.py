@@ -17,8 +17,9 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from idp_jax import commands, config, formats, training
+from idp_jax import config, formats, training
 from idp_jax.analysis.figures import comparison
+from idp_jax.compress.run import compress
 from idp_jax.config_files import to_dict
 from idp_jax.data import sample_documents
 from idp_jax.environment import describe
@@ -111,7 +112,7 @@ def _write_texts(settings: config.Demo, dense: _Lazy) -> dict[str, Path]:
 def _compress(settings: config.Demo, texts: dict[str, Path]) -> Path:
     out = settings.out / "compressed"
     if not out.is_dir():
-        commands.compress(
+        compress(
             config.Compress(
                 model=settings.model,
                 out=out,

@@ -1,5 +1,6 @@
 """What a number was measured on: device, versions and cores, kept beside every result."""
 
+import ctypes
 import os
 import platform
 import resource
@@ -50,3 +51,13 @@ def peak_memory() -> dict[str, int]:
     peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return peak if device is None else {**peak, "device": device}
+
+
+def release_memory() -> None:
+    """Gives freed host memory back to the system, where the C library keeps it otherwise (glibc):
+    a long job of arrays of many sizes would end with the sum of what each size ever took.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

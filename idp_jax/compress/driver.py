@@ -19,6 +19,7 @@ from idp_jax.compress.flow import Flow
 from idp_jax.compress.matrices import compress_matrices
 from idp_jax.compress.rules import allowed_worse, settings_by_name
 from idp_jax.config import Compression, ConfigError
+from idp_jax.environment import release_memory
 from idp_jax.formats.names import matrix_shapes, module_names
 from idp_jax.formats.stack import stack
 from idp_jax.models.block import STAGES, Block, layer_slice
@@ -178,7 +179,6 @@ def compress_block(
         if flow is not None:
             with times.measure("forward"):
                 flow.enter(stage, block)
-                flow.wait()
         if flow is not None and any(own.values()):
             with times.measure("hessian") as done:
                 hessian = flow.hessian(stage, block)
@@ -192,12 +192,13 @@ def compress_block(
             rows.append(row | _described(own[name]) | _numbers(result.row))
             _check(rows[-1], settings)
         stored |= {name: result.weight for name, result in results.items()}
+        hessian = results = weights = None
+        release_memory()
         if flow is not None:
             block = block.replace(**{name: running(stored[name], flow.dtype) for name in names})
     if flow is not None:
         with times.measure("forward"):
             flow.leave(block)
-            flow.wait()
     return block.replace(**stored), rows
 
 

@@ -6,7 +6,7 @@ to: so a block costs one forward pass, and every Hessian is measured on what the
 see. The invariant: going through a finished block gives the same bits as having compressed it.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -19,6 +19,25 @@ from idp_jax.sharding import constrain, shard_batch
 # What the MLPs' inner activations of all text may take; above, they are computed a second time
 # when they are needed a second time.
 KEPT_BYTES = 2**28
+
+
+@jax.jit
+def _start(entry: Decoder, embeddings):
+    return entry.start(embeddings)[:2]
+
+
+def _without_embedding(model: Decoder) -> Decoder:
+    """What leads from embeddings to the first layer."""
+    nothing = np.zeros((0, model.config.embedding_dim), np.float32)
+    positions = None if model.positions is None else model.positions[...]
+    return Decoder(
+        model.config,
+        embedding=nothing,
+        layers=cast(Block, None),
+        final_norm=None,
+        positions=positions,
+        project_in=model.project_in,
+    )
 
 
 @jax.jit
@@ -52,6 +71,10 @@ def _accumulate(state, x):
     return state._replace(hessian=constrain(state.hessian, None, None))
 
 
+# Micro-batches that were queued would hold their intermediate results at the same time.
+_one_at_a_time = jax.block_until_ready
+
+
 class Flow:
     """The residual streams of all text, in micro-batches, before some stage of some block.
 
@@ -63,14 +86,16 @@ class Flow:
     """
 
     def __init__(self, model: Decoder, tokens: np.ndarray, batch_size: int, mesh=None):
-        begin = jax.jit(lambda model, ids: model.start(model.embed(ids))[:2])
+        # The embedding stays on the host: a micro-batch needs some of its rows.
+        embedding = np.asarray(model.embedding[...])
+        entry = _without_embedding(model)
         self._streams: list[jax.Array] = []
         # All windows are full: what a context holds depends on their number alone.
         self._contexts: dict[int, Any] = {}
         self._kept: list[jax.Array] = []
         for first in range(0, len(tokens), batch_size):
-            ids = shard_batch(np.asarray(tokens[first : first + batch_size], np.int32), mesh)
-            h, context = begin(model, ids)
+            embeddings = shard_batch(embedding[tokens[first : first + batch_size]], mesh)
+            h, context = _start(entry, embeddings)
             self._streams.append(h)
             self._contexts.setdefault(h.shape[0], context)
 
@@ -82,14 +107,17 @@ class Flow:
     def enter(self, stage: int, block: Block) -> None:
         """Goes from the stage before to this one, through the block's matrices as they now are."""
         if stage == 1:
-            self._kept = [
-                _attention_output(block, h, self._contexts[h.shape[0]]) for h in self._streams
-            ]
-        elif stage == 2:
-            for i, h in enumerate(self._streams):
-                self._streams[i], self._kept[i] = _mlp_input(block, h, self._kept[i])
-        elif stage == 3 and self._keeps_hidden(block):
-            self._kept = [_mlp_hidden(block, x) for x in self._kept]
+            self._kept = []
+            for h in self._streams:
+                attended = _attention_output(block, h, self._contexts[h.shape[0]])
+                self._kept.append(_one_at_a_time(attended))
+        # What was kept before is given up one by one.
+        for i, x in enumerate(self._kept):
+            if stage == 2:
+                both = _mlp_input(block, self._streams[i], x)
+                self._streams[i], self._kept[i] = _one_at_a_time(both)
+            elif stage == 3 and self._keeps_hidden(block):
+                self._kept[i] = _one_at_a_time(_mlp_hidden(block, x))
 
     def hessian(self, stage: int, block: Block) -> jax.Array:
         """2/n X^T X of what the matrices of a stage read, float32 [I, I]."""
@@ -98,8 +126,7 @@ class Flow:
             x = self._read(stage, block, x)
             state = empty_state(x.shape[-1]) if state is None else state
             state = _accumulate(state, x)
-            # Micro-batches that are computed twice must not queue up in memory.
-            jax.block_until_ready(state)
+            _one_at_a_time(state)
         assert state is not None
         return state.hessian
 
@@ -107,12 +134,8 @@ class Flow:
         """Goes from the last stage to the next block."""
         for i, h in enumerate(self._streams):
             hidden = self._read(3, block, self._kept[i])
-            self._streams[i] = jax.block_until_ready(_output(block, h, hidden))
+            self._streams[i] = _one_at_a_time(_output(block, h, hidden))
         self._kept = []
-
-    def wait(self) -> None:
-        """Returns when everything is computed."""
-        jax.block_until_ready((self._streams, self._kept))
 
     def _read(self, stage: int, block: Block, x: jax.Array) -> jax.Array:
         if stage == 0:

@@ -104,7 +104,6 @@ class Job:
             with times.measure("forward"):
                 outer = hf.Reader(self.source, self.settings.dtype).without_layers()
                 flow = Flow(shard(outer, self.mesh), tokens, self.settings.batch_size, self.mesh)
-                flow.wait()
                 del outer
         for layer in progress(range(self.config.num_layers)):
             if self._shard(layer).is_file():

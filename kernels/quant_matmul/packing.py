@@ -11,6 +11,8 @@ realign the words, and what remains is one broadcast shift without a gather, whi
 its consumer.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -22,6 +24,7 @@ def word_count(count: int, bits: int) -> int:
     return -(-count * bits // 32)
 
 
+@functools.partial(jax.jit, static_argnames=("bits", "axis"))
 def pack(values: jax.Array, bits: int, axis: int = 0) -> jax.Array:
     """Packs integers into words along one axis.
 
@@ -48,6 +51,7 @@ def pack(values: jax.Array, bits: int, axis: int = 0) -> jax.Array:
     return jax.lax.bitcast_convert_type(packed, jnp.int32)
 
 
+@functools.partial(jax.jit, static_argnames=("bits", "count", "axis"))
 def unpack(words: jax.Array, bits: int, count: int | None = None, axis: int = 0) -> jax.Array:
     """Reads the values that `pack` wrote.
 
