@@ -12,7 +12,7 @@ from tyro.conf import Positional
 
 METHODS = ("gptq", "rtn", "sparsegpt", "wanda", "magnitude")
 GRIDS = ("mse", "minmax")
-ACT_ORDERS = ("group", "static", "off")
+ACT_ORDERS = ("group", "static", "none")
 REPAIRS = ("prompt", "prefix", "lora", "idp")
 BITS = (2, 3, 4, 8)
 WEIGHTS = ("auto", "packed", "dense")
@@ -52,7 +52,7 @@ class Compression:
     act_order: str = "group"
     """The order in which gptq visits the columns. group: groups and the columns within them by the
     size of their inputs, largest first; static: all columns so, with grids from the original
-    weights; off: as they lie. None of them costs anything at inference."""
+    weights; none: as they lie. None of them costs anything at inference."""
     sparsity: str | None = None
     """A fraction of zeros such as 0.5, or n:m zeros such as 2:4. The default of sparsegpt, wanda
     and magnitude is 0.5; with gptq and rtn, zeros and fewer bits are made in one pass."""

@@ -58,7 +58,7 @@ def gptq(
     group_size: int = -1,
     symmetric: bool = False,
     grid: str = "minmax",
-    act_order: str = "off",
+    act_order: str = "none",
     sparsity: float | None = None,
     pattern: tuple[int, int] | None = None,
     damping: float | jax.Array = 0.01,
@@ -73,7 +73,7 @@ def gptq(
       group_size: columns that share a scale and zero; -1 for the whole row.
       symmetric: whether the grid is symmetric about 0 (see `find_grid`).
       grid: "minmax", or "mse" for the range that costs least (see `find_grid`).
-      act_order: "off", "static" or "group" (see `order.column_order`).
+      act_order: "none", "static" or "group" (see `order.column_order`).
       sparsity: also set this fraction of every group's weights (of `block_size` columns, with
         whole rows) to exactly 0.
       pattern: (n, m), instead: n zeros in every run of m inputs, such as (2, 4).

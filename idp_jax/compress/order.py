@@ -8,7 +8,7 @@ of a group need either stay together ("group") or have grids that are known befo
 import jax
 import jax.numpy as jnp
 
-ACT_ORDERS = ("off", "static", "group")
+ACT_ORDERS = ("none", "static", "group")
 
 
 def column_order(importance: jax.Array, act_order: str, group: int, run: int = 1) -> jax.Array:
@@ -16,7 +16,7 @@ def column_order(importance: jax.Array, act_order: str, group: int, run: int = 1
 
     Args:
       importance: float32 [I], the diagonal of the Hessian.
-      act_order: "off": as they lie; "static": by importance; "group": groups by their most
+      act_order: "none": as they lie; "static": by importance; "group": groups by their most
         important column, and columns by importance within their group.
       group: columns of a group.
       run: columns that stay together as they lie, for the patterns of n:m sparsity.
@@ -30,7 +30,7 @@ def column_order(importance: jax.Array, act_order: str, group: int, run: int = 1
     if act_order not in ACT_ORDERS:
         raise ValueError(f"act_order must be one of {', '.join(ACT_ORDERS)}, not {act_order!r}")
     index = jnp.arange(importance.shape[0], dtype=jnp.int32)
-    if act_order == "off":
+    if act_order == "none":
         return index
     if act_order == "static":
         group = importance.shape[0]
