@@ -284,8 +284,7 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Compress(Compression, Calibration):
-    """Compress a model, block by block: fewer bits (gptq, rtn), zeros (sparsegpt, wanda, magnitude)
-    or both.
+    """Compress a model, block by block: fewer bits, zeros, or both.
 
     Killed and started again, it goes on from the last finished block.
     """

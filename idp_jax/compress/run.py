@@ -37,7 +37,11 @@ def compress(settings: config.Compress) -> dict[str, Any]:
         console.print(plan.table(counted, f"{settings.model}: memory"))
         if finished:
             console.print(f"going on behind layer {finished - 1}", highlight=False)
-        rows = job.run(times, progress=tracker(f"compressing ({settings.method})"))
+        try:
+            rows = job.run(times, progress=tracker(f"compressing ({settings.method})"))
+        except (ValueError, OSError):
+            job.withdraw()
+            raise
         result = {
             "config": to_dict(settings),
             "environment": describe(),
