@@ -122,7 +122,7 @@ class Job:
         return [row for report in reports for row in json.loads(report.read_text())["matrices"]]
 
     def withdraw(self) -> None:
-        """Gives the folder up where no block is finished: a job that cannot start leaves nothing."""
+        """Gives the folder up if no block is finished: a job that cannot start leaves nothing."""
         if not any(self._shard(layer).is_file() for layer in range(self.config.num_layers)):
             shutil.rmtree(self.folder, ignore_errors=True)
 
