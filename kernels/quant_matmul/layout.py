@@ -8,6 +8,9 @@ in the high half, R being the rows of a set (all rows of the tile, or 8 with 3 b
 one mask of a set therefore give 2R consecutive inputs as a block of 16-bit values, in the order in
 which a TPU packs two rows into a register and a GPU's tensor core takes two columns.
 
+GPUs read the same words in another order (`arrangement` "fragments"): 8 rows by 64 outputs become
+512 words of which thread t of a warpgroup owns 4 t .. 4 t + 3, its share of a tensor core operand.
+
 Three bits have three sets of five fields each, and the sixteenth field is spread over bit 15 of
 every half: bit i lies in set i. No value straddles a word and no bit is wasted.
 """
@@ -29,14 +32,15 @@ GRID_SPAN = 1024
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["words", "grid", "order"],
-    meta_fields=["bits", "inputs", "groups", "scale_dtype"],
+    meta_fields=["bits", "inputs", "groups", "scale_dtype", "arrangement"],
 )
 @dataclasses.dataclass(frozen=True)
 class KernelWeight:
     """A packed weight in the layout of the kernels.
 
     Attributes:
-        words: int32 [..., T * 8 * bits, O] with T = ceil(I / 256) tiles of inputs.
+        words: int32 [..., T * 8 * bits, O] with T = ceil(I / 256) tiles of inputs; as "fragments"
+            [..., ceil(O / 64), T * bits, 512].
         grid: int32 [..., rows, O], one word per group: the 16 bits of the scale below, the zero
             above them. One row for one group, else G rows raised to whole spans of 1024 inputs.
         order: int32 [..., I] or None: the inputs in the order of the words, where a checkpoint's
@@ -45,6 +49,7 @@ class KernelWeight:
         inputs: I.
         groups: G.
         scale_dtype: "float16" or "bfloat16".
+        arrangement: "rows" (TPU) or "fragments" (GPU).
     """
 
     words: jax.Array
@@ -54,6 +59,7 @@ class KernelWeight:
     inputs: int
     groups: int
     scale_dtype: str
+    arrangement: str = "rows"
 
     @property
     def group_size(self) -> int:
@@ -63,7 +69,7 @@ class KernelWeight:
     @property
     def outputs(self) -> int:
         """Columns of the weight."""
-        return self.words.shape[-1]
+        return self.grid.shape[-1]
 
 
 def fields_of(bits: int) -> tuple[tuple[tuple[int, int, int, int], ...], ...]:
@@ -95,6 +101,7 @@ def repack(
     *,
     bits: int,
     group_index: jax.Array | None = None,
+    arrangement: str = "rows",
 ) -> KernelWeight:
     """Turns a weight from the checkpoint's layout into the kernels'. Exact; can be jitted.
 
@@ -104,17 +111,21 @@ def repack(
         zeros: unsigned integers [..., G, O].
         bits: 2, 3, 4 or 8.
         group_index: int32 [..., I], the group of every input; every group must have I / G of them.
+        arrangement: "rows" or "fragments", see the top of this file.
 
     Raises:
-        ValueError: scales of another dtype, or inputs that do not divide into the groups.
+        ValueError: scales of another dtype, an unknown arrangement, or inputs that do not divide
+            into the groups.
     """
     if scales.dtype not in (jnp.float16, jnp.bfloat16):
         raise ValueError(
             f"scales are {scales.dtype}, the kernels take float16 or bfloat16: cast them, or "
             "use backend xla"
         )
+    if arrangement not in ("rows", "fragments"):
+        raise ValueError(f"arrangement must be rows or fragments, not {arrangement}")
     if words.ndim > 2:
-        one = functools.partial(repack, bits=bits)
+        one = functools.partial(repack, bits=bits, arrangement=arrangement)
         if group_index is None:
             return jax.vmap(one)(words, scales, zeros)
         return jax.vmap(lambda w, s, z, g: one(w, s, z, group_index=g))(
@@ -133,14 +144,16 @@ def repack(
     if groups > 1:
         per_span = max(1, GRID_SPAN // (inputs // groups))
         grid = jnp.pad(grid, ((0, -groups % per_span), (0, 0)))
+    packed = pack_tiles(codes, bits)
     return KernelWeight(
-        words=pack_tiles(codes, bits),
+        words=packed if arrangement == "rows" else _to_fragments(packed),
         grid=jax.lax.bitcast_convert_type(grid, jnp.int32),
         order=order,
         bits=bits,
         inputs=inputs,
         groups=groups,
         scale_dtype=scales.dtype.name,
+        arrangement=arrangement,
     )
 
 
@@ -148,9 +161,9 @@ def restore(
     weight: KernelWeight,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Turns a weight back into the checkpoint's layout: words, scales, zeros and group_index."""
-    if weight.words.ndim > 2:
+    if weight.grid.ndim > 2:
         return jax.vmap(restore)(weight)
-    codes = unpack_tiles(weight.words, weight.bits)[: weight.inputs]
+    codes = codes_of(weight)
     scales, zeros = scales_and_zeros(weight)
     group_index = None
     if weight.order is not None:
@@ -158,6 +171,14 @@ def restore(
         groups = jnp.arange(weight.inputs, dtype=jnp.int32) // weight.group_size
         group_index = jnp.zeros_like(groups).at[weight.order].set(groups)
     return pack(codes, weight.bits), scales, zeros, group_index
+
+
+def codes_of(weight: KernelWeight) -> jax.Array:
+    """Codes uint8 [I, O], in the order of the words."""
+    words = weight.words
+    if weight.arrangement == "fragments":
+        words = _from_fragments(words)[:, : weight.outputs]
+    return unpack_tiles(words, weight.bits)[: weight.inputs]
 
 
 def scales_and_zeros(weight: KernelWeight) -> tuple[jax.Array, jax.Array]:
@@ -195,3 +216,17 @@ def unpack_tiles(words: jax.Array, bits: int) -> jax.Array:
             field = field | ((halves & jnp.uint32(mask)) << position)
         fields.append(field.astype(jnp.uint8))
     return jnp.stack(fields, axis=1).reshape(-1, outputs)
+
+
+def _to_fragments(words: jax.Array) -> jax.Array:
+    # Thread 32 w + 4 a + b of a warpgroup holds outputs 16 w + a and 8 more, rows b and 4 more.
+    words = jnp.pad(words, ((0, 0), (0, -words.shape[1] % 64)))
+    split = words.reshape(-1, 2, 4, words.shape[1] // 64, 4, 2, 8)
+    # [set, row / 4, b, block, w, output / 8, a] -> [block, set, w, a, b, row / 4, output / 8]
+    return split.transpose(3, 0, 4, 6, 2, 1, 5).reshape(words.shape[1] // 64, -1, 512)
+
+
+def _from_fragments(fragments: jax.Array) -> jax.Array:
+    blocks, sets, _ = fragments.shape
+    split = fragments.reshape(blocks, sets, 4, 8, 4, 2, 2)
+    return split.transpose(1, 5, 4, 0, 2, 6, 3).reshape(sets * 8, blocks * 64)

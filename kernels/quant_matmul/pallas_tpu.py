@@ -6,7 +6,7 @@ codes and scales the sums of a group, `prefill` (many rows, and the gradient) sc
 Neither converts integers to floats one by one, which the vector unit has no time for at batch 1: a
 code written into the mantissa of a bfloat16 whose exponent is that of 2^bits reads as 2^bits + q,
 exactly. With z' = zero + 2^bits the product is  y = sum_g s_g (x_g @ (2^bits + q_g) - z'_g sum x_g)
-for group g; the second term is one small product. Eight bits fill the mantissa and are converted.
+for group g. Eight bits fill the mantissa and are converted.
 """
 
 import functools
@@ -28,6 +28,8 @@ def unsupported(x: jax.Array, weight: KernelWeight) -> str | None:
     """Why these kernels cannot serve, or None if they can."""
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         return f"x is {x.dtype}: bfloat16 and float32 are supported"
+    if weight.arrangement != "rows":
+        return f"the words are arranged as {weight.arrangement}: prepare the weight for pallas_tpu"
     size = weight.group_size
     if weight.groups > 1 and size not in (32, 64, 128, 256, 512) and size % GRID_SPAN:
         return f"group size {size} is not 32, 64, 128, 256, 512 or a multiple of {GRID_SPAN}"
@@ -75,6 +77,11 @@ def _prefill(x: jax.Array, weight: KernelWeight, interpret, *, transposed: bool)
     )
     tiles = -(-weight.inputs // TILE)
     blocks = blocks._replace(i=min(blocks.i, tiles * TILE), o=min(blocks.o, weight.outputs))
+    if weight.groups > 1:
+        # A part of a sharded weight has no spare rows in its grid: its blocks must end with it.
+        rows_of = lambda i: pl.cdiv(weight.inputs, i) * max(1, i // weight.group_size)
+        while blocks.i > TILE and rows_of(blocks.i) > weight.grid.shape[0]:
+            blocks = blocks._replace(i=blocks.i // TILE // 2 * TILE)
     return tpu_blocks.product(
         x,
         [
@@ -98,7 +105,7 @@ def expand(refs, part: tpu_blocks.Part, dtype, *, weight: KernelWeight) -> jax.A
         rows = grid_ref[...]
     else:
         count = max(1, part.inputs // weight.group_size)
-        first = _quotient(part.index * part.inputs, weight.group_size)
+        first = quotient(part.index * part.inputs, weight.group_size)
         rows = grid_ref[pl.ds(first, count), :]
     scales, zeros = scales_and_offsets(rows, weight)
     grouped = codes.reshape(scales.shape[0], -1, codes.shape[1])
@@ -112,9 +119,7 @@ def _decode(x: jax.Array, weight: KernelWeight, interpret) -> jax.Array:
         device_kind(), weight.bits, weight.inputs, weight.outputs, x.shape[0]
     )
     outputs = min(outputs, weight.outputs)
-    sums = x.astype(jnp.float32).reshape(x.shape[0], weight.groups, weight.group_size).sum(-1)
     rows = weight.grid.shape[0]
-    sums = jnp.pad(sums, ((0, 0), (0, rows - weight.groups)))
     x = jnp.pad(x, ((0, 0), (0, tiles * TILE - weight.inputs)))
     stored = (weight.words.size + weight.grid.size) * 4
     whole = lambda o: (0, 0)
@@ -125,12 +130,11 @@ def _decode(x: jax.Array, weight: KernelWeight, interpret) -> jax.Array:
         grid=(pl.cdiv(weight.outputs, outputs),),
         in_specs=[
             pl.BlockSpec(x.shape, whole),
-            pl.BlockSpec(sums.shape, whole),
             pl.BlockSpec((weight.words.shape[0], outputs), columns),
             pl.BlockSpec((rows, outputs), columns),
         ],
         out_specs=pl.BlockSpec((x.shape[0], outputs), columns),
-        scratch_shapes=[pltpu.VMEM((rows, outputs), jnp.float32)],
+        scratch_shapes=[pltpu.VMEM((rows, outputs), jnp.float32)] * 2,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",), vmem_limit_bytes=tpu_blocks.VMEM_LIMIT
         ),
@@ -141,19 +145,16 @@ def _decode(x: jax.Array, weight: KernelWeight, interpret) -> jax.Array:
         ),
         interpret=interpret,
         name="quant_matmul_decode",
-    )(x, sums, weight.words, weight.grid)
+    )(x, weight.words, weight.grid)
 
 
-def _decode_body(x_ref, sums_ref, words_ref, grid_ref, y_ref, scales_ref, *, weight: KernelWeight):
-    scales, offsets = scales_and_offsets(grid_ref[...], weight)
-    scales_ref[...] = scales
-    shift = scales * offsets
-    if weight.groups == 1:
-        correction = sums_ref[...] * shift
-    else:
-        correction = tpu_blocks.dot(sums_ref[...], shift)
+def _decode_body(
+    x_ref, words_ref, grid_ref, y_ref, scales_ref, offsets_ref, *, weight: KernelWeight
+):
+    scales_ref[...], offsets_ref[...] = scales_and_offsets(grid_ref[...], weight)
     rows = 8 * weight.bits
     tiles = words_ref.shape[0] // rows
+    # Within a step the compiler overlaps the tiles, between steps it does not.
     unroll = next(n for n in (8, 7, 6, 5, 4, 3, 2, 1) if tiles % n == 0)
 
     def some_tiles(step, total):
@@ -162,31 +163,38 @@ def _decode_body(x_ref, sums_ref, words_ref, grid_ref, y_ref, scales_ref, *, wei
             block = words_ref[pl.ds(pl.multiple_of(tile * rows, rows), rows), :]
             codes = unpack_block(block, weight.bits).astype(x_ref.dtype)
             x = x_ref[:, pl.ds(pl.multiple_of(tile * TILE, TILE), TILE)]
-            total += _tile_product(x, codes, scales_ref, tile, weight)
+            if weight.groups == 1:
+                total += _centred(x, codes, offsets_ref[...])
+            else:
+                total += _scaled_groups(x, codes, scales_ref, offsets_ref, tile, weight)
         return total
 
     total = jax.lax.fori_loop(0, tiles // unroll, some_tiles, jnp.zeros(y_ref.shape, jnp.float32))
     if weight.groups == 1:
         total *= scales_ref[...]
-    y_ref[...] = (total - correction).astype(y_ref.dtype)
+    y_ref[...] = total.astype(y_ref.dtype)
 
 
-def _tile_product(x, codes, scales_ref, tile, weight: KernelWeight) -> jax.Array:
-    """x [M, 256] times the codes of one tile, scaled by group unless there is one group only."""
-    if weight.groups == 1:
-        return tpu_blocks.dot(x, codes)
+def _centred(x: jax.Array, codes: jax.Array, offsets: jax.Array) -> jax.Array:
+    """x [M, N] @ (codes [N, O] - offsets [1, O]) in float32."""
+    sums = jnp.sum(x.astype(jnp.float32), axis=1, keepdims=True)
+    return tpu_blocks.dot(x, codes) - sums * offsets
+
+
+def _scaled_groups(x, codes, scales_ref, offsets_ref, tile, weight: KernelWeight) -> jax.Array:
+    """x [M, 256] times one tile of codes, every group scaled."""
     size, total = weight.group_size, jnp.zeros((), jnp.float32)
     for start in range(0, TILE, _LANES):
-        x_part, codes_part = x[:, start : start + _LANES], codes[start : start + _LANES]
-        first = _quotient(tile * TILE + start, size)
-        if size >= _LANES:
-            total += tpu_blocks.dot(x_part, codes_part) * scales_ref[pl.ds(first, 1), :]
-            continue
-        # The lanes of the other groups are zeroed: slices of lanes would have to be shifted.
-        lane = jax.lax.broadcasted_iota(jnp.int32, x_part.shape, 1)
-        for k in range(_LANES // size):
-            own = jnp.where(_quotient(lane, size) == k, x_part.astype(jnp.float32), 0.0).astype(x.dtype)
-            total += tpu_blocks.dot(own, codes_part) * scales_ref[pl.ds(first + k, 1), :]
+        own, codes_part = x[:, start : start + _LANES], codes[start : start + _LANES]
+        lane = jax.lax.broadcasted_iota(jnp.int32, own.shape, 1)
+        for k in range(max(1, _LANES // size)):
+            if size < _LANES:
+                # The lanes of other groups are zeroed: a slice of lanes would have to be shifted.
+                inside = quotient(lane, size) == k
+                own = jnp.where(inside, x[:, start : start + _LANES].astype(jnp.float32), 0.0)
+                own = own.astype(x.dtype)
+            row = pl.ds(quotient(tile * TILE + start, size) + k, 1)
+            total += _centred(own, codes_part, offsets_ref[row, :]) * scales_ref[row, :]
     return total
 
 
@@ -247,8 +255,8 @@ def scales_and_offsets(grid: jax.Array, weight: KernelWeight) -> tuple[jax.Array
     return jnp.where(negative, -magnitude, magnitude), offsets
 
 
-def _quotient(number: jax.Array | int, divisor: int) -> jax.Array:
-    # `//` rounds towards minus infinity, which costs a sign test that these numbers do not need.
+def quotient(number: jax.Array | int, divisor: int) -> jax.Array:
+    """number / divisor for numbers that are not negative: `//` would test for a sign."""
     return jax.lax.div(jnp.asarray(number, jnp.int32), jnp.int32(divisor))
 
 

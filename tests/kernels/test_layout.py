@@ -1,5 +1,7 @@
 """The kernels' layout: exact in both directions, under jit, for stacked layers and act-order."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,12 +19,15 @@ def _checkpoint(bits, inputs, outputs, groups, dtype=np.float16, layers=()):
 
 
 @pytest.mark.parametrize("bits", BIT_WIDTHS)
-@pytest.mark.parametrize("inputs, groups", [(32, 1), (256, 2), (288, 9), (1056, 33)])
-def test_round_trip(bits, inputs, groups):
+@pytest.mark.parametrize("inputs, groups", [(32, 1), (288, 9), (1056, 33)])
+@pytest.mark.parametrize("arrangement", ["rows", "fragments"])
+def test_round_trip(bits, inputs, groups, arrangement):
     packed = _checkpoint(bits, inputs, 5, groups)
-    weight = jax.jit(repack, static_argnames="bits")(*packed, bits=bits)
+    jitted = jax.jit(repack, static_argnames=("bits", "arrangement"))
+    weight = jitted(*packed, bits=bits, arrangement=arrangement)
     tiles = -(-inputs // 256)
-    assert weight.words.shape == (tiles * 8 * bits, 5)
+    shapes = {"rows": (tiles * 8 * bits, 5), "fragments": (1, tiles * bits, 512)}
+    assert weight.words.shape == shapes[arrangement]
     assert weight.group_size == inputs // groups
     *back, index = jax.jit(restore)(weight)
     assert index is None
@@ -46,6 +51,18 @@ def test_one_shift_gives_consecutive_inputs(bits):
     halves = np.asarray(weight.words)[:rows].view(np.uint32) >> shift
     pairs = np.stack([halves & mask, (halves >> 16) & mask], axis=1).reshape(2 * rows, 3)
     np.testing.assert_array_equal(pairs, codes[2 * rows : 4 * rows])
+
+
+def test_a_thread_finds_its_share_of_an_operand():
+    words = jnp.arange(24 * 128, dtype=jnp.int32).reshape(24, 128)
+    ones, zeros = jnp.ones((1, 128), jnp.float16), jnp.zeros((1, 128), jnp.uint8)
+    rows = dataclasses.replace(repack(words, ones, zeros, bits=3), words=words)
+    fragments = repack(*restore(rows)[:3], bits=3, arrangement="fragments")
+    # Thread 77 = 32 * 2 + 4 * 3 + 1, third set of rows, second block of outputs.
+    mine = fragments.words[1, 2, 4 * 77 : 4 * 78]
+    outputs, in_set = 64 + 16 * 2 + 3, 16 + 1
+    wanted = [words[in_set + r, outputs + o] for r in (0, 4) for o in (0, 8)]
+    np.testing.assert_array_equal(mine, wanted)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
