@@ -24,4 +24,7 @@ def blocks(
     found = _tuned().get(device, {}).get(f"b{bits or 16} {inputs}x{outputs} m{rows}")
     if found:
         return Blocks(*found)
-    return Blocks(min(rows, 1024 // dtype_bytes), 512, 512 if dtype_bytes == 4 else 1024)
+    # Few rows leave room for wide blocks, whose transfers hide the cost of a step.
+    outputs_of_block = 1024 if rows <= 64 and dtype_bytes == 2 else 512
+    inputs_of_block = 512 if dtype_bytes == 4 else 1024
+    return Blocks(min(rows, 1024 // dtype_bytes), outputs_of_block, inputs_of_block)

@@ -18,6 +18,8 @@ from ..quant_matmul.pallas_tpu import device_kind, quotient, scales_and_offsets,
 from . import config
 from .layout import CODED_QUADS, QUADS, SparseWeight
 
+_LANES = 128
+
 
 def unsupported(x: jax.Array, weight: SparseWeight) -> str | None:
     """Why this kernel cannot serve, or None if it can."""
@@ -72,7 +74,8 @@ def _blocked(x: jax.Array, weight: SparseWeight, interpret, *, transposed: bool)
         x.dtype.itemsize,
     )
     quads = weight.positions.shape[0] * 8
-    blocks = blocks._replace(i=min(blocks.i, quads * 4), o=min(blocks.o, weight.outputs))
+    lanes = pl.cdiv(weight.outputs, _LANES) * _LANES
+    blocks = blocks._replace(i=min(blocks.i, quads * 4), o=min(blocks.o, lanes))
     rows = blocks.i // 4 if weight.bits is None else blocks.i // 512 * 8 * weight.bits
     operands = [
         tpu_blocks.Operand(weight.positions, blocks.i // 32),
@@ -87,7 +90,8 @@ def _blocked(x: jax.Array, weight: SparseWeight, interpret, *, transposed: bool)
         blocks=blocks,
         transposed=transposed,
         inputs=weight.inputs,
-        scratch=[pltpu.VMEM((blocks.i, blocks.o), jnp.float32)],
+        # Stores with a stride need rows of one register's width.
+        scratch=[pltpu.VMEM((blocks.o // _LANES, blocks.i, _LANES), jnp.float32)],
         interpret=interpret,
         name="sparse24_matmul_gradient" if transposed else "sparse24_matmul",
     )
@@ -108,8 +112,11 @@ def _expand(refs, part: tpu_blocks.Part, dtype, *, weight: SparseWeight) -> jax.
         a, b = (plane[tile * QUADS : (tile + 1) * QUADS] for plane in kept)
         for p in range(4):
             column = jnp.where(first == p, a, jnp.where(second == p, b, jnp.float32(0)))
-            dense_ref[pl.ds(tile * 4 * QUADS + p, QUADS, 4), :] = column
-    return dense_ref[...].astype(dtype)
+            for strip in range(dense_ref.shape[0]):
+                part_of_row = column[:, strip * _LANES : (strip + 1) * _LANES]
+                dense_ref[strip, pl.ds(tile * 4 * QUADS + p, QUADS, 4), :] = part_of_row
+    strips = [dense_ref[strip].astype(dtype) for strip in range(dense_ref.shape[0])]
+    return jnp.concatenate(strips, axis=1)
 
 
 def _dequantised(values_ref, grid_ref, part: tpu_blocks.Part, weight: SparseWeight):
