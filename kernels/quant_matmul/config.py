@@ -13,6 +13,12 @@ from ..tpu_blocks import Blocks
 DECODE_ROWS = 64
 """Up to this many rows of x the decode kernel serves: scaling its few sums costs less than scaling
 every weight."""
+GPU_ROWS = 256
+"""The Mosaic GPU kernel serves up to this many rows of x; beyond, XLA expands the weight. A guess
+until it is measured."""
+GPU_BLOCK_ROWS = 64
+"""Rows of x that one block of the GPU kernel multiplies."""
+_GPU_BLOCKS = 264
 _TABLE = Path(__file__).with_name("tuned.json")
 _DECODE_BYTES = 2**20
 _PREFILL_BLOCKS = Blocks(512, 512, 1024)
@@ -47,3 +53,18 @@ def prefill_blocks(
     if dtype_bytes == 4:
         m, i = m // 2, i // 2
     return Blocks(min(m, rows), o, i)
+
+
+def gpu_shares(blocks: int, tiles: int) -> int:
+    """Into how many shares the GPU kernel divides the inputs: two blocks per processor of an H100,
+    each with at least four tiles."""
+    return max(1, min(_GPU_BLOCKS // blocks, tiles // 4))
+
+
+def gpu_stages(bits: int, rows: int) -> int:
+    """Tiles in flight in the GPU kernel: up to 8, in 96 KiB, so that two blocks share a processor.
+
+    A tile has 256 inputs of x, 64 outputs of words and a few rows of the grid.
+    """
+    stage = 512 * rows + 2048 * bits + 2048
+    return max(2, min(8, 96 * 2**10 // stage))

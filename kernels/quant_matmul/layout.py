@@ -146,7 +146,7 @@ def repack(
         grid = jnp.pad(grid, ((0, -groups % per_span), (0, 0)))
     packed = pack_tiles(codes, bits)
     return KernelWeight(
-        words=packed if arrangement == "rows" else _to_fragments(packed),
+        words=packed if arrangement == "rows" else to_fragments(packed),
         grid=jax.lax.bitcast_convert_type(grid, jnp.int32),
         order=order,
         bits=bits,
@@ -177,7 +177,7 @@ def codes_of(weight: KernelWeight) -> jax.Array:
     """Codes uint8 [I, O], in the order of the words."""
     words = weight.words
     if weight.arrangement == "fragments":
-        words = _from_fragments(words)[:, : weight.outputs]
+        words = from_fragments(words)[:, : weight.outputs]
     return unpack_tiles(words, weight.bits)[: weight.inputs]
 
 
@@ -218,7 +218,8 @@ def unpack_tiles(words: jax.Array, bits: int) -> jax.Array:
     return jnp.stack(fields, axis=1).reshape(-1, outputs)
 
 
-def _to_fragments(words: jax.Array) -> jax.Array:
+def to_fragments(words: jax.Array) -> jax.Array:
+    """Rows of words [8 N, O] to fragments [ceil(O / 64), N, 512]."""
     # Thread 32 w + 4 a + b of a warpgroup holds outputs 16 w + a and 8 more, rows b and 4 more.
     words = jnp.pad(words, ((0, 0), (0, -words.shape[1] % 64)))
     split = words.reshape(-1, 2, 4, words.shape[1] // 64, 4, 2, 8)
@@ -226,7 +227,8 @@ def _to_fragments(words: jax.Array) -> jax.Array:
     return split.transpose(3, 0, 4, 6, 2, 1, 5).reshape(words.shape[1] // 64, -1, 512)
 
 
-def _from_fragments(fragments: jax.Array) -> jax.Array:
+def from_fragments(fragments: jax.Array) -> jax.Array:
+    """Fragments [B, N, 512] to rows of words [8 N, 64 B]."""
     blocks, sets, _ = fragments.shape
     split = fragments.reshape(blocks, sets, 4, 8, 4, 2, 2)
     return split.transpose(1, 5, 4, 0, 2, 6, 3).reshape(sets * 8, blocks * 64)
