@@ -181,7 +181,7 @@ def _load(ref, layout, interpreted: bool) -> jax.Array:
 
 
 def _tensor_core(left: jax.Array, x_ref, interpreted: bool) -> jax.Array:
-    """left [64, N] in registers times the transpose of x [M, N] in shared memory: float32 [64, M]."""
+    """left [64, N] in registers times x^T, x [M, N] in shared memory: float32 [64, M]."""
     if interpreted:  # the interpreter takes both operands from shared memory only
         return jnp.matmul(left, x_ref[...].T, preferred_element_type=jnp.float32)
 

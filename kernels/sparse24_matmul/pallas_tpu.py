@@ -91,7 +91,7 @@ def _blocked(x: jax.Array, weight: SparseWeight, interpret, *, transposed: bool)
         transposed=transposed,
         inputs=weight.inputs,
         # Stores with a stride need rows of one register's width.
-        scratch=[pltpu.VMEM((blocks.o // _LANES, blocks.i, _LANES), jnp.float32)],
+        scratch=[pltpu.VMEM((blocks.i, _LANES), jnp.float32)] * (blocks.o // _LANES),
         interpret=interpret,
         name="sparse24_matmul_gradient" if transposed else "sparse24_matmul",
     )
@@ -99,12 +99,13 @@ def _blocked(x: jax.Array, weight: SparseWeight, interpret, *, transposed: bool)
 
 def _expand(refs, part: tpu_blocks.Part, dtype, *, weight: SparseWeight) -> jax.Array:
     """One block of weights [inputs, outputs]."""
-    positions_ref, values_ref, *grid_ref, dense_ref = refs
+    positions_ref, values_ref, *rest = refs
+    grid_ref, strips = (None, rest) if weight.bits is None else (rest[0], rest[1:])
     words = positions_ref[...]
     if weight.bits is None:
         kept = [values_ref[plane].astype(jnp.float32) for plane in range(2)]
     else:
-        kept = _dequantised(values_ref, grid_ref[0], part, weight)
+        kept = _dequantised(values_ref, grid_ref, part, weight)
     for tile in range(words.shape[0] // 8):
         fields = [words[8 * tile : 8 * tile + 8] >> (4 * f) for f in range(8)]
         codes = jnp.concatenate(fields, axis=0)
@@ -112,11 +113,10 @@ def _expand(refs, part: tpu_blocks.Part, dtype, *, weight: SparseWeight) -> jax.
         a, b = (plane[tile * QUADS : (tile + 1) * QUADS] for plane in kept)
         for p in range(4):
             column = jnp.where(first == p, a, jnp.where(second == p, b, jnp.float32(0)))
-            for strip in range(dense_ref.shape[0]):
-                part_of_row = column[:, strip * _LANES : (strip + 1) * _LANES]
-                dense_ref[strip, pl.ds(tile * 4 * QUADS + p, QUADS, 4), :] = part_of_row
-    strips = [dense_ref[strip].astype(dtype) for strip in range(dense_ref.shape[0])]
-    return jnp.concatenate(strips, axis=1)
+            for k, strip_ref in enumerate(strips):
+                part_of_row = column[:, k * _LANES : (k + 1) * _LANES]
+                strip_ref[pl.ds(tile * 4 * QUADS + p, QUADS, 4), :] = part_of_row
+    return jnp.concatenate([strip_ref[...].astype(dtype) for strip_ref in strips], axis=1)
 
 
 def _dequantised(values_ref, grid_ref, part: tpu_blocks.Part, weight: SparseWeight):
