@@ -24,7 +24,7 @@ def sharded_matmul(
     weight: Weight,
     *,
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
-    axis: str,
+    axis: str | None,
     split: str,
     batch: str | tuple[str, ...] | None = None,
 ) -> jax.Array:
@@ -35,7 +35,7 @@ def sharded_matmul(
         x: [B, ..., I]; cut over its inputs if `split` is "inputs".
         weight: the whole weight (its arrays may already be placed accordingly).
         mesh: the mesh.
-        axis: the mesh axis that cuts the weight.
+        axis: the mesh axis that cuts the weight; None if every device has all of it.
         split: "outputs" (the result is cut too) or "inputs" (parts of the result are summed).
         batch: mesh axes that cut the first axis of x.
 
@@ -45,8 +45,8 @@ def sharded_matmul(
     Raises:
         ValueError: what `unsplittable` says.
     """
-    parts = mesh.shape[axis]
-    reason = unsplittable(weight, split, parts)
+    parts = 1 if axis is None else mesh.shape[axis]
+    reason = None if axis is None else unsplittable(weight, split, parts)
     if reason:
         raise ValueError(reason)
     order = getattr(weight, "order", None)
@@ -61,7 +61,7 @@ def sharded_matmul(
             return multiply(x, weight)
         groups = max(1, weight.groups // parts)
         part = dataclasses.replace(weight, inputs=weight.inputs // parts, groups=groups)
-        return jax.lax.psum(multiply(x, part), axis)
+        return multiply(x, part) if axis is None else jax.lax.psum(multiply(x, part), axis)
 
     return jax.shard_map(
         local,
@@ -72,7 +72,7 @@ def sharded_matmul(
     )(x, weight)
 
 
-def partition(weight: Weight, axis: str, split: str) -> Weight:
+def partition(weight: Weight, axis: str | None, split: str) -> Weight:
     """The partition of a weight's arrays, as a tree like the weight."""
 
     def spec(array: jax.Array, inputs_at: int, outputs_at: int) -> PartitionSpec:

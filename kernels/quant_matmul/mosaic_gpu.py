@@ -25,7 +25,7 @@ from jaxlib.mlir.dialects import vector as vector_dialect
 
 from . import config, xla
 from .layout import TILE, KernelWeight, fields_of, from_fragments, rows_of_set, unpack_tiles
-from .pallas_tpu import scales_and_offsets
+from .pallas_tpu import device_kind, scales_and_offsets
 
 _OUTPUTS = 64
 
@@ -93,9 +93,10 @@ def _multiply(x: jax.Array, weight: KernelWeight, interpret) -> jax.Array:
     """x bfloat16 [M, I] times the weight: float32 [M, O]."""
     count, tiles = x.shape[0], -(-weight.inputs // TILE)
     blocks = -(-weight.outputs // _OUTPUTS)
-    rows = min(-(-count // 8) * 8, config.GPU_BLOCK_ROWS)
+    rows, shares, stages = config.gpu_sizes(
+        device_kind(), weight.bits, weight.inputs, weight.outputs, count
+    )
     row_blocks = -(-count // rows)
-    shares = config.gpu_shares(blocks * row_blocks, tiles)
     steps = -(-tiles // shares)
     words, grid = weight.words.reshape(blocks, -1, 256), weight.grid
     if interpret is not None:
@@ -105,7 +106,12 @@ def _multiply(x: jax.Array, weight: KernelWeight, interpret) -> jax.Array:
         grid = _pad_to(grid, max(grid.shape[0], steps * shares * 8), blocks * _OUTPUTS)
     transposed = plgpu.kernel(
         functools.partial(
-            _body, weight=weight, rows=rows, steps=steps, interpreted=interpret is not None
+            _body,
+            weight=weight,
+            rows=rows,
+            steps=steps,
+            stages=stages,
+            interpreted=interpret is not None,
         ),
         out_type=jax.ShapeDtypeStruct((shares, blocks * _OUTPUTS, row_blocks * rows), jnp.float32),
         grid=(blocks, row_blocks, shares),
@@ -117,7 +123,17 @@ def _multiply(x: jax.Array, weight: KernelWeight, interpret) -> jax.Array:
 
 
 def _body(
-    x_gmem, words_gmem, grid_gmem, y_gmem, y_smem, *, weight, rows: int, steps: int, interpreted
+    x_gmem,
+    words_gmem,
+    grid_gmem,
+    y_gmem,
+    y_smem,
+    *,
+    weight: KernelWeight,
+    rows: int,
+    steps: int,
+    stages: int,
+    interpreted: bool,
 ):
     block, row_block, share = (jax.lax.axis_index(name) for name in ("outputs", "rows", "share"))
     chunk = TILE if weight.groups == 1 else min(TILE, weight.group_size)
@@ -161,7 +177,7 @@ def _body(
             plgpu.BlockSpec((1, word_rows, 256), lambda k: (block, first + k, 0)),
             plgpu.BlockSpec((grid_rows, _OUTPUTS), grid_block),
         ],
-        max_concurrent_steps=config.gpu_stages(weight.bits, rows),
+        max_concurrent_steps=stages,
         init_carry=zero,
     )(x_gmem, words_gmem, grid_gmem)
     y_smem[...] = total

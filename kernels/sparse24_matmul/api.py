@@ -52,8 +52,6 @@ def sparse24_matmul(
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] == 0 or chosen == "xla":
         y = xla.multiply(rows, weight)
-    elif chosen == "pallas_tpu":
-        y = pallas_tpu.sparse24_matmul(rows, weight, interpret=interpret)
     else:
-        y = mosaic_gpu.sparse24_matmul(rows, weight)
+        y = pallas_tpu.sparse24_matmul(rows, weight, interpret=interpret)
     return y.reshape(*x.shape[:-1], weight.outputs)
