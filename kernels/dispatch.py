@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Mapping
 
 import jax
+from jax.core import Tracer
 
 _logger = logging.getLogger(__name__)
 _told: set[tuple[str, str, str]] = set()
@@ -71,6 +72,6 @@ def hopper_missing() -> str | None:
 
 def traced_reason(*arrays: jax.Array) -> str | None:
     """Why the reference cannot run on these arrays, or None."""
-    if any(isinstance(array, jax.core.Tracer) for array in arrays):
+    if any(isinstance(array, Tracer) for array in arrays):
         return "it works on concrete arrays, outside jit and grad"
     return None

@@ -107,6 +107,7 @@ def unsplittable(weight: Weight, split: str, parts: int) -> str | None:
         tile = 4 * (QUADS if weight.bits is None else CODED_QUADS)
     if weight.inputs % (tile * parts):
         return f"{weight.inputs} inputs do not divide into {parts} parts of whole tiles of {tile}"
-    if weight.groups > 1 and (weight.groups % parts or weight.grid.shape[-2] != weight.groups):
+    spare = weight.grid is not None and weight.grid.shape[-2] != weight.groups
+    if weight.groups > 1 and (weight.groups % parts or spare):
         return f"{weight.groups} groups do not divide into {parts} parts"
     return None

@@ -33,7 +33,9 @@ def worst_error(multiply, reference, product, x, upstream, weight) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--backend", default="mosaic_gpu")
     parser.add_argument("--inputs", type=int, default=1184)
     parser.add_argument("--outputs", type=int, default=200)

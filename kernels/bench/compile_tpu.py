@@ -104,7 +104,9 @@ def compile_case(case: Case, kind: str) -> Result:
     seconds = time.perf_counter() - start
     stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight))
     ideal = stored + case.rows * (case.inputs + case.outputs) * jnp.dtype(case.dtype).itemsize
-    scoped = re.findall(r'used_scoped_memory_configs":\[\{[^}]*"size":"(\d+)"', compiled.as_text())
+    scoped = re.findall(
+        r'used_scoped_memory_configs":\[\{[^}]*"size":"(\d+)"', compiled.as_text() or ""
+    )
     cost: Any = compiled.cost_analysis()
     return Result(
         seconds,
@@ -146,21 +148,24 @@ def _device(kind: str):
 
 def cases(rows=ROWS, shapes=None) -> Iterator[Case]:
     """Every kernel at every shape; gradients where training has them."""
-    kernels = [("quant", bits, 128) for bits in (2, 3, 4, 8)]
+    kernels: list[tuple[str, int | None, int]] = [("quant", b, 128) for b in (2, 3, 4, 8)]
     kernels += [("quant", 3, -1), ("quant", 3, 64), ("quant", 4, 32)]
     kernels += [("sparse24", None, -1), ("sparse24", 4, 128)]
-    for (i, o), kernel in itertools.product(shapes or all_shapes(), kernels):
-        for m in rows:
-            yield Case(*kernel, i, o, m)
-            if m >= 512:
-                yield Case(*kernel, i, o, m, gradient=True)
-    for kernel in (("quant", 3, 128), ("sparse24", None, -1)):
+    for i, o in shapes or all_shapes():
+        for name, bits, group in kernels:
+            for m in rows:
+                yield Case(name, bits, group, i, o, m)
+                if m >= 512:
+                    yield Case(name, bits, group, i, o, m, gradient=True)
+    for name, bits, group in (("quant", 3, 128), ("sparse24", None, -1)):
         for m, gradient in ((1, False), (512, False), (512, True)):
-            yield Case(*kernel, 4096, 11008, m, gradient, "float32")
+            yield Case(name, bits, group, 4096, 11008, m, gradient, "float32")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kinds", default=",".join(TOPOLOGIES), help="kinds of TPU, with commas")
     parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="rows of x, with commas")
     parser.add_argument("--table", help="write a Markdown table here")

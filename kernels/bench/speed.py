@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 from idp_jax.kernels.bench import cases
 from idp_jax.kernels.bench.shapes import ROWS, SHAPES
-
-from idp_jax.kernels import dispatch
+from idp_jax.kernels.dispatch import best_backend
 
 _CACHE_BYTES = 256 * 2**20
 _REPEATS = 5
@@ -67,7 +66,7 @@ def copies(make, size: int) -> list:
 
 def _kernels(backend: str, shape) -> dict:
     order = cases.arrangement_of(backend)
-    made = {
+    made: dict[str, tuple] = {
         f"{bits} bit g{group}": ("quant", functools.partial(_quantised, bits, group, shape, order))
         for bits, group in ((2, 128), (3, -1), (3, 128), (4, 128), (8, 128))
     }
@@ -104,8 +103,10 @@ def measure(backend: str, shape: tuple[int, int], rows: int, bandwidth: float) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--backend", default=dispatch.best_backend())
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--backend", default=best_backend())
     parser.add_argument("--model", default="LLaMA-7B", choices=sorted(SHAPES))
     parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="rows of x, with commas")
     parser.add_argument("--shape", help="one shape instead of a model's, as 4096x11008")

@@ -15,9 +15,8 @@ import jax.numpy as jnp
 from idp_jax.kernels.bench import cases
 from idp_jax.kernels.bench.shapes import ROWS, SHAPES
 from idp_jax.kernels.bench.speed import copies, seconds_per_call
+from idp_jax.kernels.dispatch import best_backend
 from idp_jax.kernels.quant_matmul import config
-
-from idp_jax.kernels import dispatch
 
 
 def candidates(kernel: str, rows: int) -> list[list[int]]:
@@ -67,25 +66,28 @@ def best_sizes(backend: str, bits: int, shape: tuple[int, int], rows: int) -> li
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="LLaMA-7B", choices=sorted(SHAPES))
     parser.add_argument("--bits", default="2,3,4,8", help="with commas")
     parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="rows of x, with commas")
     arguments = parser.parse_args()
-    backend = dispatch.best_backend()
+    backend = best_backend()
     if backend == "xla":
         parser.error("there is nothing to tune on a CPU: run this where a TPU or a GPU is")
     numbers = lambda text: list(map(int, text.split(",")))
-    for bits, shape, rows in itertools.product(
-        numbers(arguments.bits), SHAPES[arguments.model], numbers(arguments.rows)
-    ):
-        if backend == "mosaic_gpu" and rows > config.GPU_ROWS:
-            continue
-        best_sizes(backend, bits, shape, rows)
-        text = json.dumps(config.tuned(), indent=1, sort_keys=True) + "\n"
-        partial = config.TABLE.with_suffix(".partial")
-        partial.write_text(text)
-        partial.replace(config.TABLE)
+    for bits, shape in itertools.product(numbers(arguments.bits), SHAPES[arguments.model]):
+        for rows in numbers(arguments.rows):
+            if backend != "mosaic_gpu" or rows <= config.GPU_ROWS:
+                best_sizes(backend, int(bits), shape, rows)
+                _write()
+
+
+def _write() -> None:
+    partial = config.TABLE.with_suffix(".partial")
+    partial.write_text(json.dumps(config.tuned(), indent=1, sort_keys=True) + "\n")
+    partial.replace(config.TABLE)
 
 
 if __name__ == "__main__":

@@ -205,7 +205,9 @@ def _tensor_core(left: jax.Array, x_ref, interpreted: bool) -> jax.Array:
         plgpu.wgmma(sum_ref, left, plgpu.transpose_ref(x_ref, (1, 0)))
         return sum_ref[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((left.shape[0], x_ref.shape[0]), jnp.float32))
+    return pl.run_scoped(
+        multiply, plgpu.WGMMAAccumulatorRef((left.shape[0], x_ref.shape[0]), jnp.float32)
+    )
 
 
 def _words_layout(rows: int):
@@ -231,7 +233,7 @@ def _codes(words: jax.Array, bits: int, chunk: int) -> list[jax.Array]:
             for part in np.array_split(np.array(registers, object), TILE // chunk)
         ]
 
-    return convert(words)
+    return convert(words)  # pyright: ignore[reportCallIssue] the decorator supplies the context
 
 
 def _registers(packed, bits: int) -> list[ir.Value]:

@@ -17,6 +17,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from ..quant_matmul.layout import pack_tiles, unpack_tiles
 from ..quant_matmul.packing import pack, unpack
@@ -149,7 +150,7 @@ def _split_quads(matrix: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.Arr
     if matrix.shape[0] % 4:
         raise ValueError(f"{matrix.shape[0]} inputs are no multiple of 4")
     kept = kept.reshape(-1, 4, matrix.shape[1])
-    if not isinstance(kept, jax.core.Tracer) and int(kept.sum(1).max()) > 2:
+    if not isinstance(kept, Tracer) and int(kept.sum(1).max()) > 2:
         raise ValueError("more than 2 of 4 consecutive inputs are not zero: prune to 2:4 first")
     # Kept entries first, each kind in its order; then the two chosen in the order of inputs.
     positions = jnp.sort(jnp.argsort(~kept, axis=1, stable=True)[:, :2], axis=1)

@@ -121,6 +121,7 @@ def _expand(refs, part: tpu_blocks.Part, dtype, *, weight: SparseWeight) -> jax.
 
 def _dequantised(values_ref, grid_ref, part: tpu_blocks.Part, weight: SparseWeight):
     """The first and the second kept values of a block's quads, float32 [quads, outputs]."""
+    assert weight.bits is not None
     codes = unpack_block(values_ref[...], weight.bits).astype(jnp.float32)
     starts = range(0, codes.shape[0], CODED_QUADS)
     pieces = [codes[start : start + CODED_QUADS] for start in starts]
