@@ -77,10 +77,11 @@ def main() -> None:
     if backend == "xla":
         parser.error("there is nothing to tune on a CPU: run this where a TPU or a GPU is")
     numbers = lambda text: list(map(int, text.split(",")))
-    for bits, shape in itertools.product(numbers(arguments.bits), SHAPES[arguments.model]):
-        for rows in numbers(arguments.rows):
-            if backend != "mosaic_gpu" or rows <= config.GPU_ROWS:
-                best_sizes(backend, int(bits), shape, rows)
+    rows_served = config.GPU_ROWS if backend == "mosaic_gpu" else max(ROWS)
+    for bits in numbers(arguments.bits):
+        for shape in SHAPES[arguments.model]:
+            for rows in filter(lambda m: m <= rows_served, numbers(arguments.rows)):
+                best_sizes(backend, bits, shape, rows)
                 _write()
 
 
