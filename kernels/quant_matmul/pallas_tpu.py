@@ -101,16 +101,22 @@ def expand(refs, part: tpu_blocks.Part, dtype, *, weight: KernelWeight) -> jax.A
     """One block of weights [inputs, outputs]: scale * (q - zero), rounded to `dtype`."""
     words_ref, grid_ref = refs
     codes = unpack_block(words_ref[...], weight.bits).astype(jnp.float32)
-    if weight.groups == 1:
-        rows = grid_ref[...]
-    else:
-        count = max(1, part.inputs // weight.group_size)
-        first = quotient(part.index * part.inputs, weight.group_size)
-        rows = grid_ref[pl.ds(first, count), :]
+    rows = grid_ref[...] if weight.groups == 1 else group_rows(grid_ref, part, weight.group_size)
     scales, zeros = scales_and_offsets(rows, weight)
     grouped = codes.reshape(scales.shape[0], -1, codes.shape[1])
     weights = scales[:, None, :] * (grouped - zeros[:, None, :])
     return weights.reshape(codes.shape).astype(dtype)
+
+
+def group_rows(grid_ref, part: tpu_blocks.Part, group_size: int) -> jax.Array:
+    """The rows of a grid that belong to one block of inputs."""
+    count = max(1, part.inputs // group_size)
+    first = quotient(part.index * part.inputs, group_size)
+    if count % 8 == 0:
+        return grid_ref[pl.ds(pl.multiple_of(first, 8), count), :]
+    # A window that does not start at a register's first row can only be read row by row.
+    rows = [grid_ref[pl.ds(first + k, 1), :] for k in range(count)]
+    return jnp.concatenate(rows, axis=0)
 
 
 def _decode(x: jax.Array, weight: KernelWeight, interpret) -> jax.Array:

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from .. import tpu_blocks
 from ..quant_matmul.layout import KernelWeight
-from ..quant_matmul.pallas_tpu import device_kind, quotient, scales_and_offsets, unpack_block
+from ..quant_matmul.pallas_tpu import device_kind, group_rows, scales_and_offsets, unpack_block
 from . import config
 from .layout import CODED_QUADS, QUADS, SparseWeight
 
@@ -125,10 +125,7 @@ def _dequantised(values_ref, grid_ref, part: tpu_blocks.Part, weight: SparseWeig
     codes = unpack_block(values_ref[...], weight.bits).astype(jnp.float32)
     starts = range(0, codes.shape[0], CODED_QUADS)
     pieces = [codes[start : start + CODED_QUADS] for start in starts]
-    rows = grid_ref[...]
-    if weight.groups > 1:
-        first = quotient(part.index * part.inputs, weight.group_size)
-        rows = grid_ref[pl.ds(first, max(1, part.inputs // weight.group_size)), :]
+    rows = grid_ref[...] if weight.groups == 1 else group_rows(grid_ref, part, weight.group_size)
     like = KernelWeight(rows, rows, None, weight.bits, 0, 1, "float16")
     scales, offsets = scales_and_offsets(rows, like)
     kept = []

@@ -21,6 +21,8 @@ _CASES = [
     Case("quant", 8, 64, 8192, 1024, 512),
     Case("quant", 3, 128, 11008, 4096, 512, gradient=True),
     Case("quant", 4, 128, 4096, 4096, 8, dtype="float32"),
+    Case("quant", 3, 128, 4096, 11008, 512, dtype="float32"),
+    Case("quant", 4, 256, 4096, 4096, 512),
     Case("sparse24", None, -1, 4096, 4096, 1),
     Case("sparse24", 4, 128, 4096, 4096, 512, gradient=True),
 ]
