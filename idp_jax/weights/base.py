@@ -8,12 +8,18 @@ To add a kind, write a module with `__call__(x)`, `dense(dtype)` and `bias`; the
 else.
 """
 
+import math
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from idp_jax.kernels.dispatch import best_backend
+from idp_jax.kernels.quant_matmul import api as kernels
 from idp_jax.kernels.quant_matmul import xla as quant_matmul
+from idp_jax.kernels.sharded import sharded_matmul, unsplittable
 
 Array = jax.Array | np.ndarray  # a model read from disk holds numpy arrays until it is placed
 
@@ -98,6 +104,86 @@ class Quantized(nnx.Module):
         return one_layer(self.words[...], self.scales[...], self.zeros[...], group_index)
 
 
+class Prepared(nnx.Module):
+    """A `Quantized` weight in the layout of the kernels, for models on an accelerator.
+
+    Made by `for_kernels`, turned back by `restored`. On a mesh the kernel runs on every device's
+    part of the matrix.
+
+    Attributes:
+        packed: words, grid and order, see kernels/quant_matmul/layout.py; layers stacked in front.
+        bias: [..., O] or None.
+        backend: "auto", or the backend that must serve.
+        split: what a mesh's `model` axis cuts, "outputs" or "inputs".
+    """
+
+    def __init__(self, packed: kernels.KernelWeight, *, bias=None, backend: str, split: str):
+        self.packed = nnx.Param(packed)
+        self.bias = None if bias is None else nnx.Param(bias)
+        self.backend = backend
+        self.split = split
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Multiplies x [..., I]: [..., O] in the dtype of x, summed in float32."""
+        multiply = partial(kernels.quant_matmul, backend=self.backend)
+        packed, mesh = self.packed.get_value(), jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1 or self.backend == "xla":
+            return _add_bias(multiply(x, packed), self.bias)
+        return _add_bias(_on_mesh(multiply, x, packed, mesh, self.split), self.bias)
+
+    def dense(self, dtype=jnp.float32) -> jax.Array:
+        """The matrix [..., I, O] that the codes stand for."""
+        return self.restored().dense(dtype)
+
+    def restored(self) -> Quantized:
+        """The weight in the checkpoint's layout, bit for bit."""
+        packed = self.packed.get_value()
+        words, scales, zeros, group_index = kernels.restore(packed)
+        bias = None if self.bias is None else self.bias[...]
+        return Quantized(words, scales, zeros, bits=packed.bits, group_index=group_index, bias=bias)
+
+
+def _on_mesh(multiply, x: jax.Array, packed: kernels.KernelWeight, mesh, split: str) -> jax.Array:
+    # What cannot be cut is multiplied whole by every device of the model axis.
+    parts = mesh.shape["model"]
+    whole = unsplittable(packed, split, parts) is not None
+    batch = tuple(axis for axis in ("data", "fsdp") if mesh.shape[axis] > 1)
+    rows = math.prod(mesh.shape[axis] for axis in batch)
+    cut = batch if batch and x.shape[0] % rows == 0 else None
+    return sharded_matmul(
+        multiply, x, packed, mesh=mesh, axis=None if whole else "model", split=split, batch=cut
+    )
+
+
+def for_kernels(
+    weight: Quantized, *, backend: str = "auto", split: str = "outputs"
+) -> Quantized | Prepared:
+    """Brings a packed weight into the layout of the kernels; can be jitted.
+
+    Where XLA is what "auto" chooses (on a CPU, say) and for scales that no kernel takes, the weight
+    stays as it is.
+
+    Args:
+        weight: one layer, or layers stacked in front.
+        backend: "auto" or one of `idp_jax.kernels.dispatch.BACKENDS`.
+        split: what a mesh's `model` axis cuts, "outputs" or "inputs".
+    """
+    chosen = best_backend() if backend == "auto" else backend
+    if chosen == "xla" or weight.scales.dtype not in (jnp.float16, jnp.bfloat16):
+        return weight
+    index = None if weight.group_index is None else weight.group_index[...]
+    packed = kernels.prepare(
+        weight.words[...],
+        weight.scales[...],
+        weight.zeros[...],
+        bits=weight.bits,
+        group_index=index,
+        backend=chosen,
+    )
+    bias = None if weight.bias is None else weight.bias[...]
+    return Prepared(packed, bias=bias, backend=backend, split=split)
+
+
 class Lora(nnx.Module):
     """A frozen weight with a low-rank update beside it: y = base(x) + scale * (x @ a) @ b.
 
@@ -109,7 +195,9 @@ class Lora(nnx.Module):
         scale: alpha / r.
     """
 
-    def __init__(self, base: "Dense | Quantized", a: jax.Array, b: jax.Array, scale: float):
+    def __init__(
+        self, base: "Dense | Quantized | Prepared", a: jax.Array, b: jax.Array, scale: float
+    ):
         self.base = base
         self.a = nnx.Param(a)
         self.b = nnx.Param(b)

@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from .layout import KernelWeight, codes_of, scales_and_zeros
 from .packing import unpack
 
 
@@ -103,3 +104,24 @@ def _expand_and_multiply(
 ) -> jax.Array:
     weights = dequantize(words, scales, zeros, bits=bits, group_index=group_index, dtype=x.dtype)
     return jnp.matmul(x, weights, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def multiply(x: jax.Array, weight: KernelWeight) -> jax.Array:
+    """Multiplies x [..., I], in the order of the words, by a weight in the kernels' layout.
+
+    Gives [..., O] and is differentiable in x; like `quant_matmul` above otherwise.
+    """
+
+    def product(x, weight):
+        expanded = expand(weight, x.dtype)
+        return jnp.matmul(x, expanded, preferred_element_type=jnp.float32).astype(x.dtype)
+
+    return jax.checkpoint(product)(x, weight)
+
+
+def expand(weight: KernelWeight, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+    """Weights [I, O] of the kernels' layout, in the order of the words."""
+    scales, zeros = scales_and_zeros(weight)
+    codes = codes_of(weight).astype(jnp.float32).reshape(weight.groups, -1, weight.outputs)
+    centred = codes - zeros.astype(jnp.float32)[:, None]
+    return (scales.astype(jnp.float32)[:, None] * centred).reshape(-1, weight.outputs).astype(dtype)

@@ -1,0 +1,142 @@
+"""Batch-1 decoding of a LLaMA-7B-shaped model with packed weights against bfloat16, in one run.
+
+    python benchmarks/kernel_decode.py --bits 3 --group-size 128
+
+Weights are random and made on the device, so nothing is downloaded. Prints milliseconds per token,
+the ratio to bfloat16, and the share of the roofline: bytes of all weights over the bandwidth that a
+copy reaches in the same run. `--layers 2 --hidden 256` makes it small enough for a CPU.
+"""
+
+import argparse
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from idp_jax.kernels.bench.speed import copy_bandwidth
+from idp_jax.kernels.dispatch import best_backend
+
+from idp_jax.evaluation.latency import latency
+from idp_jax.models import Decoder, ModelConfig
+from idp_jax.models.block import Block
+from idp_jax.models.config import RopeConfig
+from idp_jax.models.layers import Norm
+from idp_jax.weights import Dense, Quantized, for_kernels
+
+
+def configuration(layers: int, hidden: int) -> ModelConfig:
+    """LLaMA-7B's shape, or a smaller one of the same proportions."""
+    heads = max(1, hidden // 128)
+    return ModelConfig(
+        architecture="llama",
+        vocab_size=32000,
+        num_layers=layers,
+        hidden_dim=hidden,
+        embedding_dim=hidden,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=hidden // heads,
+        ffw_dim=-(-hidden * 8 // 3 // 256) * 256,
+        max_positions=2048,
+        activation="silu",
+        norm_epsilon=1e-5,
+        norm_before=True,
+        final_norm=True,
+        norm_affine=True,
+        attention_bias=False,
+        mlp_bias=False,
+        tied_embeddings=False,
+        rope=RopeConfig(10000.0, "default"),
+        bos_token_id=1,
+        eos_token_ids=(2,),
+        pad_token_id=0,
+    )
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _dense(key: jax.Array, layers: int, inputs: int, outputs: int) -> Dense:
+    kernel = jax.random.normal(key, (layers, inputs, outputs), jnp.bfloat16)
+    return Dense(kernel * jnp.bfloat16(inputs**-0.5))
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6))
+def _packed(
+    key: jax.Array, layers: int, inputs: int, outputs: int, bits: int, group_size: int, backend: str
+):
+    groups = 1 if group_size == -1 else inputs // group_size
+    keys = jax.random.split(key, 3)
+    words = jax.random.bits(keys[0], (layers, inputs * bits // 32, outputs), jnp.uint32)
+    scale = inputs**-0.5 / 2 ** (bits - 1)
+    scales = jax.random.uniform(keys[1], (layers, groups, outputs), minval=0.5, maxval=1.5) * scale
+    zeros = jax.random.randint(keys[2], (layers, groups, outputs), 0, 2**bits)
+    weight = Quantized(
+        jax.lax.bitcast_convert_type(words, jnp.int32),
+        scales.astype(jnp.float16),
+        zeros.astype(jnp.uint8),
+        bits=bits,
+    )
+    return for_kernels(weight, backend=backend)
+
+
+def decoder(config: ModelConfig, make) -> Decoder:
+    """A model of random weights; `make(key, inputs, outputs)` gives the matrices of all layers."""
+    hidden, ffw = config.hidden_dim, config.ffw_dim
+    square, wide, narrow = (hidden, hidden), (hidden, ffw), (ffw, hidden)
+    shapes = dict.fromkeys("qkvo", square) | {"gate": wide, "up": wide, "down": narrow}
+    keys = jax.random.split(jax.random.key(0), len(shapes) + 2)
+    weights = {n: make(k, *s) for k, (n, s) in zip(keys, shapes.items(), strict=False)}
+    stacked = jnp.ones((config.num_layers, hidden), jnp.bfloat16)
+    norm = partial(Norm, bias=None, centred=False, epsilon=config.norm_epsilon)
+    embedding = jax.random.normal(keys[-1], (config.vocab_size, hidden), jnp.bfloat16)
+    head = jax.random.normal(keys[-2], (hidden, config.vocab_size), jnp.bfloat16)
+    return Decoder(
+        config,
+        embedding=embedding,
+        layers=Block(weights, norm(stacked), norm(stacked), config),
+        final_norm=norm(stacked[0]),
+        head=Dense(head * jnp.bfloat16(hidden**-0.5)),
+        positions=None,
+        project_in=None,
+        project_out=None,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--bits", type=int, default=3)
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    arguments = parser.parse_args()
+    config = configuration(arguments.layers, arguments.hidden)
+    bandwidth = copy_bandwidth()
+    device = jax.devices()[0].device_kind
+    chosen = best_backend() if arguments.backend == "auto" else arguments.backend
+    print(f"{device}, jax {jax.__version__}, backend {chosen}, copy {bandwidth / 1e9:.0f} GB/s")
+    layers = config.num_layers
+    packed = lambda key, i, o: _packed(
+        key, layers, i, o, arguments.bits, arguments.group_size, arguments.backend
+    )
+    base = None
+    for name, make in (
+        ("bf16", lambda key, i, o: _dense(key, layers, i, o)),
+        (f"{arguments.bits} bit", packed),
+    ):
+        model = decoder(config, make)
+        # Of the embedding a step reads one row.
+        read = sum(leaf.nbytes for leaf in jax.tree.leaves(model)) - model.embedding[...].nbytes
+        step = latency(model, prompt_length=16, new_tokens=arguments.new_tokens)
+        seconds = step["decode_ms_per_token"] / 1000
+        base = base or seconds
+        print(
+            f"{name}: {1000 * seconds:.3f} ms per token, {base / seconds:.2f} times bf16, "
+            f"{read / bandwidth / seconds:.0%} of the roofline ({read / 2**30:.2f} GiB)",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

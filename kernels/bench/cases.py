@@ -1,0 +1,55 @@
+"""Random compressed weights, made on the device: what the checks and the measurements share."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from idp_jax.kernels.quant_matmul import layout as quant_layout
+from idp_jax.kernels.quant_matmul.api import quant_matmul
+from idp_jax.kernels.sparse24_matmul import layout as sparse_layout
+from idp_jax.kernels.sparse24_matmul.api import sparse24_matmul
+
+
+def arrangement_of(backend: str) -> str:
+    """The order of words that a backend reads."""
+    return "fragments" if backend == "mosaic_gpu" else "rows"
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def quantised(
+    key: jax.Array, bits: int, group_size: int, inputs: int, outputs: int, arrangement: str
+) -> quant_layout.KernelWeight:
+    """A weight of random words, values of about 1 / sqrt(I)."""
+    groups = 1 if group_size == -1 else inputs // group_size
+    keys = jax.random.split(key, 3)
+    words = jax.random.bits(keys[0], (inputs * bits // 32, outputs), jnp.uint32)
+    scales = jax.random.uniform(keys[1], (groups, outputs), minval=0.5, maxval=1.5)
+    zeros = jax.random.randint(keys[2], (groups, outputs), 0, 2**bits)
+    scales = (scales * (inputs**-0.5 / 2 ** (bits - 1))).astype(jnp.float16)
+    return quant_layout.repack(
+        jax.lax.bitcast_convert_type(words, jnp.int32),
+        scales,
+        zeros.astype(jnp.uint8),
+        bits=bits,
+        arrangement=arrangement,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def sparse(key: jax.Array, inputs: int, outputs: int) -> sparse_layout.SparseWeight:
+    """A 2:4 weight: the first two of four inputs in even outputs, the last two in odd ones."""
+    weights = jax.random.normal(key, (inputs, outputs), jnp.bfloat16) * jnp.bfloat16(inputs**-0.5)
+    place = jnp.arange(inputs)[:, None] % 4 // 2
+    kept = place == jnp.arange(outputs)[None] % 2
+    return sparse_layout.from_dense(jnp.where(kept, weights, jnp.bfloat16(0)))
+
+
+def multiply(kernel: str, backend: str):
+    """The product of a kernel, "quant" or "sparse24", with its backend bound."""
+    operation = quant_matmul if kernel == "quant" else sparse24_matmul
+    return functools.partial(operation, backend=backend)
+
+
+def stored_bytes(weight) -> int:
+    """Bytes of a weight in memory."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(weight))

@@ -1,0 +1,84 @@
+"""Lowers the Hopper kernel for an H100 on a machine without a GPU.
+
+    pip install --no-deps jax-cuda13-pjrt==X jax-cuda13-plugin==X    # X: the version of jax
+    python kernels/bench/lower_gpu.py
+
+Layouts, shared memory and types are checked by Mosaic; PTX, registers and speed are not.
+"""
+
+import argparse
+import itertools
+import os
+import sys
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+from idp_jax.kernels.bench.shapes import all_shapes
+from idp_jax.kernels.quant_matmul import mosaic_gpu
+from idp_jax.kernels.quant_matmul.layout import repack
+from jax.experimental import topologies
+
+# Device facts of an H100 SXM, as XLA's GpuTargetConfig text proto.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 minor: 0 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+def lower(device, bits: int, group_size: int, inputs: int, outputs: int, rows: int, dtype) -> int:
+    """Lowers and compiles one case: the length of the lowered program."""
+    groups = 1 if group_size == -1 else inputs // group_size
+    struct = jax.ShapeDtypeStruct
+    weight = jax.eval_shape(
+        lambda *arrays: repack(*arrays, bits=bits, arrangement="fragments"),
+        struct((inputs * bits // 32, outputs), jnp.int32),
+        struct((groups, outputs), jnp.float16),
+        struct((groups, outputs), jnp.uint8),
+    )
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    jitted = jax.jit(mosaic_gpu.quant_matmul, in_shardings=sharding, out_shardings=sharding)
+    lowered = jitted.lower(struct((rows, inputs), dtype), weight)
+    lowered.compile()
+    return len(lowered.as_text())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="one shape instead of all")
+    arguments = parser.parse_args()
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100
+    )
+    failures = 0
+    kernels = [(bits, group) for bits in (2, 3, 4, 8) for group in (-1, 32, 64, 128)]
+    shapes = all_shapes()[:1] if arguments.quick else all_shapes()
+    for (bits, group), (i, o) in itertools.product(kernels, shapes):
+        for rows in (1, 16, 64, 200):
+            dtype = jnp.float32 if rows == 16 else jnp.bfloat16
+            name = f"{bits} bit, group {group}, {i} x {o}, {rows} rows, {dtype.__name__}"
+            try:
+                size = lower(topology.devices[0], bits, group, i, o, rows, dtype)
+                print(f"{name}: {size} characters", flush=True)
+            except Exception as error:
+                failures += 1
+                print(f"{name}: failed, {str(error).splitlines()[0]}", flush=True)
+    print(f"{failures} failed")
+    return failures > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

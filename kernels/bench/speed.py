@@ -1,0 +1,139 @@
+"""Measures the kernels on the accelerator of this machine: time, bandwidth, ratio to bfloat16.
+
+    python kernels/bench/speed.py --table kernels/bench/h100.md
+
+For each shape: the time of a product, GB/s of packed weight + x + y, their share of the bandwidth
+that a copy reaches in the same run, and how many times faster than a bfloat16 product it is. Every
+call of a timed chain multiplies by another copy of the weight, more of them than a cache holds, and
+feeds the next call, so that nothing is skipped or overlapped.
+"""
+
+import argparse
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+from idp_jax.kernels.bench import cases
+from idp_jax.kernels.bench.shapes import ROWS, SHAPES
+from idp_jax.kernels.dispatch import best_backend
+
+_CACHE_BYTES = 256 * 2**20
+_REPEATS = 5
+
+
+def seconds_per_call(multiply, x: jax.Array, weights: list, rounds: int = 4) -> float:
+    """Median seconds of one product, over chains through all the weights."""
+
+    @jax.jit
+    def chain(x, weights):
+        def one_round(_, x):
+            for weight in weights:
+                y = multiply(x, weight)
+                # Depends on the product and stays finite; costs one pass over x.
+                x = x + (y[:, :1] * jnp.asarray(1e-30, x.dtype))
+            return x
+
+        return jax.lax.fori_loop(0, rounds, one_round, x)
+
+    jax.block_until_ready(chain(x, weights))
+    times = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        jax.block_until_ready(chain(x, weights))
+        times.append((time.perf_counter() - start) / (rounds * len(weights)))
+    return sorted(times)[_REPEATS // 2]
+
+
+def copy_bandwidth(size: int = 2**29) -> float:
+    """Bytes per second, read and written, of a copy."""
+    array = jnp.zeros(size, jnp.uint8)
+    copy = jax.jit(lambda a: jax.lax.fori_loop(0, 20, lambda _, a: a + jnp.uint8(1), a))
+    jax.block_until_ready(copy(array))
+    times = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        jax.block_until_ready(copy(array))
+        times.append(time.perf_counter() - start)
+    return 20 * 2 * size / sorted(times)[_REPEATS // 2]
+
+
+def copies(make, size: int) -> list:
+    """Enough weights that a cache cannot hold them, at most 32."""
+    count = max(2, min(32, -(-_CACHE_BYTES // size)))
+    return [make(jax.random.key(k)) for k in range(count)]
+
+
+def _kernels(backend: str, shape) -> dict:
+    order = cases.arrangement_of(backend)
+    made: dict[str, tuple] = {
+        f"{bits} bit g{group}": ("quant", functools.partial(_quantised, bits, group, shape, order))
+        for bits, group in ((2, 128), (3, -1), (3, 128), (4, 128), (8, 128))
+    }
+    if backend != "mosaic_gpu":
+        made["2:4"] = ("sparse24", lambda key: cases.sparse(key, *shape))
+    return made
+
+
+def _quantised(bits, group, shape, order, key):
+    return cases.quantised(key, bits, group, *shape, order)
+
+
+def measure(backend: str, shape: tuple[int, int], rows: int, bandwidth: float) -> list[str]:
+    """Table rows of every kernel at one shape."""
+    x = jax.random.normal(jax.random.key(9), (rows, shape[0]), jnp.bfloat16)
+    dense = copies(
+        lambda key: jax.random.normal(key, shape, jnp.bfloat16) * jnp.bfloat16(shape[0] ** -0.5),
+        2 * shape[0] * shape[1],
+    )
+    plain = lambda x, w: jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
+    base = seconds_per_call(plain, x, dense)
+    del dense
+    lines = [f"| bf16 | {shape[0]} x {shape[1]} | {rows} | {base * 1e6:.1f} | | | 1 |"]
+    for name, (kernel, make) in _kernels(backend, shape).items():
+        stored = cases.stored_bytes(make(jax.random.key(0)))
+        weights = copies(make, stored)
+        seconds = seconds_per_call(cases.multiply(kernel, backend), x, weights)
+        rate = (stored + 2 * rows * sum(shape)) / seconds
+        lines.append(
+            f"| {name} | {shape[0]} x {shape[1]} | {rows} | {seconds * 1e6:.1f} | {rate / 1e9:.0f} "
+            f"| {rate / bandwidth:.0%} | {base / seconds:.2f} |"
+        )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--backend", default=best_backend())
+    parser.add_argument("--model", default="LLaMA-7B", choices=sorted(SHAPES))
+    parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="rows of x, with commas")
+    parser.add_argument("--shape", help="one shape instead of a model's, as 4096x11008")
+    parser.add_argument("--table", help="write the table here too")
+    arguments = parser.parse_args()
+    shapes = SHAPES[arguments.model]
+    if arguments.shape:
+        inputs, outputs = map(int, arguments.shape.split("x"))
+        shapes = ((inputs, outputs),)
+    bandwidth = copy_bandwidth()
+    lines = [
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, backend {arguments.backend}, "
+        f"copy {bandwidth / 1e9:.0f} GB/s",
+        "",
+        "| weights | I x O | M | us | GB/s | of copy | times bf16 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    print("\n".join(lines), flush=True)
+    for shape in shapes:
+        for rows in map(int, arguments.rows.split(",")):
+            new = measure(arguments.backend, shape, rows, bandwidth)
+            print("\n".join(new), flush=True)
+            lines += new
+    if arguments.table:
+        with open(arguments.table, "w") as file:
+            file.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Products with 2:4 sparse weights, whatever computes them.
+
+A weight is compressed once (`from_dense`, `from_codes`) and multiplied in that form. Invariant:
+every backend gives the same product but for rounding, and the same gradient with respect to x.
+Weights are frozen: they get no gradient.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from .. import dispatch
+from . import mosaic_gpu, pallas_tpu, reference, xla
+from .layout import SparseWeight, from_codes, from_dense, to_codes, to_dense
+
+__all__ = ["SparseWeight", "from_codes", "from_dense", "sparse24_matmul", "to_codes", "to_dense"]
+
+
+def sparse24_matmul(
+    x: jax.Array, weight: SparseWeight, *, backend: str = "auto", interpret=False
+) -> jax.Array:
+    """Multiplies by a 2:4 sparse weight.
+
+    Args:
+        x: bfloat16 or float32 [..., I].
+        weight: from `from_dense` or `from_codes`.
+        backend: "auto" or one of `dispatch.BACKENDS`.
+        interpret: run the TPU kernel on the CPU; for tests.
+
+    Returns:
+        [..., O] of x's dtype, summed in float32.
+
+    Raises:
+        ValueError: x of another width, an unknown backend, or a named one that cannot serve.
+    """
+    if x.shape[-1] != weight.inputs:
+        raise ValueError(f"x has {x.shape[-1]} features, the weight has {weight.inputs} inputs")
+    chosen = dispatch.choose(
+        "sparse24_matmul",
+        backend,
+        {
+            "pallas_tpu": lambda: (
+                dispatch.tpu_missing(interpret) or pallas_tpu.unsupported(x, weight)
+            ),
+            "mosaic_gpu": lambda: dispatch.hopper_missing() or mosaic_gpu.unsupported(x, weight),
+            "xla": lambda: None,
+            "reference": lambda: dispatch.traced_reason(x, weight.values),
+        },
+        dispatch.best_backend(),
+    )
+    if chosen == "reference":
+        return jnp.asarray(reference.sparse24_matmul(x, weight), x.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0] == 0 or chosen == "xla":
+        y = xla.multiply(rows, weight)
+    else:
+        y = pallas_tpu.sparse24_matmul(rows, weight, interpret=interpret)
+    return y.reshape(*x.shape[:-1], weight.outputs)

@@ -1,0 +1,142 @@
+"""Every backend of the product with packed weights against float64, in value and gradient; the TPU
+kernels run interpreted.
+"""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from idp_jax.kernels.quant_matmul import config, reference
+from idp_jax.kernels.quant_matmul.api import prepare, quant_matmul
+from idp_jax.kernels.quant_matmul.packing import BIT_WIDTHS, pack
+
+from idp_jax.kernels import dispatch
+
+# Of the largest entry. bfloat16 keeps 8 bits: the weight and the result are each rounded by up to
+# 2^-9. float32 sums a few hundred products, the codes' offset adding two bits.
+_TOLERANCE = {"bfloat16": 2**-7, "float32": 4e-6}
+
+
+def _weight(bits, inputs, outputs, group_size, *, symmetric=False, dead=False, act_order=False):
+    rng = np.random.default_rng(bits + inputs)
+    groups = 1 if group_size == -1 else inputs // group_size
+    codes = rng.integers(0, 2**bits, (inputs, outputs)).astype(np.uint8)
+    scales = rng.normal(size=(groups, outputs)).astype(np.float16)
+    if dead:
+        scales[groups // 2] = 0
+    scales[0, :2] = [6e-8, 65504]  # the least and the greatest float16
+    scales[0, 1] = 1
+    zeros = rng.integers(0, 2**bits, (groups, outputs)).astype(np.uint8)
+    if symmetric:
+        zeros[:] = 2 ** (bits - 1)
+    index = rng.permutation(np.arange(inputs) // (inputs // groups)) if act_order else None
+    return prepare(
+        pack(jnp.asarray(codes), bits),
+        jnp.asarray(scales),
+        jnp.asarray(zeros),
+        bits=bits,
+        group_index=None if index is None else jnp.asarray(index, jnp.int32),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("backend", "interpret"))
+def _value_and_gradient(x, upstream, weight, **options):
+    y, pull_back = jax.vjp(functools.partial(quant_matmul, weight=weight, **options), x)
+    return y, pull_back(upstream)[0]
+
+
+def _check(weight, rows, dtype, **options):
+    rng = np.random.default_rng(rows)
+    x = jnp.asarray(rng.normal(size=(rows, weight.inputs)), dtype)
+    upstream = jnp.asarray(rng.normal(size=(rows, weight.outputs)), dtype)
+    y, gradient = _value_and_gradient(x, upstream, weight, **options)
+    for ours, exact in (
+        (y, reference.quant_matmul(x, weight)),
+        (gradient, reference.gradient(upstream, weight)),
+    ):
+        assert ours.dtype == x.dtype
+        error = np.abs(np.asarray(ours, np.float64) - exact).max() / np.abs(exact).max()
+        assert error <= _TOLERANCE[dtype], error
+
+
+@pytest.mark.parametrize("bits", BIT_WIDTHS)
+@pytest.mark.parametrize("group_size", [-1, 32, 64, 128])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_value_and_gradient(bits, group_size, symmetric):
+    weight = _weight(bits, 384, 136, group_size, symmetric=symmetric, dead=group_size != -1)
+    # Few rows take the decode kernel, many the other; the gradient always takes the other.
+    for rows, dtype in ((3, "bfloat16"), (config.DECODE_ROWS + 1, "float32")):
+        _check(weight, rows, dtype, backend="pallas_tpu", interpret=True)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("rows, dtype", [(1, "float32"), (67, "bfloat16")])
+def test_edges_of_blocks(bits, rows, dtype, monkeypatch):
+    blocks = config.Blocks(32, 128, 512)
+    monkeypatch.setattr(config, "prefill_blocks", lambda *_: blocks)
+    monkeypatch.setattr(config, "decode_outputs", lambda *_: 128)
+    weight = _weight(bits, 32 * 37, 200, 32)
+    _check(weight, rows, dtype, backend="pallas_tpu", interpret=True)
+
+
+@pytest.mark.parametrize("backend", ["pallas_tpu", "xla"])
+def test_act_order(backend):
+    weight = _weight(3, 256, 64, 64, act_order=True)
+    _check(weight, 5, "float32", backend=backend, interpret=True)
+
+
+@pytest.mark.parametrize("bits", BIT_WIDTHS)
+def test_xla(bits):
+    _check(_weight(bits, 288, 40, 32, dead=True), 5, "float32", backend="xla")
+    _check(_weight(bits, 288, 40, -1), 5, "bfloat16")
+
+
+def test_reference_backend_and_batches():
+    weight = _weight(4, 64, 8, 32)
+    x = jnp.ones((2, 3, 64), jnp.float32)
+    y = quant_matmul(x, weight, backend="reference")
+    assert y.shape == (2, 3, 8)
+    np.testing.assert_allclose(y, quant_matmul(x, weight), rtol=1e-5, atol=1e-4)
+    assert quant_matmul(x[:, :0], weight).shape == (2, 0, 8)
+
+
+def test_a_named_backend_serves_or_says_why():
+    weight = _weight(4, 64, 8, 32)
+    x = jnp.ones((1, 64), jnp.float32)
+    with pytest.raises(ValueError, match="pallas_tpu cannot serve: it needs a TPU"):
+        quant_matmul(x, weight, backend="pallas_tpu")
+    with pytest.raises(ValueError, match="mosaic_gpu cannot serve: it needs a GPU"):
+        quant_matmul(x, weight, backend="mosaic_gpu")
+    with pytest.raises(ValueError, match="reference cannot serve: it works on concrete arrays"):
+        jax.jit(functools.partial(quant_matmul, backend="reference"))(x, weight)
+    with pytest.raises(ValueError, match="backend must be auto or one of"):
+        quant_matmul(x, weight, backend="triton")
+    with pytest.raises(ValueError, match="group size 96 is not"):
+        quant_matmul(
+            x[:, :1].repeat(192, 1), _weight(4, 192, 8, 96), backend="pallas_tpu", interpret=True
+        )
+    with pytest.raises(ValueError, match="x has 63 features, the weight has 64"):
+        quant_matmul(x[:, :63], weight)
+
+
+def test_a_fallback_is_logged_once(monkeypatch, caplog):
+    monkeypatch.setattr(dispatch, "best_backend", lambda: "mosaic_gpu")
+    monkeypatch.setattr(dispatch, "_told", set())
+    weight = _weight(4, 64, 8, 32)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            quant_matmul(jnp.ones((1, 64), jnp.float32), weight)
+    assert [r.message for r in caplog.records] == [
+        "quant_matmul: mosaic_gpu cannot serve (it needs a GPU, this process computes on cpu); "
+        "using xla"
+    ]
+
+
+def test_backward_keeps_no_expanded_weight():
+    weight = _weight(3, 384, 136, 128)
+    product = functools.partial(quant_matmul, weight=weight, backend="pallas_tpu", interpret=True)
+    _, pull_back = jax.vjp(product, jnp.ones((1, 384), jnp.float32))
+    assert max(leaf.size for leaf in jax.tree.leaves(pull_back)) == weight.words.size

@@ -1,0 +1,122 @@
+"""Every backend of the product with 2:4 sparse weights against float64, in value and gradient, and
+the compressed form against the matrix it came from; the TPU kernel runs interpreted.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from idp_jax.kernels.quant_matmul.packing import BIT_WIDTHS, pack
+from idp_jax.kernels.sparse24_matmul import config, reference
+from idp_jax.kernels.sparse24_matmul.api import (
+    from_codes,
+    from_dense,
+    sparse24_matmul,
+    to_codes,
+    to_dense,
+)
+
+# Of the largest entry; see test_quant_matmul_kernels. Quantised values are multiplied as float32.
+_TOLERANCE = {"bfloat16": 2**-7, "float32": 4e-6}
+
+
+def _mask(rng, inputs, outputs):
+    """Two of four, one of four and none of four."""
+    order = rng.random((inputs // 4, 4, outputs)).argsort(axis=1)
+    return (order < rng.integers(0, 3, (inputs // 4, 1, outputs))).reshape(inputs, outputs)
+
+
+def _matrix(inputs, outputs):
+    rng = np.random.default_rng(inputs)
+    return jnp.asarray(rng.normal(size=(inputs, outputs)) * _mask(rng, inputs, outputs), "bfloat16")
+
+
+def _quantised(bits, inputs, outputs, group_size):
+    rng = np.random.default_rng(bits)
+    groups = 1 if group_size == -1 else inputs // group_size
+    zeros = rng.integers(0, 2**bits, (groups, outputs)).astype(np.uint8)
+    codes = rng.integers(0, 2**bits, (inputs, outputs)).astype(np.uint8)
+    every = np.repeat(zeros, inputs // groups, 0)
+    codes = np.where(_mask(rng, inputs, outputs), codes, every)
+    scales = rng.normal(size=(groups, outputs)).astype(np.float16)
+    return pack(jnp.asarray(codes), bits), jnp.asarray(scales), jnp.asarray(zeros)
+
+
+@functools.partial(jax.jit, static_argnames=("backend", "interpret"))
+def _value_and_gradient(x, upstream, weight, **options):
+    y, pull_back = jax.vjp(functools.partial(sparse24_matmul, weight=weight, **options), x)
+    return y, pull_back(upstream)[0]
+
+
+def _check(weight, rows, dtype, **options):
+    rng = np.random.default_rng(rows)
+    x = jnp.asarray(rng.normal(size=(rows, weight.inputs)), dtype)
+    upstream = jnp.asarray(rng.normal(size=(rows, weight.outputs)), dtype)
+    y, gradient = _value_and_gradient(x, upstream, weight, **options)
+    for ours, exact in (
+        (y, reference.sparse24_matmul(x, weight)),
+        (gradient, reference.gradient(upstream, weight)),
+    ):
+        assert ours.dtype == x.dtype
+        error = np.abs(np.asarray(ours, np.float64) - exact).max() / np.abs(exact).max()
+        assert error <= _TOLERANCE[dtype], error
+
+
+@pytest.mark.parametrize("inputs", [8, 256, 300])
+def test_round_trip(inputs):
+    matrix = _matrix(inputs, 5)
+    weight = jax.jit(from_dense)(matrix)
+    assert weight.values.shape == (2, -(-inputs // 256) * 64, 5)
+    np.testing.assert_array_equal(matrix, jax.jit(to_dense)(weight))
+    dense_bytes = 2 * 2 * weight.values.size
+    assert (2 * weight.values.size + 4 * weight.positions.size) / dense_bytes == 9 / 16
+
+
+@pytest.mark.parametrize("bits", BIT_WIDTHS)
+@pytest.mark.parametrize("group_size", [-1, 32])
+def test_quantised_round_trip(bits, group_size):
+    packed = _quantised(bits, 608, 5, group_size)
+    weight = jax.jit(functools.partial(from_codes, bits=bits))(*packed)
+    for before, after in zip(packed, jax.jit(to_codes)(weight), strict=True):
+        assert before.dtype == after.dtype
+        np.testing.assert_array_equal(before, after)
+    np.testing.assert_allclose(to_dense(weight), reference.dense(weight), rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["pallas_tpu", "xla"])
+@pytest.mark.parametrize("rows, dtype", [(3, "bfloat16"), (17, "float32")])
+def test_value_and_gradient(backend, rows, dtype):
+    _check(from_dense(_matrix(320, 136)), rows, dtype, backend=backend, interpret=True)
+
+
+@pytest.mark.parametrize("bits", BIT_WIDTHS)
+@pytest.mark.parametrize("group_size", [-1, 32, 64, 128])
+def test_quantised_value_and_gradient(bits, group_size):
+    weight = from_codes(*_quantised(bits, 384, 72, group_size), bits=bits)
+    _check(weight, 3, "float32", backend="pallas_tpu", interpret=True)
+
+
+@pytest.mark.parametrize("bits", [None, 3])
+def test_edges_of_blocks(bits, monkeypatch):
+    monkeypatch.setattr(config, "blocks", lambda *_: config.Blocks(16, 128, 512))
+    if bits is None:
+        weight = from_dense(_matrix(1020, 200))
+    else:
+        weight = from_codes(*_quantised(bits, 992, 200, 32), bits=bits)
+    _check(weight, 17, "bfloat16", backend="pallas_tpu", interpret=True)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="more than 2 of 4 consecutive inputs are not zero"):
+        from_dense(jnp.ones((8, 2), jnp.bfloat16))
+    with pytest.raises(ValueError, match="6 inputs are no multiple of 4"):
+        from_dense(jnp.ones((6, 2), jnp.bfloat16))
+    with pytest.raises(ValueError, match="weights are float32"):
+        from_dense(jnp.ones((8, 2), jnp.float32))
+    weight = from_dense(_matrix(8, 4))
+    with pytest.raises(ValueError, match="x has 7 features, the weight has 8"):
+        sparse24_matmul(jnp.ones((1, 7), jnp.float32), weight)
+    with pytest.raises(ValueError, match="pallas_tpu cannot serve: it needs a TPU"):
+        sparse24_matmul(jnp.ones((1, 8), jnp.float32), weight, backend="pallas_tpu")
