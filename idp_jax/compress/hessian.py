@@ -125,17 +125,19 @@ def inverse_factor(
             lambda row: row_of(*row), (backwards, ones + fraction * mean), batch_size=_ROWS
         )
         lower = jax.lax.linalg.cholesky(damped, symmetrize_input=False)
-        return lower, fraction, retries + jnp.int32(1)
+        return lower.T, fraction, retries + jnp.int32(1)
 
     # These are the job's largest arrays, and what a loop reads lives beside all that it computes:
     # so the first attempt is a turn of the loop, the order is applied inside it row by row, and
     # the inverse stands behind it.
     start = (jnp.zeros_like(hessian), jnp.asarray(damping, jnp.float32), jnp.int32(-1))
-    lower, fraction, retries = jax.lax.while_loop(failed, attempt, start)
-    finite = jnp.all(jnp.isfinite(lower))
+    upper, fraction, retries = jax.lax.while_loop(failed, attempt, start)
+    finite = jnp.all(jnp.isfinite(upper))
     # Made from the loop's result, so that it is made after the loop.
     identity = jnp.diag(jnp.full(len(order), jnp.where(finite, jnp.float32(1), jnp.nan)))
-    inverse = jax.lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
+    inverse = jax.lax.linalg.triangular_solve(
+        upper, identity, left_side=True, lower=False, transpose_a=True
+    )
     used = jnp.where(finite, fraction, jnp.nan)
     return InverseFactor(inverse[::-1, ::-1], dead, used, retries)
 
