@@ -183,6 +183,7 @@ def compress_block(
             with times.measure("hessian") as done:
                 hessian = flow.hessian(stage, block)
                 done.append(hessian)
+            release_memory()
         with times.measure("core") as done:
             weights = {name: getattr(block, name) for name in names}
             results = compress_matrices(weights, hessian, own)

@@ -6,6 +6,7 @@ to: so a block costs one forward pass, and every Hessian is measured on what the
 see. The invariant: going through a finished block gives the same bits as having compressed it.
 """
 
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -65,7 +66,7 @@ def _output(block: Block, h, hidden):
     return block.output(h, hidden)
 
 
-@jax.jit
+@partial(jax.jit, donate_argnums=0)
 def _accumulate(state, x):
     state = accumulate(state, x.reshape(-1, x.shape[-1]))
     return state._replace(hessian=constrain(state.hessian, None, None))

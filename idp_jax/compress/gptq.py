@@ -99,7 +99,7 @@ def gptq(
     order = column_order(jnp.diagonal(H), act_order, group, run)
     back = jnp.argsort(order)
     segment, tile = _tiling(inputs, group, whole, block_size, run)
-    U, dead, damping_used, retries = inverse_factor(H[order][:, order], damping)
+    U, dead, damping_used, retries = inverse_factor(H, damping, order)
     columns = jnp.where(dead, 0.0, W[:, order]).T
     search = grid == "mse"
     static = whole or act_order == "static"

@@ -20,6 +20,8 @@ _MAX_RETRIES = 4
 _DAMPING_STEP = 10.0
 # Where the ladder goes on from a damping of 0, which no factor could raise.
 _SMALLEST_RETRY = 1e-3
+# Rows of a Hessian that are put into another order at a time.
+_ROWS = 128
 
 
 class HessianState(NamedTuple):
@@ -81,51 +83,63 @@ def accumulate(state: HessianState, x: jax.Array) -> HessianState:
 
 
 @jax.jit
-def inverse_factor(hessian: jax.Array, damping: float | jax.Array) -> InverseFactor:
+def inverse_factor(
+    hessian: jax.Array, damping: float | jax.Array, order: jax.Array | None = None
+) -> InverseFactor:
     """Upper triangular U with H^-1 = U^T U, after damping.
 
     Args:
       hessian: float32 [I, I], symmetric positive semidefinite.
       damping: what to add to the diagonal, as a fraction of the mean diagonal over live columns.
         Multiplied by 10, at most four times, while the Cholesky factorisation fails.
+      order: int32 [I]; given, U is the factor of H[order][:, order], in whose order `dead` is too.
 
     Returns:
       The factor and how it was reached; the factor is NaN if every damping failed. Dead columns
       have H_ii = 1 and no coupling, the mean leaves them out so that the damping does not depend on
       the scale of the inputs.
     """
-    diagonal = jnp.diagonal(hessian)
+    if order is None:
+        order = jnp.arange(hessian.shape[0], dtype=jnp.int32)
+    diagonal = jnp.diagonal(hessian)[order]
     dead = diagonal == 0.0
     live_count = jnp.maximum(jnp.sum(~dead, dtype=jnp.float32), 1.0)
     mean = jnp.sum(diagonal) / live_count
-    ones = jnp.where(dead, 1.0, 0.0)
-
-    def factorise(fraction: jax.Array) -> jax.Array:
-        damped = hessian + jnp.diag(ones + fraction * mean)
-        lower = jax.lax.linalg.cholesky(damped[::-1, ::-1], symmetrize_input=False)
-        identity = jnp.eye(hessian.shape[0], dtype=jnp.float32)
-        inverse = jax.lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
-        return inverse[::-1, ::-1]
+    backwards, ones = order[::-1], jnp.where(dead, 1.0, 0.0)[::-1]
 
     def failed(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        factor, _, retries = state
-        return ~jnp.all(jnp.isfinite(factor)) & (retries < _MAX_RETRIES)
+        lower, _, retries = state
+        return (retries < 0) | (~jnp.all(jnp.isfinite(lower)) & (retries < _MAX_RETRIES))
 
-    def retry(
+    def attempt(
         state: tuple[jax.Array, jax.Array, jax.Array],
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         _, fraction, retries = state
-        fraction = jnp.where(fraction == 0.0, _SMALLEST_RETRY, fraction * _DAMPING_STEP)
-        return factorise(fraction), fraction, retries + jnp.int32(1)
+        raised = jnp.where(fraction == 0.0, _SMALLEST_RETRY, fraction * _DAMPING_STEP)
+        fraction = jnp.where(retries < 0, fraction, raised)
 
-    fraction = jnp.asarray(damping, jnp.float32)
-    factor, fraction, retries = jax.lax.while_loop(
-        failed, retry, (factorise(fraction), fraction, jnp.int32(0))
+        def row_of(index: jax.Array, extra: jax.Array) -> jax.Array:
+            return hessian[index][backwards] + jnp.where(backwards == index, extra, 0.0)
+
+        damped = jax.lax.map(
+            lambda row: row_of(*row), (backwards, ones + fraction * mean), batch_size=_ROWS
+        )
+        lower = jax.lax.linalg.cholesky(damped, symmetrize_input=False)
+        return lower.T, fraction, retries + jnp.int32(1)
+
+    # These are the job's largest arrays, and what a loop reads lives beside all that it computes:
+    # so the first attempt is a turn of the loop, the order is applied inside it row by row, and
+    # the inverse stands behind it.
+    start = (jnp.zeros_like(hessian), jnp.asarray(damping, jnp.float32), jnp.int32(-1))
+    upper, fraction, retries = jax.lax.while_loop(failed, attempt, start)
+    finite = jnp.all(jnp.isfinite(upper))
+    # Made from the loop's result, so that it is made after the loop.
+    identity = jnp.diag(jnp.full(len(order), jnp.where(finite, jnp.float32(1), jnp.nan)))
+    inverse = jax.lax.linalg.triangular_solve(
+        upper, identity, left_side=True, lower=False, transpose_a=True
     )
-    finite = jnp.all(jnp.isfinite(factor))
-    return InverseFactor(
-        jnp.where(finite, factor, jnp.nan), dead, jnp.where(finite, fraction, jnp.nan), retries
-    )
+    used = jnp.where(finite, fraction, jnp.nan)
+    return InverseFactor(inverse[::-1, ::-1], dead, used, retries)
 
 
 @jax.jit

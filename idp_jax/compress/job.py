@@ -111,10 +111,11 @@ class Job:
                     if flow is not None:
                         pass_through(flow, self._finished(layer, flow.dtype))
                 continue
-            with times.measure("load"):
-                block = jax.block_until_ready(shard(self.reader.block(layer), self.mesh))
             started = time.perf_counter()
-            block, rows = compress_block(block, layer, self.by_name, self.settings, flow, times)
+            # Nothing here keeps the block as it was read: each matrix goes when it is compressed.
+            block, rows = compress_block(
+                self._loaded(layer, times), layer, self.by_name, self.settings, flow, times
+            )
             seconds = time.perf_counter() - started
             with times.measure("save"):
                 self._write(layer, block, {"seconds": seconds, "matrices": rows})
@@ -169,6 +170,10 @@ class Job:
 
     def _report(self, layer: int) -> Path:
         return self.folder / f"layer-{layer:05d}.json"
+
+    def _loaded(self, layer: int, times: StageTimes) -> Block:
+        with times.measure("load"):
+            return jax.block_until_ready(shard(self.reader.block(layer), self.mesh))
 
     def _finished(self, layer: int, dtype: str) -> Block:
         """A finished block as the calibration pass runs it."""

@@ -22,6 +22,16 @@ from idp_jax.models.block import STAGES
 from idp_jax.models.config import ModelConfig
 
 _FLOAT = 4  # bytes; streams, Hessians and what the cores work on are float32
+# The Hessian, the matrix that becomes its factor, the factor, and masks of a byte an entry.
+_SQUARE = 13
+# A stage's weights, as they are visited, their errors, what they become, and the codes.
+_ROW = 17
+# Measured on a CPU: JAX and the other packages, and the programs that were compiled.
+_LIBRARIES = 800_000_000
+# Methods that walk along the Hessian's factor.
+_WALKS = ("gptq", "sparsegpt")
+# What every device does for itself.
+_ALONE = ("factor", "compilation")
 
 
 @dataclass(frozen=True)
@@ -32,15 +42,24 @@ class Plan:
         devices: how many work together.
         device: bytes on each device, by what they hold.
         host: bytes on the host beside the device's (the same memory, on a CPU).
-        work: multiplications and additions of the whole job, by kind.
+        entry: bytes on the host before the first block, when the text enters the model; they are
+            gone when the rest comes.
+        work: multiplications and additions of the whole job, by kind; programs to compile.
         disk: bytes of the result's matrices.
     """
 
     devices: int
     device: dict[str, int]
     host: dict[str, int]
+    entry: int
     work: dict[str, float]
     disk: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes where host and device share their memory."""
+        blocks = sum(self.device.values()) + sum(self.host.values())
+        return max(blocks, self.entry + _LIBRARIES)
 
 
 def plan(
@@ -60,31 +79,33 @@ def plan(
     tokens = settings.samples * settings.sequence_length
     weights = sum(outputs * inputs for outputs, inputs in shapes.values())
     has_text = any(own is not None and own.needs_data for own in by_name.values())
-    batch = settings.batch_size * settings.sequence_length
-    inner = tokens * config.ffw_dim * _FLOAT // data
     stages = [[shapes[name] for name in stage if name in shapes] for stage in STAGES]
-    widest = max(stage[0][1] for stage in stages)
-    # W, Q, the errors and the codes of a stage, of which several copies live in the sweep.
-    swept = max(sum(o for o, _ in stage) * stage[0][1] for stage in stages) * _FLOAT * 4 // rows
-    device = {"one block's weights": weights * _FLOAT // rows, "a stage's rows": swept}
+    squares, swept = max((_stage_bytes(stage, rows, has_text) for stage in stages), key=sum)
+    device = {"one block's weights": weights * _FLOAT // rows, "a stage's matrices": swept}
     if has_text:
-        kept = inner if inner * data <= KEPT_BYTES else 0
+        batch = min(settings.batch_size, settings.samples) * settings.sequence_length
+        inner = tokens * config.ffw_dim * _FLOAT
         device |= {
             "residual streams, twice": 2 * tokens * config.hidden_dim * _FLOAT // data,
-            "inner activations of all text": kept,
-            "a micro-batch": batch * (3 * config.ffw_dim + config.hidden_dim) * _FLOAT // data,
-            "Hessian and its factor": 5 * widest**2 * _FLOAT,
+            "inner activations": (inner if inner <= KEPT_BYTES else 0) // data,
+            "a micro-batch": batch * (config.ffw_dim + config.hidden_dim) * _FLOAT // data,
+            "Hessian and its factor": squares,
         }
     bits = {key: _bits(own) for key, own in by_name.items()}
     sizes = {key: shapes[key[1]][0] * shapes[key[1]][1] for key in by_name}
     disk = sum(int(sizes[key] * bits[key] / 8) for key in by_name)
-    host = {
-        "embeddings, while the text enters": config.vocab_size * config.embedding_dim * _FLOAT,
-        "one block, as read and as written": weights * 4,
-        "libraries": 500_000_000,
-    }
+    host = {"one block, as read": weights * 2, "libraries, programs": _LIBRARIES}
+    # As read, of two bytes, and as the calibration pass runs it.
+    entry = config.vocab_size * config.embedding_dim * (2 + _FLOAT) if has_text else 0
     work = _work(config, settings, by_name, stages if has_text else [])
-    return Plan(data * rows, device, host, work, disk)
+    return Plan(data * rows, device, host, entry, work, disk)
+
+
+def _stage_bytes(stage: list[tuple[int, int]], rows: int, has_text: bool) -> tuple[int, int]:
+    """Bytes of what has the Hessian's shape, and of what has the matrices'."""
+    inputs = stage[0][1]
+    outputs = sum(outputs for outputs, _ in stage)
+    return inputs**2 * _SQUARE * has_text, outputs * inputs * _ROW // rows
 
 
 def _bits(settings: Compression | None) -> float:
@@ -100,14 +121,34 @@ def _work(config: ModelConfig, settings: Compress, by_name, stages) -> dict[str,
     attention = 2 * config.num_heads * config.head_dim * settings.sequence_length  # causal: half
     forward = sum(2 * o * i for stage in stages for o, i in stage) + attention * 2
     shapes = matrix_shapes(config)
-    swept = {key: shapes[key[1]] for key, own in by_name.items() if own is not None}
+    used = {key: own for key, own in by_name.items() if own is not None}
+    sizes = {key: shapes[key[1]][0] * shapes[key[1]][1] for key in used}
+    walked = {key for key, own in used.items() if own.method in _WALKS}
+    searched = {key for key, own in used.items() if own.quantizes and own.grid == "mse"}
+    stage_of = {name: stage for stage in STAGES for name in stage}
+    products = sum(2 * sizes[key] * shapes[key[1]][1] for key in used) if stages else 0
     return {
         "forward": float(layers * tokens * forward if stages else 0),
         "Hessian": float(layers * tokens * sum(2 * stage[0][1] ** 2 for stage in stages)),
-        "factor": float(layers * sum(4 / 3 * stage[0][1] ** 3 for stage in stages)),
-        "sweep": float(sum(2 * o * i * i for o, i in swept.values())),
-        "grids": float(sum(o * i for o, i in swept.values())),
+        "factor": float(sum(4 / 3 * i**3 for i in _factored(walked, shapes))),
+        "sweep": float(sum(2 * sizes[key] * shapes[key[1]][1] for key in walked)),
+        # Of the matrix, its result and its baseline; the walk's own is part of its rate.
+        "errors": float(2 * products),
+        # The baseline searches too.
+        "grids": float(sum(sizes[key] * (2 if key in walked else 1) for key in searched)),
+        "compilation": float(len({(own, stage_of[name]) for (_, name), own in used.items()})),
     }
+
+
+def _factored(walked: set[tuple[int, str]], shapes: dict[str, tuple[int, int]]) -> list[int]:
+    """The widths of the Hessians that are factorised: one a stage."""
+    stages = {
+        (layer, stage): shapes[name][1]
+        for layer, name in walked
+        for stage in STAGES
+        if name in stage
+    }
+    return list(stages.values())
 
 
 def rates(batch: int = 4096, width: int = 1024) -> dict[str, float]:
@@ -126,13 +167,19 @@ def rates(batch: int = 4096, width: int = 1024) -> dict[str, float]:
     )
     factor_seconds = _seconds(lambda: inverse_factor(hessian, 0.01).factor)
     plain = max(_seconds(lambda: walk(w, hessian, "minmax")) - factor_seconds, 1e-6)
+    started = time.perf_counter()
+    jax.block_until_ready(walk(w, hessian, "mse"))
+    compilation = time.perf_counter() - started
     search = max(_seconds(lambda: walk(w, hessian, "mse")) - factor_seconds - plain, 1e-6)
+    square = 2 * batch * width**2 / _seconds(lambda: accumulate(empty_state(width), x))
     return {
         "forward": 2 * batch * width**2 / _seconds(lambda: product(x, w)),
-        "Hessian": 2 * batch * width**2 / _seconds(lambda: accumulate(empty_state(width), x)),
+        "Hessian": square,
         "factor": 4 / 3 * width**3 / factor_seconds,
         "sweep": 2 * width**3 / plain,
+        "errors": square,  # products of the same precision
         "grids": width**2 / search,
+        "compilation": 1 / compilation,
     }
 
 
@@ -150,21 +197,22 @@ def _seconds(run: Callable[[], object], repeats: int = 3) -> float:
 def table(plan: Plan, title: str, speeds: dict[str, float] | None = None) -> Table:
     """The plan as a table; with `speeds` (from `rates`) the time too."""
     shown = Table(title=title)
-    shown.add_column("")
+    shown.add_column("memory")
     shown.add_column("GB on each device" if plan.devices > 1 else "GB", justify="right")
-    held = {**plan.device, **plan.host}
-    for name, size in held.items():
+    for name, size in {**plan.device, **plan.host}.items():
         shown.add_row(name, f"{size / 1e9:.2f}")
-    shown.add_row("together", f"{sum(held.values()) / 1e9:.2f}", end_section=True)
-    shown.add_row("matrices on disk", f"{plan.disk / 1e9:.2f}", end_section=True)
-    if speeds is not None:
-        # Every device factorises the Hessian for itself.
-        alone = {"factor"}
-        seconds = {
-            kind: work / speeds[kind] / (1 if kind in alone else plan.devices)
-            for kind, work in plan.work.items()
-        }
-        for kind, value in seconds.items():
-            shown.add_row(f"{kind}: seconds, at {speeds[kind] / 1e9:.3g} G/s", f"{value:.0f}")
-        shown.add_row("seconds together", f"{sum(seconds.values()):.0f}")
+    shown.add_row("together", f"{plan.peak / 1e9:.2f}", end_section=True)
+    shown.add_row("embeddings, before the blocks", f"{plan.entry / 1e9:.2f}", end_section=True)
+    shown.add_row("the result's matrices, on disk", f"{plan.disk / 1e9:.2f}", end_section=True)
+    if speeds is None:
+        return shown
+    shown.add_row("[bold]time[/bold]", "[bold]s[/bold]", end_section=True)
+    seconds = {
+        kind: work / speeds[kind] / (1 if kind in _ALONE else plan.devices)
+        for kind, work in plan.work.items()
+    }
+    for kind, value in seconds.items():
+        rate = "" if kind == "compilation" else f", at {speeds[kind] / 1e9:.3g} G/s"
+        shown.add_row(f"{kind}{rate}", f"{value:,.0f}")
+    shown.add_row("together", f"{sum(seconds.values()):,.0f}")
     return shown
