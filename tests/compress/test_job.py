@@ -28,7 +28,6 @@ FILES = {
     "compression.json",
     "compression.png",
     "config.json",
-    "generation_config.json",
     "model-00001-of-00003.safetensors",
     "model-00002-of-00003.safetensors",
     "model-00003-of-00003.safetensors",
@@ -83,7 +82,7 @@ def content(folder: Path) -> dict[str, bytes | dict]:
 
 def test_the_folder_is_what_memory_gives(files, tmp_path):
     settings = settings_of(
-        files, tmp_path / "out", rules=("layers.0.*up_proj bits=4", "k_proj skip")
+        files, tmp_path / "out", rules=("layers.0.*up_proj method=rtn bits=4", "k_proj skip")
     )
     report = run.compress(settings)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -221,7 +220,11 @@ def test_a_job_that_was_stopped_goes_on(files, whole, tmp_path, monkeypatch, pla
     "other",
     [
         {"method": "wanda", "sparsity": "2:4", "format": "sparse-24-bitmask"},
-        {"rules": ("up_proj sparsity=2:4", "k_proj skip"), "format": "pack-quantized"},
+        {
+            "method": "rtn",
+            "rules": ("down_proj method=gptq sparsity=2:4", "k_proj skip"),
+            "format": "pack-quantized",
+        },
     ],
     ids=["wanda", "mixed"],
 )

@@ -27,7 +27,7 @@ def planned(**other):
 
 def lines(shown) -> list[str]:
     """A table as text."""
-    console = Console(width=140, record=True, quiet=False, file=open("/dev/null", "w"))
+    console = Console(width=200, record=True, quiet=False, file=open("/dev/null", "w"))
     with console.file:
         console.print(shown)
         return console.export_text().splitlines()
@@ -130,8 +130,16 @@ def test_the_report_is_shown_by_matrix():
     assert "skip" in k and not any(character.isdigit() for character in k)
 
 
+# Of two matrices one ends without any error, and has no baseline either.
+UNMOVED = [
+    {"layer": 0, "matrix": "q", "relative_error": 0.0},
+    {"layer": 0, "matrix": "down", "relative_error": 0.1},
+]
+
+
 @pytest.mark.parametrize(
-    "rows", [ROWS, [*ROWS, SKIPPED], ROWS[:1], [{**ROWS[0], "relative_error": 0.0}]]
+    "rows",
+    [UNMOVED[:1], ROWS, [*ROWS, SKIPPED], ROWS[:1], [{**ROWS[0], "relative_error": 0.0}], UNMOVED],
 )
 def test_the_picture(tmp_path, rows):
     report.draw(rows, "a title", tmp_path / "picture.png")
