@@ -180,7 +180,7 @@ def test_zeros_are_where_the_pattern_says(method, sparsity):
 
 
 def test_rounding_needs_no_text():
-    settings = Compression(method="rtn", bits=4, group_size=32)
+    settings = Compression(method="rtn", bits=4, group_size=32, grid="minmax")
     model, report = compress(model_of("llama"), settings)
     for name in model.layers.weight_names:
         before = np.asarray(getattr(model_of("llama").layers, name).kernel[...])
@@ -221,8 +221,16 @@ def alone(settings: Compression):
     return compress(one_layer()[0], settings, one_layer()[1])
 
 
-@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "model": 4}], ids=["8x1", "2x4"])
-@pytest.mark.parametrize("method", ["gptq", "sparsegpt", "wanda"])
+@pytest.mark.parametrize(
+    ("method", "mesh"),
+    [
+        ("gptq", {"data": 2, "model": 4}),
+        ("gptq", {"data": 8}),
+        ("sparsegpt", {"data": 2, "model": 4}),
+        ("wanda", {"data": 8}),
+    ],
+    ids=["gptq-2x4", "gptq-8x1", "sparsegpt-2x4", "wanda-8x1"],
+)
 def test_several_devices_compress_alike(method, mesh):
     settings = Compression(method=method, bits=3, group_size=32, block_size=32, allow_worse=(".",))
     one, expected = alone(settings)
