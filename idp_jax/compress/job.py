@@ -38,7 +38,7 @@ from idp_jax.formats.source import open_source, part_of
 from idp_jax.models.block import Block
 from idp_jax.progress import bar
 from idp_jax.runs import claim
-from idp_jax.sharding import first_process, gather, shard
+from idp_jax.sharding import first_process, gather, make_mesh, shard
 
 # What may change between two calls that work on the same job.
 _FREE = ("out", "overwrite", "plan", "allow_worse")
@@ -237,7 +237,9 @@ def calibration_tokens(settings: Compress) -> np.ndarray:
     length, count = settings.sequence_length, settings.samples
     if settings.calibration == SELF:
         model = formats.load_model(settings.model, dtype=settings.dtype)
-        with bar("sampling calibration text", "tokens") as update:
+        # One process samples while the others wait: on a device of its own, not on their mesh.
+        own = make_mesh({}, jax.local_devices()[:1])
+        with jax.set_mesh(own), bar("sampling calibration text", "tokens") as update:
             texts = sample_documents(
                 model,
                 tokenizer,

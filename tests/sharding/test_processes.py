@@ -28,9 +28,14 @@ def _start(arguments: list[str], environment: dict[str, str]) -> subprocess.Pope
 
 
 def _finish(processes: list[subprocess.Popen]) -> None:
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-2000:]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors[-2000:]
+    finally:
+        for process in processes:  # one that failed leaves the other waiting for it
+            process.kill()
+            process.communicate()
 
 
 def _alone_and_together(command: str, model: Path, text: str, folder: Path) -> list[Path]:
