@@ -1,6 +1,9 @@
 """The commands from end to end on a tiny model, and one line for everything that goes wrong."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -141,7 +144,8 @@ BAD = {
     "bits": (lambda f, o: compressing(f, o, "--bits", 5), "--bits 5 is not one of 2, 3, 4, 8"),
     "group": (
         lambda f, o: compressing(f, o, "--group-size", 48),
-        "--group-size 48 does not divide the 64 inputs of matrix q; use 32, 64, -1",
+        "--group-size 48 does not divide the 64 inputs of model.layers.0.self_attn.q_proj; "
+        "use 32, 64, -1, or a rule for this matrix",
     ),
     "short-calibration": (
         lambda f, o: compressing(f, o, "--calibration", f / "short.txt"),
@@ -229,6 +233,43 @@ def test_another_run_in_the_same_folder(files, tmp_path, capsys):
         run(*training(files, tmp_path / "out", "--method", "lora", "--lora.rank", 3))
     assert stop.value.code == 2
     assert "holds a run with lora = " in capsys.readouterr().err
+
+
+TORCH_STAYS = """
+import sys
+from idp_jax.cli import _hide_torch
+
+_hide_torch()
+from transformers import AutoConfig, AutoTokenizer
+
+assert AutoConfig.from_pretrained(sys.argv[1]).hidden_size == 64
+assert len(AutoTokenizer.from_pretrained(sys.argv[1])) == 259
+assert "torch" not in sys.modules
+import importlib.util
+
+assert importlib.util.find_spec("torch", package=None).name == "torch"
+import torch
+
+assert torch.__version__ == "9.9.9"
+"""
+
+
+def test_transformers_leaves_torch_alone(files, tmp_path):
+    """With a package of that name installed, which works all the same when it is imported."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("__version__ = '9.9.9'\n")
+    (tmp_path / "torch-9.9.9.dist-info").mkdir()
+    (tmp_path / "torch-9.9.9.dist-info" / "METADATA").write_text("Name: torch\nVersion: 9.9.9\n")
+    root = str(Path(__file__).parents[1])
+    paths = os.pathsep.join([str(tmp_path), root])
+    done = subprocess.run(
+        [sys.executable, "-c", TORCH_STAYS, str(files / "model")],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["train", "--help"]])

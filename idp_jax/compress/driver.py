@@ -239,7 +239,7 @@ def _check(row: dict[str, Any], settings: Compression) -> None:
         )
     baseline = row.get("baseline_error", np.inf)
     if error > baseline * (1 + _TOLERANCE) and not allowed_worse(settings, module):
-        kind = "rounding to nearest" if settings.quantizes else "magnitude pruning"
+        kind = "rounding to nearest" if "bits" in row else "magnitude pruning"
         raise CompressionError(
             f"{module} ends with a relative output error of {error:g}, {kind} alone with "
             f"{baseline:g}; give more calibration text or a larger --damping, or allow it with "

@@ -15,7 +15,7 @@ import numpy as np
 from idp_jax.compress.hessian import accumulate, empty_state
 from idp_jax.models.block import Block
 from idp_jax.models.decoder import Decoder
-from idp_jax.sharding import constrain, shard_batch
+from idp_jax.sharding import constrain, shard, shard_batch
 
 # What the MLPs' inner activations of all text may take; above, they are computed a second time
 # when they are needed a second time.
@@ -89,7 +89,7 @@ class Flow:
     def __init__(self, model: Decoder, tokens: np.ndarray, batch_size: int, mesh=None):
         # The embedding stays on the host: a micro-batch needs some of its rows.
         embedding = np.asarray(model.embedding[...])
-        entry = _without_embedding(model)
+        entry = shard(_without_embedding(model), mesh)
         self._streams: list[jax.Array] = []
         # All windows are full: what a context holds depends on their number alone.
         self._contexts: dict[int, Any] = {}

@@ -38,7 +38,7 @@ from idp_jax.formats.source import open_source, part_of
 from idp_jax.models.block import Block
 from idp_jax.progress import bar
 from idp_jax.runs import claim
-from idp_jax.sharding import first_process, gather, shard
+from idp_jax.sharding import first_process, gather, make_mesh, shard
 
 # What may change between two calls that work on the same job.
 _FREE = ("out", "overwrite", "plan", "allow_worse")
@@ -79,8 +79,13 @@ class Job:
             ConfigError: the folder holds a job with other settings or another model.
             ValueError: `out` exists.
         """
-        if self.out.exists() and self.folder.exists() and not self.model.exists():
-            shutil.rmtree(self.folder)  # killed between the last rename and the clearing up
+
+        def clear() -> None:
+            claimed = (self.folder / "config.yaml").is_file()
+            if self.out.exists() and claimed and not self.model.exists():
+                shutil.rmtree(self.folder)  # killed between the last rename and the clearing up
+
+        first_process(clear, "compress: clear")
         formats.check_absent(self.out, overwrite=self.settings.overwrite)
         model = fingerprint(self.source.path)
 
@@ -103,7 +108,7 @@ class Job:
                 tokens = self._tokens()
             with times.measure("forward"):
                 outer = hf.Reader(self.source, self.settings.dtype).without_layers()
-                flow = Flow(shard(outer, self.mesh), tokens, self.settings.batch_size, self.mesh)
+                flow = Flow(outer, tokens, self.settings.batch_size, self.mesh)
                 del outer
         for layer in progress(range(self.config.num_layers)):
             if self._shard(layer).is_file():
@@ -138,10 +143,9 @@ class Job:
             write_settings(self.model, self.settings.model, self.quantization, dtype)
             write_text(self.model / "compression.json", json.dumps(report, indent=2))
             title = f"{self.settings.model}: {self.settings.method}"
-            write_file(
-                self.model / "compression.png",
-                lambda path: draw(report["matrices"], title, path),
-            )
+            if any("relative_error" in row for row in report["matrices"]):
+                picture = lambda path: draw(report["matrices"], title, path)
+                write_file(self.model / "compression.png", picture)
             if self.out.exists():
                 shutil.rmtree(self.out) if self.out.is_dir() else self.out.unlink()
             self.model.rename(self.out)
@@ -154,11 +158,12 @@ class Job:
         file = self.folder / "calibration.npy"
 
         def write() -> None:
-            tokens = np.asarray(calibration_tokens(self.settings), np.int32)
-            write_file(file, lambda path: np.save(path.open("wb"), tokens))
+            if not file.is_file():
+                tokens = np.asarray(calibration_tokens(self.settings), np.int32)
+                write_file(file, lambda path: _save_array(path, tokens))
 
-        if not file.is_file():
-            first_process(write, "compress: calibration")
+        # Asked inside: other processes may look for the file when it is already there.
+        first_process(write, "compress: calibration")
         return np.load(file)
 
     def _file(self, number: int) -> Path:
@@ -205,6 +210,11 @@ class Job:
         write_text(self.model / "model.safetensors.index.json", json.dumps(index, indent=2))
 
 
+def _save_array(path: Path, array: np.ndarray) -> None:
+    with path.open("wb") as file:  # given a name, numpy would end it in ".npy"
+        np.save(file, array)
+
+
 def _save(tensors: Iterator[tuple[str, np.ndarray]], path: Path) -> None:
     from safetensors.numpy import save_file
 
@@ -237,7 +247,9 @@ def calibration_tokens(settings: Compress) -> np.ndarray:
     length, count = settings.sequence_length, settings.samples
     if settings.calibration == SELF:
         model = formats.load_model(settings.model, dtype=settings.dtype)
-        with bar("sampling calibration text", "tokens") as update:
+        # One process samples while the others wait: on a device of its own, not on their mesh.
+        own = make_mesh({}, jax.local_devices()[:1])
+        with jax.set_mesh(own), bar("sampling calibration text", "tokens") as update:
             texts = sample_documents(
                 model,
                 tokenizer,

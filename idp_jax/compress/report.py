@@ -79,10 +79,12 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
             axis.plot(layers, baselines, ".-", color="#a9c9d9", label="baseline")
         errors = [row["relative_error"] for row in own]
         axis.plot(layers, errors, ".-", color="#2a6f97", label="compressed")
-        axis.set(title=name, xlabel="layer", yscale="log")
+        axis.set(title=name, xlabel="layer")
         axis.spines[["top", "right"]].set_visible(False)
     first = np.atleast_1d(axes)[0]
     first.set_ylabel("relative output error")
+    # The axis is shared; errors that are all 0 have no logarithm.
+    first.set_yscale("log" if any(row["relative_error"] for row in measured) else "linear")
     first.legend(fontsize="small", frameon=False)
     figure.savefig(path, dpi=120, format="png")
     pyplot.close(figure)

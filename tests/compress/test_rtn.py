@@ -40,3 +40,32 @@ def test_bad_group_size():
         rtn(jnp.ones((4, 96), jnp.float32), bits=4, group_size=36)
     with pytest.raises(ValueError, match="group_size 0"):
         rtn(jnp.ones((4, 96), jnp.float32), bits=4, group_size=0)
+
+
+@pytest.mark.parametrize("grid", ["minmax", "mse"])
+def test_a_mask_gives_exact_zeros(make_layer, grid):
+    weights, _ = make_layer(10, 96)
+    mask = np.random.default_rng(2).uniform(size=weights.shape) < 0.4
+    settings = {"bits": 3, "group_size": 32, "grid": grid}
+    matrix = rtn(jnp.asarray(weights), **settings, mask=jnp.asarray(mask))
+    assert (np.asarray(dequantize_matrix(matrix))[mask] == 0).all()
+    # The grid is that of the weights that are left.
+    alone = rtn(jnp.asarray(np.where(mask, 0, weights)), **settings)
+    for own, expected in zip(matrix, alone, strict=True):
+        np.testing.assert_array_equal(own, expected)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_searched_grid_loses_less(make_layer, symmetric):
+    weights, _ = make_layer(24, 96)
+    settings = {"bits": 3, "group_size": 32, "symmetric": symmetric}
+    costs = [
+        np.square(
+            np.asarray(dequantize_matrix(rtn(jnp.asarray(weights), **settings, grid=grid)))
+            - weights
+        )
+        .reshape(24, 3, 32)
+        .sum(2)
+        for grid in ("mse", "minmax")
+    ]
+    assert (costs[0] <= costs[1] * (1 + 1e-5)).all() and costs[0].sum() < 0.95 * costs[1].sum()

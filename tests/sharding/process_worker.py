@@ -1,4 +1,4 @@
-"""One process of a training job, for `test_processes.py`: process_worker.py MODEL TEXT OUT
+"""One process of a job, for `test_processes.py`: process_worker.py train|compress MODEL TEXT OUT
 [MESH].
 """
 
@@ -6,16 +6,22 @@ import sys
 
 import jax
 
-MODEL, TEXT, OUT, *MESH = sys.argv[1:]
+COMMAND, MODEL, TEXT, OUT, *MESH = sys.argv[1:]
+DEVICES = {"train": 2, "compress": 4}[COMMAND]
 jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 2 if MESH else 1)
+jax.config.update("jax_num_cpu_devices", DEVICES if MESH else 1)
 if MESH:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
 
-from idp_jax.config import Data, Mesh, Optimizer, Train
+from pathlib import Path
+
+from idp_jax.compress.run import compress
+from idp_jax.config import Compress, Data, Mesh, Optimizer, Train
 from idp_jax.training import train
 
-if __name__ == "__main__":
+
+def training() -> None:
+    """A few steps of a LoRA."""
     train(
         Train(
             model=MODEL,
@@ -29,3 +35,22 @@ if __name__ == "__main__":
             mesh=Mesh(data=2, fsdp=2) if MESH else Mesh(),
         )
     )
+
+
+def compressing() -> None:
+    """A job on text that the model writes itself."""
+    compress(
+        Compress(
+            model=MODEL,
+            out=Path(OUT),
+            calibration=TEXT,
+            group_size=32,
+            samples=8,
+            sequence_length=32,
+            mesh=Mesh(data=4, model=2) if MESH else Mesh(),
+        )
+    )
+
+
+if __name__ == "__main__":
+    {"train": training, "compress": compressing}[COMMAND]()
