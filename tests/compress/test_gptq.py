@@ -193,7 +193,7 @@ def test_order_and_search_lower_the_error(make_layer, exact_hessian):
     assert error(grid="mse", act_order="group") < plain
 
 
-@pytest.mark.parametrize("act_order", ["off", "static", "group"])
+@pytest.mark.parametrize("act_order", ["none", "static", "group"])
 @pytest.mark.parametrize(
     ("target", "group_size"),
     [({"sparsity": 0.5}, 32), ({"sparsity": 0.4}, -1), ({"pattern": (2, 4)}, 32)],

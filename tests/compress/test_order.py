@@ -31,7 +31,7 @@ def test_every_column_is_visited_once(act_order, run):
         assert (groups == groups[:, :1]).all()
         best = best.reshape(3, -1)
         assert (np.diff(best, axis=1) <= 0).all() and (np.diff(best[:, 0]) <= 0).all()
-    if act_order == "off":
+    if act_order == "none":
         np.testing.assert_array_equal(order, np.arange(48))
 
 

@@ -38,7 +38,7 @@ def test_the_first_rule_that_matches_counts():
     assert by_name["model.layers.0.attn.q"] == by_name["model.layers.1.attn.q"] == q
     assert by_name["model.layers.0.mlp.up"] == Compression(bits=4)
     up = by_name["model.layers.1.mlp.up"]
-    assert up == Compression(bits=4, sparsity="2:4", damping=0.1, block_size=64, act_order="off")
+    assert up == Compression(bits=4, sparsity="2:4", damping=0.1, block_size=64, act_order="none")
     assert up.target() == {"pattern": (2, 4)}
 
 
