@@ -246,12 +246,11 @@ def calibration_tokens(settings: Compress) -> np.ndarray:
     tokenizer = formats.load_tokenizer(settings.model)
     length, count = settings.sequence_length, settings.samples
     if settings.calibration == SELF:
-        model = formats.load_model(settings.model, dtype=settings.dtype)
         # One process samples while the others wait: on a device of its own, not on their mesh.
         own = make_mesh({}, jax.local_devices()[:1])
         with jax.set_mesh(own), bar("sampling calibration text", "tokens") as update:
             texts = sample_documents(
-                model,
+                formats.load_model(settings.model, dtype=settings.dtype),
                 tokenizer,
                 (count + 1) * length,
                 document_tokens=min(length, 512),
