@@ -120,6 +120,8 @@ def _work(config: ModelConfig, settings: Compress, by_name, stages) -> dict[str,
     tokens, layers = settings.samples * settings.sequence_length, config.num_layers
     attention = 2 * config.num_heads * config.head_dim * settings.sequence_length  # causal: half
     forward = sum(2 * o * i for stage in stages for o, i in stage) + attention * 2
+    if stages and tokens * config.ffw_dim * _FLOAT > KEPT_BYTES:
+        forward += sum(2 * o * i for o, i in stages[2])  # the inner activations a second time
     shapes = matrix_shapes(config)
     used = {key: own for key, own in by_name.items() if own is not None}
     sizes = {key: shapes[key[1]][0] * shapes[key[1]][1] for key in used}
@@ -198,11 +200,16 @@ def table(plan: Plan, title: str, speeds: dict[str, float] | None = None) -> Tab
     """The plan as a table; with `speeds` (from `rates`) the time too."""
     shown = Table(title=title)
     shown.add_column("memory")
-    shown.add_column("GB on each device" if plan.devices > 1 else "GB", justify="right")
-    for name, size in {**plan.device, **plan.host}.items():
-        shown.add_row(name, f"{size / 1e9:.2f}")
-    shown.add_row("together", f"{plan.peak / 1e9:.2f}", end_section=True)
-    shown.add_row("embeddings, before the blocks", f"{plan.entry / 1e9:.2f}", end_section=True)
+    shown.add_column("GB", justify="right")
+    on = f"on each of {plan.devices} devices" if plan.devices > 1 else "on the device"
+    for place, held in ((on, plan.device), ("on the host", plan.host)):
+        for name, size in held.items():
+            shown.add_row(name, f"{size / 1e9:.2f}")
+        shown.add_row(f"[bold]{place}[/bold]", f"{sum(held.values()) / 1e9:.2f}", end_section=True)
+    shown.add_row("embeddings, while the text enters", f"{plan.entry / 1e9:.2f}")
+    if plan.devices == 1:
+        shown.add_row("[bold]at most, on a CPU[/bold]", f"{plan.peak / 1e9:.2f}")
+    shown.add_section()
     shown.add_row("the result's matrices, on disk", f"{plan.disk / 1e9:.2f}", end_section=True)
     if speeds is None:
         return shown
@@ -214,5 +221,5 @@ def table(plan: Plan, title: str, speeds: dict[str, float] | None = None) -> Tab
     for kind, value in seconds.items():
         rate = "" if kind == "compilation" else f", at {speeds[kind] / 1e9:.3g} G/s"
         shown.add_row(f"{kind}{rate}", f"{value:,.0f}")
-    shown.add_row("together", f"{sum(seconds.values()):,.0f}")
+    shown.add_row("[bold]in all[/bold]", f"{sum(seconds.values()):,.0f}")
     return shown
