@@ -19,7 +19,8 @@ from idp_jax.environment import describe
 from idp_jax.evaluation.perplexity import perplexity, windows_from_text
 from idp_jax.evaluation.run import evaluate as evaluate_tasks
 from idp_jax.files import write_text
-from idp_jax.formats.gptq import write_settings
+from idp_jax.formats.names import module_names
+from idp_jax.formats.quantization import Packing, write_config
 from idp_jax.models.decoder import Decoder
 from idp_jax.progress import bar, console, tracker
 from idp_jax.recover import Repaired, load_adapter
@@ -54,11 +55,13 @@ def compress(settings: config.Compress) -> dict[str, Any]:
             progress=tracker(f"compressing ({settings.method})"),
             times=times,
         )
+        names = module_names(model.config).values()
         del model
     quantization = None
     if not settings.prunes:
-        quantization = write_settings(
-            settings.bits, settings.group_size, settings.symmetric, settings.damping
+        packing = Packing(settings.bits, settings.group_size, settings.symmetric)
+        quantization = write_config(
+            "gptq_v2", dict.fromkeys(names, packing), damping=settings.damping
         )
     report = {
         "config": to_dict(settings),

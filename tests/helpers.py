@@ -276,7 +276,7 @@ def write_folder(model: Decoder, folder: Path, quantization: dict | None = None)
         config["quantization_config"] = quantization
     (folder / "config.json").write_text(json.dumps(config))
     version = (quantization or {}).get("checkpoint_format", "gptq")
-    save_file(dict(hf.disassemble(model, checkpoint_format=version)), folder / "model.safetensors")
+    save_file(dict(hf.disassemble(model, form=version)), folder / "model.safetensors")
     return folder
 
 

@@ -1,157 +1,144 @@
-"""GPTQ checkpoints (AutoGPTQ / GPTQModel): packed words and their settings.
+"""GPTQ checkpoints (AutoGPTQ / GPTQModel): the tensors of one packed matrix.
 
 Per linear: `qweight` int32 [in * bits / 32, out], `qzeros` int32 [groups, out * bits / 32],
-`scales` float16 [groups, out], `g_idx` int32
-[in]. Format `gptq` (v1) stores every zero minus one, modulo 2^bits, field by field; `gptq_v2`
-stores the zero itself.
+`scales` float16 [groups, out], `g_idx` int32 [in]. Form `gptq` (v1) stores every zero minus one,
+modulo 2^bits, field by field; `gptq_v2` stores the zero itself. The invariant: the words of the
+inputs are those of `weights.Quantized`, so they are taken over as they are.
 """
-
-from dataclasses import dataclass
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from idp_jax.formats.quantization import PLANAR, Packing
 from idp_jax.kernels.quant_matmul.packing import pack, unpack
 from idp_jax.weights import Quantized
 
-BITS = (2, 3, 4, 8)
-FORMATS = VERSION_1, VERSION_2 = ("gptq", "gptq_v2")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is needed to read the words: bits, inputs of a group (-1: all), which of `FORMATS`."""
-
-    bits: int
-    group_size: int
-    checkpoint_format: str
-
-
-def read_settings(config: dict[str, Any] | None) -> Settings | None:
-    """Reads `quantize_config.json` or config.json's `quantization_config`.
-
-    Raises:
-        ValueError: another method, bit width or checkpoint format than is supported.
-    """
-    if config is None:
-        return None
-    method = config.get("quant_method", "gptq")
-    if method != "gptq":
-        raise ValueError(f"quant_method {method!r} is not supported; supported: gptq")
-    bits, form = config.get("bits"), config.get("checkpoint_format", VERSION_1)
-    if bits not in BITS:
-        raise ValueError(
-            f"{bits}-bit GPTQ is not supported; supported: {', '.join(map(str, BITS))}"
-        )
-    if form not in FORMATS:
-        raise ValueError(
-            f"checkpoint_format {form!r} is not supported; supported: {', '.join(FORMATS)}"
-        )
-    if config.get("pack_dtype", "int32") != "int32":
-        raise ValueError(f"pack_dtype {config['pack_dtype']!r} is not supported; supported: int32")
-    if config.get("dynamic"):
-        raise ValueError("per-module settings ('dynamic') are not supported")
-    if config.get("lm_head"):
-        raise ValueError("a packed lm_head is not supported; quantise again with lm_head false")
-    return Settings(bits, config.get("group_size", -1), form)
-
-
-def write_settings(
-    bits: int, group_size: int, symmetric: bool, damping: float | None
-) -> dict[str, Any]:
-    """The `quantization_config` of a folder written here."""
-    return {
-        "quant_method": "gptq",
-        "checkpoint_format": VERSION_2,
-        "bits": bits,
-        "group_size": group_size,
-        "sym": symmetric,
-        "desc_act": False,
-        "static_groups": False,
-        "true_sequential": True,
-        "damp_percent": damping,
-        "lm_head": False,
-        "pack_dtype": "int32",
-    }
+REQUIRED, OPTIONAL = ("qweight", "qzeros", "scales"), ("g_idx",)
 
 
 def to_weight(
     name: str,
     shape: tuple[int, int],
     parts: dict[str, np.ndarray],
-    group_index: np.ndarray | None,
     bias: np.ndarray | None,
-    settings: Settings | None,
+    packing: Packing,
+    form: str,
 ) -> Quantized:
-    """One packed linear as a weight; the words stay as they are on disk.
+    """One packed linear as a weight.
 
     Args:
+        name: of the module, for errors.
         shape: (out, in).
-        parts: qweight, qzeros and scales.
+        parts: qweight, qzeros, scales and, where it is there, g_idx.
+        form: "gptq", "gptq_v2" or "gptq_p".
 
     Raises:
-        ValueError: shapes that do not fit together, or packed tensors without settings.
+        ValueError: shapes that do not fit together.
     """
-    if settings is None:
-        raise ValueError(f"{name} is packed, but config.json has no quantization_config")
     outputs, inputs = shape
-    groups = parts["scales"].shape[0]
+    bits, groups = packing.bits, parts["scales"].shape[0]
     expected = {
-        "qweight": (inputs * settings.bits // 32, outputs),
-        "qzeros": (groups, outputs * settings.bits // 32),
+        "qweight": (inputs * bits // 32, outputs),
+        "qzeros": (groups, outputs * bits // 32),
         "scales": (groups, outputs),
     }
     for key, wanted in expected.items():
         if parts[key].shape != wanted:
             raise ValueError(
-                f"{name}.{key} has shape {parts[key].shape}; {settings.bits} bits and config.json "
+                f"{name}.{key} has shape {parts[key].shape}; {bits} bits and config.json "
                 f"ask for {wanted}"
             )
-    zeros = np.asarray(unpack(jnp.asarray(parts["qzeros"]), settings.bits, axis=-1), np.uint8)
-    if settings.checkpoint_format != VERSION_2:
-        zeros = (zeros + np.uint8(1)) & np.uint8(2**settings.bits - 1)
-    scales = parts["scales"]
+    words, packed_zeros = parts["qweight"], parts["qzeros"].T
+    if form == PLANAR and bits == 3:
+        words, packed_zeros = _from_planes(words), _from_planes(packed_zeros)
+    zeros = np.asarray(unpack(jnp.asarray(packed_zeros), bits)).T
+    if form == "gptq":
+        zeros = (zeros + np.uint8(1)) & np.uint8(2**bits - 1)
     return Quantized(
-        parts["qweight"],
-        # Scales keep the file's own float16 whatever the model's dtype: bfloat16 would round them.
-        scales if scales.dtype == np.float16 else scales.astype(np.float32),
-        zeros,
-        bits=settings.bits,
-        group_index=_groups_of(name, inputs, groups, group_index, settings),
+        words,
+        as_scales(parts["scales"]),
+        np.ascontiguousarray(zeros),
+        bits=bits,
+        group_index=groups_of(
+            f"{name}.g_idx", inputs, groups, parts.get("g_idx"), packing.group_size
+        ),
         bias=bias,
     )
 
 
-def _groups_of(
-    name: str, inputs: int, groups: int, index: np.ndarray | None, settings: Settings
+def as_scales(scales: np.ndarray) -> np.ndarray:
+    """Scales in the file's own float16, whatever the model's dtype; any other type as float32."""
+    return scales if scales.dtype == np.float16 else scales.astype(np.float32)
+
+
+def groups_of(
+    name: str, inputs: int, groups: int, index: np.ndarray | None, group_size: int
 ) -> np.ndarray | None:
-    """The group of every input, or None where groups are runs of I // G inputs."""
+    """The group of every input, or None where groups are runs of I // G inputs.
+
+    Args:
+        index: as in the file, or None, where groups are runs of `group_size` inputs.
+
+    Raises:
+        ValueError: an index of another length, or a group that does not exist.
+    """
     if index is None:
-        size = settings.group_size if settings.group_size > 0 else inputs
-        index = np.arange(inputs) // size
+        index = np.arange(inputs) // (group_size if group_size > 0 else inputs)
     if index.shape != (inputs,) or index.min() < 0 or index.max() >= groups:
         raise ValueError(
-            f"{name}.g_idx must give each of {inputs} inputs one of {groups} groups; "
-            f"check group_size {settings.group_size} in the quantization settings"
+            f"{name} must give each of {inputs} inputs one of {groups} groups; "
+            f"check group_size {group_size} in the quantization settings"
         )
     plain = inputs % groups == 0 and np.array_equal(index, np.arange(inputs) // (inputs // groups))
     return None if plain else index.astype(np.int32)
 
 
-def from_weight(weight: Quantized, checkpoint_format: str = VERSION_2) -> dict[str, np.ndarray]:
-    """The tensors of one packed linear, `qweight qzeros scales g_idx`."""
+def group_index(weight: Quantized, inputs: int) -> np.ndarray:
+    """The group of every input, int32 [I], written out."""
+    if weight.group_index is not None:
+        return np.asarray(weight.group_index[...], np.int32)
+    return np.arange(inputs, dtype=np.int32) // np.int32(inputs // weight.zeros.shape[0])
+
+
+def from_weight(name: str, weight: Quantized, form: str) -> dict[str, np.ndarray]:
+    """The tensors of one packed linear, `qweight qzeros scales g_idx`.
+
+    Raises:
+        ValueError: scales that float16 cannot hold, or sizes that are no multiples of 32.
+    """
     zeros = np.asarray(weight.zeros[...])
-    inputs = weight.words.shape[0] * 32 // weight.bits
-    if checkpoint_format != VERSION_2:
+    outputs, inputs = zeros.shape[1], weight.words.shape[0] * 32 // weight.bits
+    if inputs % 32 or outputs % 32:
+        raise ValueError(
+            f"{name} of {inputs} x {outputs} cannot be stored: GPTQ files need multiples of 32; "
+            "convert to pack-quantized"
+        )
+    scales = np.asarray(weight.scales[...])
+    halves = scales.astype(np.float16)
+    if not np.array_equal(halves.astype(np.float32), scales.astype(np.float32)):
+        raise ValueError(
+            f"the scales of {name} are no float16 numbers, which GPTQ files hold; convert to "
+            "pack-quantized"
+        )
+    if form == "gptq":
         zeros = (zeros - np.uint8(1)) & np.uint8(2**weight.bits - 1)
-    if weight.group_index is None:
-        group_index = np.arange(inputs, dtype=np.int32) // (inputs // zeros.shape[0])
-    else:
-        group_index = np.asarray(weight.group_index[...])
     return {
         "qweight": np.asarray(weight.words[...]),
         "qzeros": np.asarray(pack(jnp.asarray(zeros), weight.bits, axis=-1)),
-        "scales": np.asarray(weight.scales[...]).astype(np.float16),
-        "g_idx": group_index.astype(np.int32),
+        "scales": halves,
+        "g_idx": group_index(weight, inputs),
     }
+
+
+def _from_planes(words: np.ndarray) -> np.ndarray:
+    """The words [3 K, N] of `gptq_p` as those of the stream.
+
+    Of 32 values, the first two words hold the two low bits, the third the high bit.
+    """
+    planes = np.ascontiguousarray(words).reshape(-1, 3, words.shape[1])
+    low = np.asarray(unpack(jnp.asarray(planes[:, :2]), 2, axis=1))
+    high = np.unpackbits(
+        planes[:, 2, None, :].swapaxes(1, 2).copy().view(np.uint8), axis=-1, bitorder="little"
+    ).swapaxes(1, 2)
+    values = (low | high << np.uint8(2)).reshape(-1, words.shape[1])
+    return np.asarray(pack(jnp.asarray(values), 3))

@@ -1,82 +1,34 @@
-"""Hugging Face's tensor names, and how a model is put together from them and taken apart again.
+"""How a model is put together from Hugging Face's tensors, and taken apart into them again.
 
-One table per architecture gives the name of every parameter; linear weights are [out, in] on disk
-and [in, out] in the modules. A weight
-whose name ends in `.qweight` is packed (see `gptq.py`), any other is dense.
+`names.py` gives the name of every parameter; linear weights are [out, in] on disk and [in, out] in
+the modules. The tensors beside a module's name tell how it is stored (`gptq.py`,
+`compressed_tensors.py`). The invariant: what one reads, the other writes under the same names.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import Any, cast
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from idp_jax.formats import gptq
+from idp_jax.formats import compressed_tensors, gptq
+from idp_jax.formats.names import NAMES
+from idp_jax.formats.quantization import (
+    DENSE,
+    PACK_QUANTIZED,
+    SPARSE_FORMS,
+    Layout,
+    Packing,
+    read_config,
+)
 from idp_jax.formats.source import CheckpointError, Source
+from idp_jax.formats.stack import expanded, stack
 from idp_jax.models.block import Block, layer_slice
 from idp_jax.models.config import ModelConfig, from_hf
 from idp_jax.models.decoder import OPT_POSITION_OFFSET, Decoder
 from idp_jax.models.layers import Norm
 from idp_jax.weights import Dense, Quantized
 
-
-@dataclass(frozen=True)
-class Names:
-    """The tensor names of one architecture; `{}` in `layer` is the layer's number."""
-
-    layer: str
-    weights: dict[str, str]
-    attention_norm: str
-    mlp_norm: str
-    embedding: str
-    final_norm: str
-    head: str = "lm_head"
-    positions: str = ""
-    project_in: str = ""
-    project_out: str = ""
-
-    def weight(self, layer: int, name: str) -> str:
-        """The module that holds matrix `name` (as in `block.STAGES`) of a layer."""
-        return self.layer.format(layer) + self.weights[name]
-
-
-NAMES = {
-    "llama": Names(
-        layer="model.layers.{}.",
-        weights={
-            "q": "self_attn.q_proj",
-            "k": "self_attn.k_proj",
-            "v": "self_attn.v_proj",
-            "o": "self_attn.o_proj",
-            "gate": "mlp.gate_proj",
-            "up": "mlp.up_proj",
-            "down": "mlp.down_proj",
-        },
-        attention_norm="input_layernorm",
-        mlp_norm="post_attention_layernorm",
-        embedding="model.embed_tokens",
-        final_norm="model.norm",
-    ),
-    "opt": Names(
-        layer="model.decoder.layers.{}.",
-        weights={
-            "q": "self_attn.q_proj",
-            "k": "self_attn.k_proj",
-            "v": "self_attn.v_proj",
-            "o": "self_attn.out_proj",
-            "up": "fc1",
-            "down": "fc2",
-        },
-        attention_norm="self_attn_layer_norm",
-        mlp_norm="final_layer_norm",
-        embedding="model.decoder.embed_tokens",
-        final_norm="model.decoder.final_layer_norm",
-        positions="model.decoder.embed_positions",
-        project_in="model.decoder.project_in",
-        project_out="model.decoder.project_out",
-    ),
-}
 _BIASES = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
 _DTYPES = ("float32", "bfloat16", "float16")
 _UNUSED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
@@ -88,58 +40,102 @@ def _float_dtype(name) -> np.dtype:
     return jnp.dtype(name)
 
 
-class _Assembler:
-    """Reads the parameters of one checkpoint, converts them, and remembers which it used."""
+class Reader:
+    """Reads the parameters of one checkpoint, converts them, and remembers which it used.
 
-    def __init__(self, source: Source, dtype):
+    Nothing is read before it is asked for, and nothing is kept: one layer at a time is enough.
+
+    Args:
+        source: the opened checkpoint.
+        dtype: of embeddings, norms and dense matrices; "auto" keeps the file's own.
+
+    Attributes:
+        config: the model's configuration.
+        names: the tensor names of its architecture.
+        layout: what the checkpoint says of its packed matrices, or None.
+
+    Raises:
+        ValueError: the configuration asks for something unsupported.
+    """
+
+    def __init__(self, source: Source, dtype="float32"):
         self.source = source
         self.config: ModelConfig = from_hf(source.hf_config)
         self.names = NAMES[self.config.architecture]
         self.dtype = None if dtype == "auto" else _float_dtype(dtype)
-        self.packing = gptq.read_settings(source.quantization)
-        self.used: set[str] = set()
+        self.layout = read_config(source.quantization)
+        self._used: set[str] = set()
 
     def tensor(
         self, name: str, shape: tuple[int, ...] | None = None, *, cast: bool = True
     ) -> np.ndarray:
-        # OPT's oldest checkpoints leave out the leading "model.".
-        found = next(
-            (n for n in (name, name.removeprefix("model.")) if n in self.source.names), None
-        )
-        if found is None:
-            raise CheckpointError(
-                f"{self.source.path} lacks the tensor {name}; fetch the checkpoint again"
-            )
-        self.used.add(found)
-        value = self.source.read(found)
+        """One tensor, expanded where only a mask and its values are stored.
+
+        Raises:
+            CheckpointError: it is missing, or not of this shape.
+        """
+        value = self._read(name)
         if shape is not None and value.shape != shape:
             raise CheckpointError(
-                f"{found} in {self.source.path} has shape {value.shape}, config.json asks for "
+                f"{name} in {self.source.path} has shape {value.shape}, config.json asks for "
                 f"{shape}"
             )
         floating = value.dtype.kind in "fV"  # V: numpy's kind of bfloat16
         return value.astype(self.dtype) if cast and floating and self.dtype is not None else value
 
-    def has(self, name: str) -> bool:
-        return bool({name, name.removeprefix("model.")} & self.source.names)
+    def _read(self, name: str) -> np.ndarray:
+        found = self._find(name)
+        if found is not None:
+            self._used.add(found)
+            return self.source.read(found)
+        # compressed-tensors' first versions kept ".weight" in the name of a masked tensor.
+        for stem in (name, name.removesuffix(".weight")):
+            if self._find(f"{stem}.bitmask"):
+                parts = {kind: self._read(f"{stem}.{kind}") for kind in compressed_tensors.MASKED}
+                self._used.add(self._find(f"{stem}.row_offsets") or "")
+                return compressed_tensors.from_mask(stem, parts)
+        raise CheckpointError(
+            f"{self.source.path} lacks the tensor {name}; fetch the checkpoint again"
+        )
+
+    def _find(self, name: str) -> str | None:
+        # OPT's oldest checkpoints leave out the leading "model.".
+        both = (name, name.removeprefix("model."))
+        return next((found for found in both if found in self.source.names), None)
 
     def weight(self, name: str, shape: tuple[int, int], bias: bool) -> Dense | Quantized:
         """The weight of module `name`; `shape` is (out, in)."""
         bias_array = self.tensor(f"{name}.bias", shape[:1]) if bias else None
-        if not bias and self.has(f"{name}.bias"):
+        if not bias and self._find(f"{name}.bias"):
             # Packers write a bias of zeros beside every packed matrix.
             if np.any(self.tensor(f"{name}.bias")):
                 raise CheckpointError(
                     f"{name}.bias is in {self.source.path}, but config.json says no bias"
                 )
-        if self.has(f"{name}.qweight"):
-            kinds = ("qweight", "qzeros", "scales")
-            parts = {kind: self.tensor(f"{name}.{kind}", cast=False) for kind in kinds}
-            group_index = self.tensor(f"{name}.g_idx") if self.has(f"{name}.g_idx") else None
-            return gptq.to_weight(name, shape, parts, group_index, bias_array, self.packing)
+        if self._find(f"{name}.qweight"):
+            parts, packing, form = self._parts(name, gptq)
+            return gptq.to_weight(name, shape, parts, bias_array, packing, form)
+        if self._find(f"{name}.weight_packed"):
+            parts, packing, _ = self._parts(name, compressed_tensors)
+            return compressed_tensors.to_weight(name, shape, parts, bias_array, packing)
         return Dense(np.ascontiguousarray(self.tensor(f"{name}.weight", shape).T), bias_array)
 
+    def _parts(self, name: str, kind) -> tuple[dict[str, np.ndarray], Packing, str]:
+        """The tensors of a packed matrix, how they are packed, and the form of the checkpoint."""
+        packing = None if self.layout is None else self.layout.packing(name)
+        if self.layout is None or packing is None:
+            raise ValueError(
+                f"{name} is packed, but the quantization_config of {self.source.path} says nothing "
+                "of it"
+            )
+        there = [part for part in kind.OPTIONAL if self._find(f"{name}.{part}")]
+        parts = {
+            part: self.tensor(f"{name}.{part}", cast=False) for part in (*kind.REQUIRED, *there)
+        }
+        return parts, packing, self.layout.form
+
     def norm(self, name: str) -> Norm:
+        """The norm of module `name`."""
         config = self.config
         layer_norm, shape = config.architecture == "opt", (config.hidden_dim,)
         scale = self.tensor(f"{name}.weight", shape) if config.norm_affine else None
@@ -147,6 +143,7 @@ class _Assembler:
         return Norm(scale, bias, centred=layer_norm, epsilon=config.norm_epsilon)
 
     def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of every matrix of a layer."""
         c = self.config
         queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         return {
@@ -160,6 +157,7 @@ class _Assembler:
         }
 
     def block(self, layer: int) -> Block:
+        """One layer, each matrix as it is stored; leaves are numpy arrays."""
         config, names, shapes = self.config, self.names, self.shapes()
         biased = (
             *(_BIASES["attention"] if config.attention_bias else ()),
@@ -173,7 +171,11 @@ class _Assembler:
         norms = self.norm(prefix + names.attention_norm), self.norm(prefix + names.mlp_norm)
         return Block(weights, *norms, config)
 
-    def decoder(self, progress: Callable = iter) -> Decoder:
+    def without_layers(self) -> Decoder:
+        """The model but for its layers (`layers` is None): embedding, positions, norm, head."""
+        return Decoder(self.config, layers=cast(Block, None), **self._outer())
+
+    def _outer(self) -> dict[str, Any]:
         config, names = self.config, self.names
         embedding = self.tensor(
             f"{names.embedding}.weight", (config.vocab_size, config.embedding_dim)
@@ -184,7 +186,8 @@ class _Assembler:
             (config.embedding_dim, config.hidden_dim),
         )
         places = (config.max_positions + OPT_POSITION_OFFSET, config.hidden_dim)
-        parts = {
+        return {
+            "embedding": embedding,
             "final_norm": self.norm(names.final_norm) if config.final_norm else None,
             "head": None
             if config.tied_embeddings
@@ -195,12 +198,25 @@ class _Assembler:
             "project_in": self.weight(names.project_in, inward, False) if projected else None,
             "project_out": self.weight(names.project_out, outward, False) if projected else None,
         }
-        blocks = [self.block(layer) for layer in progress(range(config.num_layers))]
-        return Decoder(config, embedding=embedding, layers=_stack(blocks), **parts)
+
+    def decoder(self, progress: Callable = iter) -> Decoder:
+        """The whole model, with numpy arrays as leaves.
+
+        Args:
+            progress: wraps the iteration over layers.
+        """
+        outer = self._outer()
+        blocks = [self.block(layer) for layer in progress(range(self.config.num_layers))]
+        return Decoder(self.config, layers=stack(blocks), **outer)
 
     def check_all_used(self) -> None:
+        """Refuses a checkpoint with tensors that were not asked for.
+
+        Raises:
+            CheckpointError: naming the first of them.
+        """
         tied = {f"{self.names.head}.weight"} if self.config.tied_embeddings else set()
-        left = self.source.names - self.used - tied
+        left = self.source.names - self._used - tied
         left = sorted(name for name in left if not name.endswith(_UNUSED))
         if left:
             raise CheckpointError(
@@ -208,26 +224,6 @@ class _Assembler:
                 "model has no use "
                 f"({len(left)} such tensors); check config.json against the weights"
             )
-
-
-def _stack(blocks: list[Block]) -> Block:
-    """Blocks read from disk as one; each block's own arrays are given up as they are copied."""
-    flat = [jax.tree.flatten(block) for block in blocks]
-    structure = flat[0][1]
-    for layer, (_, other) in enumerate(flat):
-        if other != structure:
-            raise CheckpointError(
-                f"layer {layer} is stored otherwise than layer 0 (another bit width, or not "
-                "packed); "
-                "layers of one model must be stored alike"
-            )
-    leaves = [leaves for leaves, _ in flat]
-    stacked = []
-    for position in range(len(leaves[0])):
-        stacked.append(np.stack([layer[position] for layer in leaves]))
-        for layer in leaves:
-            layer[position] = None
-    return jax.tree.unflatten(structure, stacked)
 
 
 def assemble(source: Source, *, dtype="float32", progress: Callable = iter) -> Decoder:
@@ -241,16 +237,24 @@ def assemble(source: Source, *, dtype="float32", progress: Callable = iter) -> D
         CheckpointError: a tensor is missing, of the wrong shape, or of no use to the architecture.
         ValueError: the configuration asks for something unsupported.
     """
-    assembler = _Assembler(source, dtype)
-    model = assembler.decoder(progress)
-    assembler.check_all_used()
+    reader = Reader(source, dtype)
+    model = reader.decoder(progress)
+    reader.check_all_used()
     return model
 
 
-def disassemble(
-    model: Decoder, *, checkpoint_format: str = "gptq_v2"
-) -> Iterator[tuple[str, np.ndarray]]:
+Tensors = Iterator[tuple[str, np.ndarray]]
+
+
+def disassemble(model: Decoder, *, form: str = "gptq_v2") -> Tensors:
     """The tensors of a model under their Hugging Face names, layer by layer."""
+    yield from outer_tensors(model)
+    for layer in range(model.config.num_layers):
+        yield from block_tensors(model.config, layer, layer_slice(model.layers, layer), form)
+
+
+def outer_tensors(model: Decoder) -> Tensors:
+    """The tensors outside the layers, which no form packs."""
     names = NAMES[model.config.architecture]
     yield f"{names.embedding}.weight", np.asarray(model.embedding[...])
     if model.positions is not None:
@@ -260,26 +264,69 @@ def disassemble(
     for name in ("head", "project_in", "project_out"):
         weight = getattr(model, name)
         if weight is not None:
-            yield from _weight_tensors(getattr(names, name), weight, checkpoint_format)
-    for layer in range(model.config.num_layers):
-        block = layer_slice(model.layers, layer)
-        prefix = names.layer.format(layer)
-        yield from _norm_tensors(prefix + names.attention_norm, block.attention_norm)
-        yield from _norm_tensors(prefix + names.mlp_norm, block.mlp_norm)
-        for name in block.weight_names:
-            module = names.weight(layer, name)
-            yield from _weight_tensors(module, getattr(block, name), checkpoint_format)
+            yield from _weight_tensors(getattr(names, name), weight, DENSE)
 
 
-def _norm_tensors(name: str, norm: Norm) -> Iterator[tuple[str, np.ndarray]]:
+def block_tensors(
+    config: ModelConfig, layer: int, block: Block, form: str, *, dtype=np.float32
+) -> Tensors:
+    """The tensors of one layer in a storage form, under their Hugging Face names.
+
+    Args:
+        block: one layer, not stacked. In the packed forms a dense matrix stays dense.
+        form: one of `quantization.FORMS`.
+        dtype: of packed matrices that are written out (`dense`).
+
+    Raises:
+        ValueError: a matrix that the form cannot hold.
+    """
+    names = NAMES[config.architecture]
+    prefix = names.layer.format(layer)
+    yield from _norm_tensors(prefix + names.attention_norm, block.attention_norm)
+    yield from _norm_tensors(prefix + names.mlp_norm, block.mlp_norm)
+    for name in block.weight_names:
+        weight = getattr(block, name)
+        yield from _weight_tensors(names.weight(layer, name), weight, form, dtype)
+
+
+def block_packings(
+    config: ModelConfig, layer: int, block: Block, layout: Layout | None = None
+) -> dict[str, Packing | None]:
+    """How the matrices of one layer are packed, by module name, as their own arrays say.
+
+    Args:
+        layout: the settings they came with; they tell a group of all inputs from -1.
+    """
+    names, found = NAMES[config.architecture], {}
+    for name in block.weight_names:
+        weight, module = getattr(block, name), names.weight(layer, name)
+        announced = None if layout is None else layout.packing(module)
+        found[module] = _packing(weight, announced) if isinstance(weight, Quantized) else None
+    return found
+
+
+def _packing(weight: Quantized, announced: Packing | None) -> Packing:
+    groups, inputs = weight.zeros.shape[0], weight.words.shape[0] * 32 // weight.bits
+    size = inputs // groups if groups > 1 else -1
+    if announced and announced.group_size > 0 and -(-inputs // announced.group_size) == groups:
+        size = announced.group_size
+    runs = np.arange(inputs) // (size if size > 0 else inputs)
+    indexed = not np.array_equal(gptq.group_index(weight, inputs), runs)
+    return Packing(weight.bits, size, compressed_tensors.is_symmetric(weight), indexed)
+
+
+def _norm_tensors(name: str, norm: Norm) -> Tensors:
     for kind, value in (("weight", norm.scale), ("bias", norm.bias)):
         if value is not None:
             yield f"{name}.{kind}", np.asarray(value[...])
 
 
-def _weight_tensors(name: str, weight, checkpoint_format: str) -> Iterator[tuple[str, np.ndarray]]:
+def _weight_tensors(name: str, weight, form: str, dtype=np.float32) -> Tensors:
     if isinstance(weight, Quantized):
-        for kind, value in gptq.from_weight(weight, checkpoint_format).items():
+        for kind, value in _packed_tensors(name, weight, form, dtype).items():
+            yield f"{name}.{kind}", value
+    elif isinstance(weight, Dense) and form in SPARSE_FORMS:
+        for kind, value in compressed_tensors.to_mask(name, weight, form).items():
             yield f"{name}.{kind}", value
     elif isinstance(weight, Dense):
         yield f"{name}.weight", np.ascontiguousarray(np.asarray(weight.kernel[...]).T)
@@ -289,3 +336,13 @@ def _weight_tensors(name: str, weight, checkpoint_format: str) -> Iterator[tuple
         )
     if weight.bias is not None:
         yield f"{name}.bias", np.asarray(weight.bias[...])
+
+
+def _packed_tensors(name: str, weight: Quantized, form: str, dtype) -> dict[str, np.ndarray]:
+    if form in SPARSE_FORMS:
+        raise ValueError(f"{name} is packed and cannot be stored as {form}; give a pruned model")
+    if form == DENSE:
+        return {"weight": np.asarray(expanded(weight, dtype).kernel[...]).T}
+    if form == PACK_QUANTIZED:
+        return compressed_tensors.from_weight(weight)
+    return gptq.from_weight(name, weight, form)

@@ -16,14 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from idp_jax.formats import gguf, gptq, hf
+from idp_jax.formats import gguf, hf
+from idp_jax.formats.quantization import DENSE, PLANAR, Layout, Packing, read_config, write_config
 from idp_jax.formats.source import open_source, resolve
-from idp_jax.models.block import Block
+from idp_jax.models.block import Block, layer_slice
 from idp_jax.models.decoder import Decoder
 from idp_jax.sharding import shard
 from idp_jax.weights import Dense, Quantized
 
-MAX_SHARD_BYTES = 5_000_000_000  # as transformers splits
+MAX_SHARD_BYTES = 1_000_000_000  # also what a streamed write holds in memory
 
 
 def load_model(
@@ -140,74 +141,121 @@ def save_model(
     report: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Writes a Hugging Face folder: config.json, tokenizer, safetensors (sharded above 5 GB).
+    """Writes a Hugging Face folder: config.json, tokenizer, safetensors (in shards).
 
     Args:
         like: the model this one came from; configuration and tokenizer are taken from it.
         quantization: config.json's `quantization_config` where matrices are packed; by default
-            that of `like`.
+            in the form of `like`.
         report: written to `compression.json` beside the weights.
 
     Raises:
         ValueError: `out` exists, or packed matrices have no settings that fit them.
     """
     source = open_source(like)
-    config = source.hf_config
-    quantization = _packing(model, quantization or source.quantization)
-    version = (quantization or {}).get("checkpoint_format", gptq.VERSION_1)
-    # A dense model that came from a packed one must not be announced as packed.
-    vars(config).pop("quantization_config", None)
+    layout = read_config(quantization or source.quantization)
+    packings: dict[str, Packing | None] = {}
+    for layer in range(model.config.num_layers):
+        block = layer_slice(model.layers, layer)
+        packings |= hf.block_packings(model.config, layer, block, layout)
+    packed = any(packing is not None for packing in packings.values())
+    if packed and layout is None:
+        raise ValueError(
+            "the model is packed, but no settings say in which form; pass `quantization`"
+        )
+    form = layout.form if packed and layout is not None else DENSE
+    form = "gptq_v2" if form == PLANAR else form
+    if quantization is not None:
+        _check_announced(read_config(quantization), packings)
     with written_folder(Path(out), overwrite=overwrite) as folder:
-        if quantization is not None:
-            config.quantization_config = quantization
-            (folder / "quantize_config.json").write_text(json.dumps(quantization, indent=2))
-        config.dtype = str(np.asarray(model.embedding[...]).dtype)
-        config.save_pretrained(folder)
-        _save_tokenizer(like, folder)
-        _save_tensors(dict(hf.disassemble(model, checkpoint_format=version)), folder)
+        shards = Shards(folder)
+        for name, tensor in hf.disassemble(model, form=form):
+            shards.add(name, tensor)
+        shards.close()
+        settings = (quantization if packed else None) or write_config(form, packings)
+        write_settings(folder, like, settings, np.asarray(model.embedding[...]).dtype)
         if report is not None:
             (folder / "compression.json").write_text(json.dumps(report, indent=2))
     return Path(out)
 
 
-def _packing(model: Decoder, quantization: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The settings to announce: None for a dense model, checked against a packed one's words."""
-    weights = [getattr(model.layers, name) for name in model.layers.weight_names]
-    bits = sorted({weight.bits for weight in weights if isinstance(weight, Quantized)})
-    if not bits:
-        return None
-    settings = gptq.read_settings(quantization)
-    if settings is None or [settings.bits] != bits:
-        announced = "none" if settings is None else f"{settings.bits} bits"
-        raise ValueError(
-            f"the model is packed to {bits} bits, its quantization settings say {announced}; "
-            "pass `quantization`"
-        )
-    return quantization
+def _check_announced(layout: Layout | None, packings: dict[str, Packing | None]) -> None:
+    """Refuses settings that another reader would unpack these matrices wrongly by."""
+    for name, packing in packings.items():
+        announced = None if layout is None else layout.packing(name)
+        if packing is not None and (announced is None or announced.bits != packing.bits):
+            said = "nothing of it" if announced is None else f"{announced.bits} bits"
+            raise ValueError(
+                f"{name} is packed to {packing.bits} bits, its quantization settings say {said}; "
+                "pass `quantization`"
+            )
 
 
-def _save_tokenizer(like: str | Path, folder: Path) -> None:
-    """A model without a tokenizer (a randomly initialised one) is saved without."""
+def write_settings(
+    folder: Path, like: str | Path, quantization: dict[str, Any] | None, dtype
+) -> None:
+    """Writes config.json (and GPTQ's quantize_config.json) and the tokenizer of a model folder.
+
+    Args:
+        like: the model whose configuration and tokenizer these are.
+        quantization: its `quantization_config`; None where nothing is packed.
+        dtype: of embeddings, norms and dense matrices.
+    """
+    config = open_source(like).hf_config
+    # A dense model that came from a packed one must not be announced as packed.
+    for key in ("quantization_config", "compression_config"):
+        vars(config).pop(key, None)
+    if quantization is not None:
+        config.quantization_config = quantization
+        if quantization["quant_method"] == "gptq":
+            (folder / "quantize_config.json").write_text(json.dumps(quantization, indent=2))
+    config.dtype = str(dtype)
+    config.save_pretrained(folder)
     try:
         tokenizer = load_tokenizer(like)
-    except ValueError:
+    except ValueError:  # a model without a tokenizer (a randomly initialised one) stays without
         return
     tokenizer.save_pretrained(folder)
 
 
-def _save_tensors(tensors: dict[str, np.ndarray], folder: Path) -> None:
-    from huggingface_hub import split_state_dict_into_shards_factory
-    from safetensors.numpy import save_file
+class Shards:
+    """Writes tensors one by one into the safetensors files of a folder.
 
-    split = split_state_dict_into_shards_factory(
-        tensors,
-        get_storage_size=lambda tensor: tensor.nbytes,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=MAX_SHARD_BYTES,
-    )
-    for file, names in split.filename_to_tensors.items():
-        part = {name: np.ascontiguousarray(tensors[name]) for name in names}
-        save_file(part, folder / file, metadata={"format": "pt"})
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    A shard waits in memory until it is full, so no more than `MAX_SHARD_BYTES` are held at a time
+    (or one tensor that is larger). The files take their final names in `close`, when their number
+    is known.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._held: dict[str, np.ndarray] = {}
+        self._written: list[tuple[Path, list[str]]] = []
+        self._bytes = self._total = 0
+
+    def add(self, name: str, tensor: np.ndarray) -> None:
+        """Takes one tensor; a full shard is written first."""
+        if self._held and self._bytes + tensor.nbytes > MAX_SHARD_BYTES:
+            self._flush()
+        self._held[name] = np.ascontiguousarray(tensor)
+        self._bytes += tensor.nbytes
+        self._total += tensor.nbytes
+
+    def close(self) -> None:
+        """Writes what is left, and the index where there is more than one file."""
+        self._flush()
+        places, count = {}, len(self._written)
+        for number, (file, names) in enumerate(self._written, 1):
+            suffix = "" if count == 1 else f"-{number:05d}-of-{count:05d}"
+            places |= dict.fromkeys(names, f"model{suffix}.safetensors")
+            file.rename(self._folder / f"model{suffix}.safetensors")
+        if count > 1:
+            index = {"metadata": {"total_size": self._total}, "weight_map": places}
+            (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+    def _flush(self) -> None:
+        from safetensors.numpy import save_file
+
+        file = self._folder / f"{len(self._written)}.part"
+        save_file(self._held, file, metadata={"format": "pt"})
+        self._written.append((file, list(self._held)))
+        self._held, self._bytes = {}, 0

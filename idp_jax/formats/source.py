@@ -47,7 +47,9 @@ class Source:
         own = self.path / "quantize_config.json"
         if self.path.is_dir() and own.is_file():
             return _read_json(own)
-        return getattr(self.hf_config, "quantization_config", None)
+        # compressed-tensors' first versions called it compression_config.
+        keys = ("quantization_config", "compression_config")
+        return next((c for key in keys if (c := getattr(self.hf_config, key, None))), None)
 
 
 def resolve(path_or_name: str | Path) -> Path:

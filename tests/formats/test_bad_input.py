@@ -7,8 +7,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from idp_jax import load_model, load_tokenizer, save_model
-from idp_jax.formats import CheckpointError, gptq, io
+from idp_jax.formats import CheckpointError, io
+from idp_jax.formats.quantization import Packing, write_config
 from tests.helpers import quantize_decoder, tiny_decoder, write_folder
+
+SETTINGS = write_config("gptq_v2", {"q_proj": Packing(4, 32, False)})
 
 
 @pytest.fixture
@@ -209,17 +212,19 @@ def test_unsupported_configuration(folder, changes, words):
     [
         ({"bits": 5}, ["5-bit", "2, 3, 4, 8"]),
         ({"bits": None}, ["None-bit", "2, 3, 4, 8"]),
-        ({"quant_method": "awq"}, ["'awq'", "gptq"]),
+        ({"quant_method": "awq"}, ["'awq'", "gptq, compressed-tensors"]),
         ({"checkpoint_format": "marlin"}, ["'marlin'", "gptq, gptq_v2"]),
         ({"pack_dtype": "int8"}, ["'int8'", "int32"]),
-        ({"dynamic": {"-:.*q_proj": {}}}, ["dynamic"]),
+        ({"dynamic": {"-:.*q_proj": {}}}, ["layers.0.self_attn.q_proj is packed"]),
+        ({"dynamic": {"+:.*(q_proj": {}}}, [".*(q_proj", "regular expression"]),
+        ({"dynamic": {"+:.*q_proj": {"bits": 7}}}, ["7-bit"]),
         ({"lm_head": True}, ["lm_head"]),
         ({"bits": 8}, ["q_proj.qweight", "8 bits"]),
     ],
 )
 @pytest.mark.parametrize("place", ["config.json", "quantize_config.json"])
 def test_unsupported_packing(tmp_path, changes, words, place):
-    settings = gptq.write_settings(4, 32, False, None)
+    settings = SETTINGS
     folder = write_folder(quantize_decoder(tiny_decoder("llama"), 4), tmp_path / "model", settings)
     if place == "config.json":
         edit_config(folder, quantization_config=settings | changes)
@@ -230,14 +235,14 @@ def test_unsupported_packing(tmp_path, changes, words, place):
 
 
 def test_packed_without_settings(tmp_path):
-    settings = gptq.write_settings(4, 32, False, None)
+    settings = SETTINGS
     folder = write_folder(quantize_decoder(tiny_decoder("llama"), 4), tmp_path / "model", settings)
     edit_config(folder, quantization_config=None)
     refused(lambda: load_model(folder), "q_proj", "quantization_config")
 
 
 def test_groups_that_do_not_exist(tmp_path):
-    settings = gptq.write_settings(4, 32, False, None)
+    settings = SETTINGS
     folder = write_folder(quantize_decoder(tiny_decoder("llama"), 4), tmp_path / "model", settings)
 
     def beyond(tensors):
@@ -250,20 +255,6 @@ def test_groups_that_do_not_exist(tmp_path):
         "2 groups",
         "group_size",
     )
-
-
-def test_layers_packed_otherwise(tmp_path):
-    model = quantize_decoder(tiny_decoder("llama"), 4)
-    folder = write_folder(model, tmp_path / "model", gptq.write_settings(4, 32, False, None))
-    name = "model.layers.1.mlp.up_proj."
-
-    def unpack(tensors):
-        for kind in ("qweight", "qzeros", "scales", "g_idx"):
-            del tensors[name + kind]
-        tensors[name + "weight"] = np.asarray(model.layers.up.dense()[1]).T.copy()
-
-    edit_tensors(folder, unpack)
-    refused(lambda: load_model(folder), "layer 1", "layer 0", kind=CheckpointError)
 
 
 def test_no_tokenizer(folder):
@@ -305,7 +296,7 @@ class TestOutput:
         def disk_full(*_):
             raise OSError("no space left on device")
 
-        monkeypatch.setattr(io, "_save_tensors", disk_full)
+        monkeypatch.setattr(io.Shards, "close", disk_full)
         with pytest.raises(OSError, match="no space"):
             save_model(load_model(folder), out, like=folder, overwrite=True)
         assert out.exists() == existing

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from idp_jax import load_model, load_tokenizer, save_model
 from idp_jax.formats import gptq, io
+from idp_jax.formats.quantization import BITS, GPTQ_FORMS, Packing, write_config
 from idp_jax.weights import Dense, Quantized
 from tests.helpers import (
     close,
@@ -35,7 +36,9 @@ DENSE = {
 
 
 def settings(bits: int, version: str = "gptq_v2") -> dict:
-    return {**gptq.write_settings(bits, 32, False, 0.01), "checkpoint_format": version}
+    config = write_config(version, {"q_proj": Packing(bits, 32, False)}, damping=0.01)
+    assert config is not None
+    return config
 
 
 def assert_same(first, second) -> None:
@@ -102,8 +105,8 @@ def test_shards(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("version", gptq.FORMATS)
-@pytest.mark.parametrize("bits", gptq.BITS)
+@pytest.mark.parametrize("version", GPTQ_FORMS)
+@pytest.mark.parametrize("bits", BITS)
 def test_gptq(tmp_path, bits, version, act_order):
     """`random_quantized` draws every zero point, so v1's shift wraps around at both ends."""
     architecture = "opt" if bits in (2, 8) else "llama"
@@ -135,7 +138,7 @@ def test_groups_without_an_index_have_the_size_of_the_settings(tmp_path):
     assert_same(load_model(source).layers.down, model.layers.down)
 
 
-@pytest.mark.parametrize("version", gptq.FORMATS)
+@pytest.mark.parametrize("version", GPTQ_FORMS)
 def test_resaving_a_packed_model_keeps_its_settings(tmp_path, version):
     model = quantize_decoder(tiny_decoder("llama"), 3)
     source = write_folder(model, tmp_path / "source", settings(3, version))
@@ -183,8 +186,8 @@ def _bits(words: np.ndarray, bits: int) -> np.ndarray:
     return (stream << np.arange(bits, dtype=np.uint64)[:, None]).sum(1)
 
 
-@pytest.mark.parametrize("version", gptq.FORMATS)
-@pytest.mark.parametrize("bits", gptq.BITS)
+@pytest.mark.parametrize("version", GPTQ_FORMS)
+@pytest.mark.parametrize("bits", BITS)
 def test_files_hold_the_documented_layout(tmp_path, bits, version):
     model = quantize_decoder(tiny_decoder("llama"), bits, act_order=True)
     folder = write_folder(model, tmp_path / "model", settings(bits, version))
@@ -204,7 +207,7 @@ def test_symmetric_zeros_are_the_words_known_from_other_packers():
     weight = random_quantized(np.random.default_rng(0), 64, 32, 4)
     weight.zeros[...] = jnp.full((2, 32), 8, jnp.uint8)
     for version, word in (("gptq", 0x77777777), ("gptq_v2", 0x88888888)):
-        assert (gptq.from_weight(weight, version)["qzeros"].view(np.uint32) == word).all()
+        assert (gptq.from_weight("q_proj", weight, version)["qzeros"].view(np.uint32) == word).all()
 
 
 def test_pytorch_pickles_are_read(tmp_path):

@@ -1,0 +1,92 @@
+"""Makes one stacked block of layers that a checkpoint stores each in its own way.
+
+A decoder's layers are stacked arrays, so all layers of one matrix need the same bits, groups and
+kind. The invariant: every matrix stands for the same float32 numbers as before.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from idp_jax.formats.gptq import group_index
+from idp_jax.kernels.quant_matmul.packing import pack, unpack
+from idp_jax.models.block import Block
+from idp_jax.weights import Dense, Quantized
+
+
+def stack(blocks: list[Block]) -> Block:
+    """Blocks read from disk as one, with a leading axis of layers.
+
+    Where layers differ, a matrix takes the widest bits and the finest groups among them, and is
+    written out in all layers where one of them is dense. The list is emptied, and each block's
+    arrays are given up as they are copied.
+    """
+    for name in blocks[0].weight_names:
+        weights = [getattr(block, name) for block in blocks]
+        if len({jax.tree.structure(weight) for weight in weights}) > 1 or _groups(weights):
+            for layer, weight in enumerate(alike(weights)):
+                blocks[layer] = blocks[layer].replace(**{name: weight})
+    leaves, structure = [], jax.tree.structure(blocks[0])
+    while blocks:
+        leaves.insert(0, jax.tree.leaves(blocks.pop()))
+    stacked = []
+    for position in range(structure.num_leaves):
+        stacked.append(np.stack([layer[position] for layer in leaves]))
+        for layer in leaves:
+            layer[position] = None
+    return jax.tree.unflatten(structure, stacked)
+
+
+def _groups(weights: list) -> bool:
+    """Whether the numbers of groups differ."""
+    return len({weight.zeros.shape for weight in weights if isinstance(weight, Quantized)}) > 1
+
+
+def alike(weights: list[Dense | Quantized]) -> list[Dense] | list[Quantized]:
+    """The weights [I, O] of one matrix in all layers, stored alike; the values stay.
+
+    Scales and zeros are repeated where groups become finer; where one layer names the group of
+    every input, all do.
+    """
+    packed = [weight for weight in weights if isinstance(weight, Quantized)]
+    if len(packed) < len(weights):
+        return [weight if isinstance(weight, Dense) else expanded(weight) for weight in weights]
+    bits = max(weight.bits for weight in packed)
+    counts = [weight.zeros.shape[0] for weight in packed]
+    indexed = any(weight.group_index is not None for weight in packed)
+    groups = max(counts) if indexed else math.lcm(*counts)
+    return [_converted(weight, bits, groups, indexed) for weight in packed]
+
+
+def expanded(weight: Quantized, dtype=np.float32) -> Dense:
+    """The matrix that a packed weight stands for."""
+    bias = None if weight.bias is None else weight.bias[...]
+    return Dense(np.asarray(_dense(weight)).astype(dtype), bias)
+
+
+@jax.jit
+def _dense(weight: Quantized) -> jax.Array:
+    return weight.dense(jnp.float32)
+
+
+def _converted(weight: Quantized, bits: int, groups: int, indexed: bool) -> Quantized:
+    words, index = np.asarray(weight.words[...]), None
+    inputs, held = words.shape[0] * 32 // weight.bits, weight.zeros.shape[0]
+    if bits != weight.bits:
+        words = np.asarray(pack(unpack(jnp.asarray(words), weight.bits), bits))
+    if indexed:
+        # Groups beyond those of this layer are never named: what stands there is of no account.
+        index = group_index(weight, inputs)
+        finer = lambda x: np.pad(x, ((0, groups - held), (0, 0)), mode="edge")
+    else:
+        finer = lambda x: np.repeat(x, groups // held, axis=0)
+    return Quantized(
+        words,
+        finer(np.asarray(weight.scales[...])),
+        finer(np.asarray(weight.zeros[...])),
+        bits=bits,
+        group_index=index,
+        bias=None if weight.bias is None else weight.bias[...],
+    )
