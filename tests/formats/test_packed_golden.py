@@ -1,4 +1,4 @@
-"""Packed folders that GPTQModel and compressed-tensors wrote, expanded without them, bit for bit."""
+"""Folders that GPTQModel and compressed-tensors packed, expanded without them, bit for bit."""
 
 import json
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""Writes the golden folders in `packed/`: one tiny model as GPTQModel and compressed-tensors pack it.
+"""Writes the golden folders in `packed/`: a tiny model as GPTQModel and compressed-tensors pack it.
 
-Beside each folder's own files lies `weights.npz`: every matrix of the layers as that library expands
-it, float32 [out, in]. Run `make golden-packed` (the environment of `make interop`) after a change;
+Beside each folder's own files lies `weights.npz`: every matrix of the layers as that library
+expands it, float32 [out, in]. Run `make golden-packed` (the environment of `make interop`) after a change;
 the tests read what it wrote. Older releases of compressed-tensors, which wrote what later ones
 cannot read, are fetched into a scratch folder and run in a process of their own.
 """
@@ -133,7 +133,7 @@ def _write_gptqmodel(
 def _write_packed(folder: Path, seed: int, settings: dict, *, dtype: str = "float32"):
     model = _model(seed).to(getattr(torch, dtype))
     compressed_tensors_side.pack(model, folder, **settings)
-    return compressed_tensors_side.Loaded(folder).weights()
+    return compressed_tensors_side.expanded(model)
 
 
 def _write_sparse(folder: Path, seed: int, settings: dict) -> dict[str, np.ndarray]:

@@ -60,27 +60,37 @@ def _set_grid(module, act_order_seed: int | None) -> None:
     module.weight_zero_point.data.copy_(zero)
 
 
+def expanded(model) -> dict[str, np.ndarray]:
+    """The matrices of a packed model as compressed-tensors expands them, which it does in place.
+
+    Returns:
+        float32 [out, in] by tensor name.
+    """
+    from compressed_tensors.compressors import decompress_module
+
+    weights = {}
+    for name, module in model.named_modules():
+        if getattr(module, "quantization_scheme", None) is not None:
+            decompress_module(module)
+            weights[f"{name}.weight"] = module.weight.detach().float().numpy()
+    return weights
+
+
 class Loaded:
     """A packed folder as transformers and compressed-tensors read it, computing in float32."""
 
     def __init__(self, folder: Path):
-        from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+        from transformers import AutoModelForCausalLM
 
-        self.model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", quantization_config=CompressedTensorsConfig(dequantize=True)
-        ).eval()
-
-    def weights(self) -> dict[str, np.ndarray]:
-        """The dequantised matrices of the layers, float32 [out, in] by tensor name."""
-        return {
-            name: parameter.detach().float().numpy()
-            for name, parameter in self.model.named_parameters()
-            if parameter.ndim == 2 and ".layers." in name
-        }
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """float32 [B, T, V]."""
         import torch
 
         with torch.no_grad():
-            return self.model.float()(torch.tensor(ids, dtype=torch.long)).logits.numpy()
+            return self.model(torch.tensor(ids, dtype=torch.long)).logits.numpy()
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """The dequantised matrices of the layers, see `expanded`."""
+        return expanded(self.model)
