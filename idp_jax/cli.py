@@ -26,6 +26,12 @@ def _compress(settings: config.Compress) -> None:
     compress(settings)
 
 
+def _convert(settings: config.Convert) -> None:
+    from idp_jax.convert import convert
+
+    convert(settings)
+
+
 def _evaluate(settings: config.Evaluate) -> None:
     from idp_jax.commands import evaluate
 
@@ -47,6 +53,7 @@ def _demo(settings: config.Demo) -> None:
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "demo": (config.Demo, _demo),
     "compress": (config.Compress, _compress),
+    "convert": (config.Convert, _convert),
     "train": (config.Train, _train),
     "eval": (config.Evaluate, _evaluate),
 }

@@ -14,6 +14,7 @@ METHODS = ("gptq", "rtn", "sparsegpt", "magnitude")
 REPAIRS = ("prompt", "prefix", "lora", "idp")
 BITS = (2, 3, 4, 8)
 WEIGHTS = ("auto", "packed", "dense")
+FORMS = ("gptq", "gptq_v2", "pack-quantized", "sparse-bitmask", "sparse-24-bitmask", "dense")
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
@@ -274,6 +275,28 @@ class Compress(Compression, Calibration):
     def __post_init__(self):
         Compression.__post_init__(self)
         Calibration.__post_init__(self)
+        _one_of("dtype", self.dtype, DTYPES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Write a model in another storage form; its numbers stay."""
+
+    model: Positional[str]
+    """Hub name, model folder, GGUF file or compressed folder."""
+    out: Path
+    """Folder of the converted model."""
+    to: str
+    """gptq, gptq_v2 or pack-quantized (packed), sparse-bitmask or sparse-24-bitmask (pruned), dense
+    (plain safetensors)."""
+    overwrite: bool = False
+    """Replace `out` if it exists."""
+    dtype: str = "auto"
+    """Of what is not packed; auto keeps the checkpoint's. Packed matrices written out as dense are
+    exact in float32."""
+
+    def __post_init__(self):
+        _one_of("to", self.to, FORMS)
         _one_of("dtype", self.dtype, DTYPES)
 
 

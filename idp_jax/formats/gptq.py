@@ -2,17 +2,22 @@
 
 Per linear: `qweight` int32 [in * bits / 32, out], `qzeros` int32 [groups, out * bits / 32],
 `scales` float16 [groups, out], `g_idx` int32 [in]. Form `gptq` (v1) stores every zero minus one,
-modulo 2^bits, field by field; `gptq_v2` stores the zero itself. The invariant: the words of the
+modulo 2^bits, field by field; `gptq_v2` stores the zero itself. GPTQModel's v1 files of 2, 4 and 8
+bits differ where a zero is 0: it subtracts from whole words. The invariant: the words of the
 inputs are those of `weights.Quantized`, so they are taken over as they are.
 """
+
+import functools
+import logging
 
 import jax.numpy as jnp
 import numpy as np
 
-from idp_jax.formats.quantization import PLANAR, Packing
+from idp_jax.formats.quantization import PLANAR, Layout, Packing
 from idp_jax.kernels.quant_matmul.packing import pack, unpack
 from idp_jax.weights import Quantized
 
+_log = logging.getLogger(__name__)
 REQUIRED, OPTIONAL = ("qweight", "qzeros", "scales"), ("g_idx",)
 
 
@@ -22,7 +27,7 @@ def to_weight(
     parts: dict[str, np.ndarray],
     bias: np.ndarray | None,
     packing: Packing,
-    form: str,
+    layout: Layout,
 ) -> Quantized:
     """One packed linear as a weight.
 
@@ -30,7 +35,7 @@ def to_weight(
         name: of the module, for errors.
         shape: (out, in).
         parts: qweight, qzeros, scales and, where it is there, g_idx.
-        form: "gptq", "gptq_v2" or "gptq_p".
+        layout: the checkpoint's, for its form.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -49,10 +54,13 @@ def to_weight(
                 f"ask for {wanted}"
             )
     words, packed_zeros = parts["qweight"], parts["qzeros"].T
-    if form == PLANAR and bits == 3:
+    if layout.form == PLANAR and bits == 3:
         words, packed_zeros = _from_planes(words), _from_planes(packed_zeros)
+    by_word = layout.zeros_by_word and bits != 3
+    if by_word:
+        packed_zeros = packed_zeros.view(np.uint32) + np.uint32(0xFFFFFFFF // (2**bits - 1))
     zeros = np.asarray(unpack(jnp.asarray(packed_zeros), bits)).T
-    if form == "gptq":
+    if layout.form == "gptq" and not by_word:
         zeros = (zeros + np.uint8(1)) & np.uint8(2**bits - 1)
     return Quantized(
         words,
@@ -121,6 +129,8 @@ def from_weight(name: str, weight: Quantized, form: str) -> dict[str, np.ndarray
             "pack-quantized"
         )
     if form == "gptq":
+        if not zeros.all():
+            _warn_of_zeros()
         zeros = (zeros - np.uint8(1)) & np.uint8(2**weight.bits - 1)
     return {
         "qweight": np.asarray(weight.words[...]),
@@ -128,6 +138,14 @@ def from_weight(name: str, weight: Quantized, form: str) -> dict[str, np.ndarray
         "scales": halves,
         "g_idx": group_index(weight, inputs),
     }
+
+
+@functools.cache
+def _warn_of_zeros() -> None:
+    _log.warning(
+        "some zeros are 0, which several programs misread in GPTQ v1 files; gptq_v2 is read alike "
+        "by all"
+    )
 
 
 def _from_planes(words: np.ndarray) -> np.ndarray:

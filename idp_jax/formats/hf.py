@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import DTypeLike
 
 from idp_jax.formats import compressed_tensors, gptq
 from idp_jax.formats.names import NAMES
@@ -113,15 +114,15 @@ class Reader:
                     f"{name}.bias is in {self.source.path}, but config.json says no bias"
                 )
         if self._find(f"{name}.qweight"):
-            parts, packing, form = self._parts(name, gptq)
-            return gptq.to_weight(name, shape, parts, bias_array, packing, form)
+            parts, packing, layout = self._parts(name, gptq)
+            return gptq.to_weight(name, shape, parts, bias_array, packing, layout)
         if self._find(f"{name}.weight_packed"):
             parts, packing, _ = self._parts(name, compressed_tensors)
             return compressed_tensors.to_weight(name, shape, parts, bias_array, packing)
         return Dense(np.ascontiguousarray(self.tensor(f"{name}.weight", shape).T), bias_array)
 
-    def _parts(self, name: str, kind) -> tuple[dict[str, np.ndarray], Packing, str]:
-        """The tensors of a packed matrix, how they are packed, and the form of the checkpoint."""
+    def _parts(self, name: str, kind) -> tuple[dict[str, np.ndarray], Packing, Layout]:
+        """The tensors of a packed matrix, how they are packed, and the whole layout."""
         packing = None if self.layout is None else self.layout.packing(name)
         if self.layout is None or packing is None:
             raise ValueError(
@@ -132,7 +133,7 @@ class Reader:
         parts = {
             part: self.tensor(f"{name}.{part}", cast=False) for part in (*kind.REQUIRED, *there)
         }
-        return parts, packing, self.layout.form
+        return parts, packing, self.layout
 
     def norm(self, name: str) -> Norm:
         """The norm of module `name`."""
@@ -268,7 +269,7 @@ def outer_tensors(model: Decoder) -> Tensors:
 
 
 def block_tensors(
-    config: ModelConfig, layer: int, block: Block, form: str, *, dtype=np.float32
+    config: ModelConfig, layer: int, block: Block, form: str, *, dtype: DTypeLike = np.float32
 ) -> Tensors:
     """The tensors of one layer in a storage form, under their Hugging Face names.
 
@@ -321,7 +322,7 @@ def _norm_tensors(name: str, norm: Norm) -> Tensors:
             yield f"{name}.{kind}", np.asarray(value[...])
 
 
-def _weight_tensors(name: str, weight, form: str, dtype=np.float32) -> Tensors:
+def _weight_tensors(name: str, weight, form: str, dtype: DTypeLike = np.float32) -> Tensors:
     if isinstance(weight, Quantized):
         for kind, value in _packed_tensors(name, weight, form, dtype).items():
             yield f"{name}.{kind}", value
@@ -338,7 +339,9 @@ def _weight_tensors(name: str, weight, form: str, dtype=np.float32) -> Tensors:
         yield f"{name}.bias", np.asarray(weight.bias[...])
 
 
-def _packed_tensors(name: str, weight: Quantized, form: str, dtype) -> dict[str, np.ndarray]:
+def _packed_tensors(
+    name: str, weight: Quantized, form: str, dtype: DTypeLike
+) -> dict[str, np.ndarray]:
     if form in SPARSE_FORMS:
         raise ValueError(f"{name} is packed and cannot be stored as {form}; give a pruned model")
     if form == DENSE:

@@ -7,7 +7,7 @@ renamed.
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -169,8 +169,7 @@ def save_model(
         _check_announced(read_config(quantization), packings)
     with written_folder(Path(out), overwrite=overwrite) as folder:
         shards = Shards(folder)
-        for name, tensor in hf.disassemble(model, form=form):
-            shards.add(name, tensor)
+        shards.extend(hf.disassemble(model, form=form))
         shards.close()
         settings = (quantization if packed else None) or write_config(form, packings)
         write_settings(folder, like, settings, np.asarray(model.embedding[...]).dtype)
@@ -239,6 +238,11 @@ class Shards:
         self._held[name] = np.ascontiguousarray(tensor)
         self._bytes += tensor.nbytes
         self._total += tensor.nbytes
+
+    def extend(self, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+        """Takes tensors one after the other."""
+        for name, tensor in tensors:
+            self.add(name, tensor)
 
     def close(self) -> None:
         """Writes what is left, and the index where there is more than one file."""

@@ -51,10 +51,13 @@ class Layout:
     Attributes:
         form: one of `FORMS`, or "gptq_p".
         rules: patterns over module names, each with its packing; the first that matches decides.
+        zeros_by_word: whether GPTQ v1's one was taken from the zeros by a subtraction per word,
+            which borrows from the next field where a zero is 0 (GPTQModel, 2, 4 and 8 bits).
     """
 
     form: str
     rules: tuple[tuple[re.Pattern[str], Packing | None], ...] = ()
+    zeros_by_word: bool = False
 
     def packing(self, name: str) -> Packing | None:
         """How module `name` is packed, or None where it is dense."""
@@ -154,7 +157,9 @@ def _read_gptq(config: dict[str, Any]) -> Layout:
         rule = _pattern(pattern.removeprefix("+:").removeprefix("-:"))
         skipped = pattern.startswith("-:")
         rules.append((rule, None if skipped else _gptq_packing({**config, **changes})))
-    return Layout(form, (*rules, (_ANY, _gptq_packing(config))))
+    quantizer = str((config.get("meta") or {}).get("quantizer", ""))
+    by_word = form == "gptq" and "gptqmodel" in quantizer
+    return Layout(form, (*rules, (_ANY, _gptq_packing(config))), by_word)
 
 
 def _gptq_packing(config: dict[str, Any]) -> Packing:

@@ -9,6 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import DTypeLike
 
 from idp_jax.formats.gptq import group_index
 from idp_jax.kernels.quant_matmul.packing import pack, unpack
@@ -60,7 +61,7 @@ def alike(weights: list[Dense | Quantized]) -> list[Dense] | list[Quantized]:
     return [_converted(weight, bits, groups, indexed) for weight in packed]
 
 
-def expanded(weight: Quantized, dtype=np.float32) -> Dense:
+def expanded(weight: Quantized, dtype: DTypeLike = np.float32) -> Dense:
     """The matrix that a packed weight stands for."""
     bias = None if weight.bias is None else weight.bias[...]
     return Dense(np.asarray(_dense(weight)).astype(dtype), bias)

@@ -1,0 +1,63 @@
+"""From one storage form of a model to another, without changing a number of it.
+
+The invariant: one block is in memory at a time (and the shard that is being filled), so a model may
+be larger than the machine.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from idp_jax.config import Convert
+from idp_jax.formats.hf import Reader, block_packings, block_tensors, outer_tensors
+from idp_jax.formats.io import Shards, check_absent, write_settings, written_folder
+from idp_jax.formats.quantization import PACKED_FORMS, SPARSE_FORMS, Packing, write_config
+from idp_jax.formats.source import open_source
+from idp_jax.progress import console, tracker
+
+
+def convert(settings: Convert, progress: Callable | None = None) -> Path:
+    """Writes a model folder in another form.
+
+    Args:
+        progress: wraps the iteration over layers; by default a bar.
+
+    Raises:
+        ValueError: the source cannot be read, `out` exists, or the form cannot hold the model.
+    """
+    check_absent(settings.out, overwrite=settings.overwrite)
+    source = open_source(settings.model)
+    reader = Reader(source, settings.dtype)
+    _check(reader, settings)
+    packings: dict[str, Packing | None] = {}
+    layers = range(reader.config.num_layers)
+    with written_folder(settings.out, overwrite=settings.overwrite) as folder:
+        shards, outer = Shards(folder), reader.without_layers()
+        dtype = np.asarray(outer.embedding[...]).dtype
+        shards.extend(outer_tensors(outer))
+        del outer
+        for layer in (progress or tracker(f"converting to {settings.to}"))(layers):
+            block = reader.block(layer)
+            packings |= block_packings(reader.config, layer, block, reader.layout)
+            tensors = block_tensors(reader.config, layer, block, settings.to, dtype=dtype)
+            shards.extend(tensors)
+        reader.check_all_used()
+        shards.close()
+        write_settings(folder, settings.model, write_config(settings.to, packings), dtype)
+    console.print(f"written to {settings.out}", highlight=False)
+    return settings.out
+
+
+def _check(reader: Reader, settings: Convert) -> None:
+    """Refuses what no conversion can do, before anything is read."""
+    packed = reader.layout is not None and reader.layout.form not in SPARSE_FORMS
+    if settings.to in PACKED_FORMS and not packed:
+        raise ValueError(
+            f"{settings.model} is not packed, so it cannot become {settings.to}; compress it first "
+            "(idp-jax compress)"
+        )
+    if settings.to in SPARSE_FORMS and packed:
+        raise ValueError(
+            f"{settings.model} is packed, so it cannot become {settings.to}; give a pruned model"
+        )
