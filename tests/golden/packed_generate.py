@@ -1,9 +1,9 @@
 """Writes the golden folders in `packed/`: a tiny model as GPTQModel and compressed-tensors pack it.
 
 Beside each folder's own files lies `weights.npz`: every matrix of the layers as that library
-expands it, float32 [out, in]. Run `make golden-packed` (the environment of `make interop`) after a change;
-the tests read what it wrote. Older releases of compressed-tensors, which wrote what later ones
-cannot read, are fetched into a scratch folder and run in a process of their own.
+expands it, float32 [out, in]. `make golden-packed` writes them again, in the environment of
+`make interop`; the tests read what it wrote. Older releases of compressed-tensors, which wrote what
+later ones cannot read, are fetched into a scratch folder and run in a process of their own.
 """
 
 import argparse

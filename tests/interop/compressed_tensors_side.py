@@ -77,12 +77,21 @@ def expanded(model) -> dict[str, np.ndarray]:
 
 
 class Loaded:
-    """A packed folder as transformers and compressed-tensors read it, computing in float32."""
+    """A packed folder as transformers and compressed-tensors read it, computing in float32.
 
-    def __init__(self, folder: Path):
-        from transformers import AutoModelForCausalLM
+    Args:
+        dequantize: whether weights are expanded while they are loaded, or before the first product
+            (which with transformers 5.23 and release 0.20 cannot load zero points).
+    """
 
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+    def __init__(self, folder: Path, *, dequantize: bool = True):
+        from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+        self.model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="float32",
+            quantization_config=CompressedTensorsConfig(dequantize=dequantize),
+        ).eval()
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """float32 [B, T, V]."""
@@ -92,5 +101,9 @@ class Loaded:
             return self.model(torch.tensor(ids, dtype=torch.long)).logits.numpy()
 
     def weights(self) -> dict[str, np.ndarray]:
-        """The dequantised matrices of the layers, see `expanded`."""
-        return expanded(self.model)
+        """The dequantised matrices of the layers, float32 [out, in] by tensor name."""
+        return {
+            name: parameter.detach().numpy()
+            for name, parameter in self.model.named_parameters()
+            if ".layers." in name and name.endswith("proj.weight")
+        }

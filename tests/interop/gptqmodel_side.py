@@ -1,7 +1,6 @@
 """What GPTQModel itself does with a folder: quantise it, expand its weights, compute its logits.
 
-The invariant: nothing of ours takes part, so that agreement with it means something. GPTQModel is
-imported inside the functions: importing it takes seconds, and it must not be compiled (see below).
+The invariant: nothing of ours takes part, so that agreement with it means something.
 """
 
 import os
@@ -10,10 +9,16 @@ from typing import Any
 
 import numpy as np
 
-# Every size of matrix would be compiled anew, for half a minute each.
-os.environ["TORCHDYNAMO_DISABLE"] = "1"
-# Fewer than its own pools ask for is an error at import on a machine of two cores.
-os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "4")
+
+def _library():
+    """The module `gptqmodel`, imported with settings that suit small models on few cores."""
+    # Every size of matrix would be compiled anew, for half a minute each.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    # On two cores its pools ask for more workers than it would start.
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "4")
+    import gptqmodel
+
+    return gptqmodel
 
 
 def quantise(
@@ -24,12 +29,11 @@ def quantise(
     Args:
         settings: of GPTQModel's `QuantizeConfig`.
     """
+    gptqmodel = _library()
     import torch
-    from gptqmodel import GPTQModel, QuantizeConfig
 
-    model = GPTQModel.load(
-        str(source), QuantizeConfig(offload_to_disk=False, **settings), dtype=torch.float32
-    )
+    config = gptqmodel.QuantizeConfig(offload_to_disk=False, **settings)
+    model = gptqmodel.GPTQModel.load(str(source), config, dtype=torch.float32)
     tokens = np.random.default_rng(0).integers(3, model.model.config.vocab_size, (windows, length))
     model.quantize([row.tolist() for row in tokens])
     model.save(str(out))
@@ -40,12 +44,13 @@ class Loaded:
     """A quantised folder as GPTQModel reads it, computing in float32 with its PyTorch kernel."""
 
     def __init__(self, folder: Path):
+        gptqmodel = _library()
         import torch
-        from gptqmodel import BACKEND, GPTQModel
 
         # The kernel refuses to be loaded in float32, but scales turned to float32 lose nothing.
-        loaded = GPTQModel.load(
-            str(folder), backend=BACKEND.GPTQ_TORCH, dtype=torch.float16, device="cpu"
+        kernel = gptqmodel.BACKEND.GPTQ_TORCH
+        loaded = gptqmodel.GPTQModel.load(
+            str(folder), backend=kernel, dtype=torch.float16, device="cpu"
         )
         self.model = loaded.model.float().eval()
 
