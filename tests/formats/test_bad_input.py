@@ -257,7 +257,9 @@ def test_groups_that_do_not_exist(tmp_path):
     )
 
 
-def test_no_tokenizer(folder):
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_no_tokenizer(tmp_path, architecture):
+    folder = write_folder(tiny_decoder(architecture), tmp_path / "model")
     refused(lambda: load_tokenizer(folder), "no tokenizer", str(folder))
 
 
