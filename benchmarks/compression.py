@@ -47,7 +47,7 @@ def _command(side: str, folder: Path, out: Path, text: Path, options: list[str])
 
 
 def _measure(command: list[str], log: Path) -> tuple[float, float]:
-    """Seconds of a process and the MiB that it held at most."""
+    """Seconds of a process and the MiB that it held at most; it runs where its log is."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(_HERE.parent),
@@ -57,7 +57,7 @@ def _measure(command: list[str], log: Path) -> tuple[float, float]:
     start = time.perf_counter()
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=log.parent
         )
         _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start

@@ -3,7 +3,9 @@
 The invariant: nothing of ours takes part, so that agreement with it means something.
 """
 
+import contextlib
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,9 @@ def quantise(
     config = gptqmodel.QuantizeConfig(offload_to_disk=False, **settings)
     model = gptqmodel.GPTQModel.load(str(source), config, dtype=torch.float32)
     tokens = np.random.default_rng(0).integers(3, model.model.config.vocab_size, (windows, length))
-    model.quantize([row.tolist() for row in tokens])
+    # It leaves a folder of logs wherever it runs.
+    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
+        model.quantize([row.tolist() for row in tokens])
     model.save(str(out))
     return out
 
