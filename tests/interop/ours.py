@@ -1,0 +1,86 @@
+"""Our side of the comparisons: models to exchange, and their matrices as other libraries see them.
+
+The invariant: everything that is not packed is a float16 number, so that a library that loads
+embeddings and norms in float16 loses nothing.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from idp_jax import commands, config, save_model
+from idp_jax.convert import convert
+from idp_jax.formats.names import module_names
+from idp_jax.formats.quantization import Packing, write_config
+from idp_jax.models import Decoder
+from idp_jax.models.block import layer_slice
+from tests.helpers import quantize_decoder, tiny_decoder, tiny_ids, tiny_tokenizer, write_folder
+
+
+def half_numbers(model: Decoder) -> Decoder:
+    """The model with every floating-point value rounded to float16, in the dtype it had."""
+
+    def half(leaf: jax.Array) -> jax.Array:
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.astype(jnp.float16).astype(leaf.dtype) if floating else leaf
+
+    return jax.tree.map(half, model)
+
+
+def tiny_source(folder: Path, **overrides) -> Path:
+    """A random dense LLaMA folder with a tokenizer; `overrides` are fields of `ModelConfig`."""
+    sizes = {"vocab_size": 259, "hidden_dim": 64, "ffw_dim": 128, **overrides}
+    write_folder(half_numbers(tiny_decoder("llama", **sizes)), folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def rounded(
+    source: Path, out: Path, *, bits: int, group_size: int, symmetric: bool, form: str
+) -> Path:
+    """A folder that was rounded to nearest and converted here, by the library's own commands."""
+    settings = config.Compress(
+        model=str(source),
+        out=out.with_name(f"{out.name}-compressed"),
+        method="rtn",
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+    )
+    commands.compress(settings)
+    return convert(config.Convert(model=str(settings.out), out=out, to=form), progress=iter)
+
+
+def random_codes(out: Path, *, bits: int, form: str, act_order: bool = False) -> Path:
+    """A folder of random codes in groups of 32, in which every zero point occurs."""
+    sizes = {"vocab_size": 259, "hidden_dim": 64, "ffw_dim": 64}
+    like = tiny_source(out.with_name(f"{out.name}-dense"), **sizes)
+    model = quantize_decoder(tiny_decoder("llama", **sizes), bits, groups=2, act_order=act_order)
+    packing = Packing(bits, 32, symmetric=False, act_order=act_order)
+    names = module_names(model.config).values()
+    settings = write_config(form, dict.fromkeys(names, packing))
+    return save_model(half_numbers(model), out, like=like, quantization=settings)
+
+
+def matrices(model: Decoder) -> dict[str, np.ndarray]:
+    """The matrices of the layers, written out: float32 [out, in] by tensor name."""
+    found = {}
+    for (layer, name), module in module_names(model.config).items():
+        weight = getattr(layer_slice(model.layers, layer), name)
+        found[f"{module}.weight"] = np.asarray(weight.kernel[...].astype(jnp.float32)).T
+    return found
+
+
+def differing(ours: Decoder, theirs: dict[str, np.ndarray]) -> list[str]:
+    """The matrices that are not equal bit for bit; all, if the names are not the same."""
+    mine = matrices(ours)
+    if mine.keys() != theirs.keys():
+        return sorted(mine.keys() ^ theirs.keys())
+    return [name for name in mine if not np.array_equal(mine[name], theirs[name])]
+
+
+def ids_for(model: Decoder) -> np.ndarray:
+    """Token ids [B, T] to compute logits of."""
+    return np.asarray(tiny_ids(model, batch=2, time=24))
