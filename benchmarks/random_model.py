@@ -78,13 +78,15 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-c", call, *map(str, arguments)]
 
 
-def start(*arguments: object, log: Path) -> subprocess.Popen:
-    """`idp-jax ARGUMENTS` of this checkout in another process, its output added to a file."""
-    root = str(Path(__file__).parents[1])
+def start(*arguments: object, log: Path, **variables: str) -> subprocess.Popen:
+    """`idp-jax ARGUMENTS` of this checkout in another process, its output added to a file.
+
+    Args:
+        variables: of the process' environment, beside those of this one.
+    """
+    variables = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])} | variables
     with log.open("a") as file:
-        return subprocess.Popen(
-            command(*arguments), stdout=file, stderr=file, env=os.environ | {"PYTHONPATH": root}
-        )
+        return subprocess.Popen(command(*arguments), stdout=file, stderr=file, env=variables)
 
 
 def _tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
