@@ -96,6 +96,16 @@ class Job:
         first_process(prepare, "compress: start")
         return sum(self._shard(layer).is_file() for layer in range(self.config.num_layers))
 
+    def prepare(self, times: StageTimes) -> None:
+        """Gathers the calibration text.
+
+        Raises:
+            ValueError: there is too little of it.
+        """
+        if needs_data(self.by_name):
+            with times.measure("calibration text"):
+                self._tokens()
+
     def run(self, times: StageTimes, *, progress: Callable = iter) -> list[dict[str, Any]]:
         """Compresses what is not yet compressed; returns the report, a row for every matrix.
 
@@ -104,11 +114,9 @@ class Job:
         """
         flow = None
         if needs_data(self.by_name):
-            with times.measure("calibration text"):
-                tokens = self._tokens()
             with times.measure("forward"):
                 outer = hf.Reader(self.source, self.settings.dtype).without_layers()
-                flow = Flow(outer, tokens, self.settings.batch_size, self.mesh)
+                flow = Flow(outer, self._tokens(), self.settings.batch_size, self.mesh)
                 del outer
         for layer in progress(range(self.config.num_layers)):
             if self._shard(layer).is_file():

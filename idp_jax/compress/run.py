@@ -33,11 +33,12 @@ def compress(settings: config.Compress) -> dict[str, Any]:
     with jax.set_mesh(mesh) if mesh is not None else nullcontext():
         job = Job(settings, mesh)
         finished = job.start()
-        counted = plan.plan(job.config, settings, job.by_name)
-        console.print(plan.table(counted, f"{settings.model}: memory"))
-        if finished:
-            console.print(f"going on behind layer {finished - 1}", highlight=False)
         try:
+            job.prepare(times)
+            counted = plan.plan(job.config, settings, job.by_name)
+            console.print(plan.table(counted, f"{settings.model}: memory"))
+            if finished:
+                console.print(f"going on behind layer {finished - 1}", highlight=False)
             rows = job.run(times, progress=tracker(f"compressing ({settings.method})"))
         except (ValueError, OSError):
             job.withdraw()

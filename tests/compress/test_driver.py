@@ -365,7 +365,7 @@ def test_a_dead_input_is_reported():
     [
         ({"method": "wanda"}, "magnitude pruning"),
         ({"rules": ("down_proj method=wanda",)}, "magnitude pruning"),
-        ({"rules": ("down_proj bits=4 act_order=off",)}, "rounding to nearest"),
+        ({"rules": ("down_proj bits=4 act_order=none",)}, "rounding to nearest"),
     ],
 )
 def test_a_matrix_worse_than_its_baseline_stops_the_walk(monkeypatch, settings, worse):

@@ -245,7 +245,7 @@ def test_counts_of_zeros_are_exact(make_layer, exact_hessian, target):
 
 def test_bad_orders_and_targets():
     weights, H = jnp.ones((4, 96), jnp.float32), jnp.eye(96, dtype=jnp.float32)
-    with pytest.raises(ValueError, match="act_order must be one of off, static, group, not 'on'"):
+    with pytest.raises(ValueError, match="act_order must be one of none, static, group, not 'on'"):
         gptq(weights, H, bits=4, act_order="on")
     with pytest.raises(ValueError, match="give either sparsity or pattern"):
         gptq(weights, H, bits=4, sparsity=0.5, pattern=(2, 4))

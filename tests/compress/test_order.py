@@ -48,5 +48,5 @@ def test_equal_columns_stay_as_they_lie(act_order):
 
 
 def test_another_order():
-    with pytest.raises(ValueError, match="act_order must be one of off, static, group, not 'up'"):
+    with pytest.raises(ValueError, match="act_order must be one of none, static, group, not 'up'"):
         column_order(jnp.ones(8, jnp.float32), "up", 4)

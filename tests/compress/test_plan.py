@@ -1,7 +1,6 @@
 """What a job is said to take, and what is shown of what it did."""
 
 import json
-import re
 
 import pytest
 from rich.console import Console
@@ -14,7 +13,7 @@ from idp_jax.compress.plan import plan, table
 from idp_jax.config import Compress, Mesh
 from tests.helpers import hf_config, tiny_config
 
-WORK = {"forward", "Hessian", "factor", "sweep", "grids"}
+WORK = {"forward", "Hessian", "factor", "sweep", "errors", "grids", "compilation"}
 RATES = dict.fromkeys(WORK, 1e9)
 
 
@@ -40,7 +39,8 @@ def test_every_kind_of_work_and_memory_is_counted():
     # q, k, v, o, gate, up, down of two layers, at 3 bits and a scale and zero in every 32.
     weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)
     assert counted.disk == pytest.approx(weights * (3 + 19 / 32) / 8, rel=1e-3)
-    assert counted.work["grids"] == weights
+    assert counted.work["grids"] == 2 * weights  # the baseline's, too
+    assert counted.work["compilation"] == 4  # a program for each stage
     doubled = planned(samples=8)
     assert doubled.work["Hessian"] == 2 * counted.work["Hessian"]
     assert doubled.work["sweep"] == counted.work["sweep"]
@@ -51,7 +51,7 @@ def test_every_kind_of_work_and_memory_is_counted():
 
 def test_without_text_there_are_no_streams():
     counted = planned(method="rtn")
-    assert set(counted.device) == {"one block's weights", "a stage's rows"}
+    assert set(counted.device) == {"one block's weights", "a stage's matrices"}
     assert counted.work["forward"] == counted.work["Hessian"] == 0
     assert planned(method="magnitude").disk == 2 * 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)
 
@@ -61,17 +61,20 @@ def test_devices_share():
     assert cut.devices == 8
     assert cut.device["residual streams, twice"] * 2 == alone.device["residual streams, twice"]
     assert cut.device["one block's weights"] * 4 == alone.device["one block's weights"]
-    assert cut.device["Hessian and its factor"] == alone.device["Hessian and its factor"]
+    by_data = planned(mesh=Mesh(data=8))
+    assert by_data.device["Hessian and its factor"] == alone.device["Hessian and its factor"]
 
 
 def test_the_table_adds_up():
-    shown = lines(table(planned(samples=128, sequence_length=2048), "a title", RATES))
+    counted = planned(samples=128, sequence_length=2048)
+    shown = lines(table(counted, "a title", RATES))
     assert "a title" in shown[0]
-    amounts = [float(m[1]) for line in shown if (m := re.search(r"│\s+(\d+\.\d\d) │$", line))]
-    *held, together, _ = amounts
-    assert sum(held) == pytest.approx(together, abs=0.005 * len(held) + 0.005)
-    assert sum("seconds, at 1 G/s" in line for line in shown) == len(WORK)
-    assert "seconds together" in shown[-2]
+    amount = lambda name: float(next(line for line in shown if name in line).split("│")[2])
+    for place, held in (("on the device", counted.device), ("on the host", counted.host)):
+        assert amount(place) == pytest.approx(sum(map(amount, held)), abs=0.005 * len(held) + 0.006)
+    assert amount("at most, on a CPU") == pytest.approx(counted.peak / 1e9, abs=0.006)
+    assert sum("at 1 G/s" in line for line in shown) == len(WORK) - 1
+    assert "in all" in shown[-2]
 
 
 def test_rates_are_measured_on_what_the_job_runs():
@@ -94,7 +97,7 @@ def test_a_plan_needs_a_configuration_alone(folder, monkeypatch, capsys):
     before = sorted(folder.rglob("*"))
     main(["compress", str(folder / "model"), "--plan", "--group-size", "32"])
     said = capsys.readouterr().err
-    assert "together" in said and "seconds together" in said
+    assert "on the device" in said and "in all" in said
     assert sorted(folder.rglob("*")) == before
     with pytest.raises(SystemExit):
         main(["compress", str(folder / "model"), "--plan", "--group-size", "48"])

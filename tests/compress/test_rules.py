@@ -29,7 +29,7 @@ def test_the_first_rule_that_matches_counts():
         r"layers\.0\..*down bits=8 group_size=-1",
         "down skip",
         "q method=rtn symmetric=true grid=minmax",
-        r"^model\.layers\.1\. sparsity=2:4 damping=0.1 block_size=64 act_order=off",
+        r"^model\.layers\.1\. sparsity=2:4 damping=0.1 block_size=64 act_order=none",
         bits=4,
     )
     assert by_name["model.layers.0.mlp.down"] == Compression(bits=8, group_size=-1)
