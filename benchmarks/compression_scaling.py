@@ -26,7 +26,7 @@ from idp_jax.environment import describe
 AXES = {
     "width": (64, 128, 256, 512),
     "layers": (2, 4, 8, 16),
-    "samples": (16, 32, 64, 128),
+    "samples": (64, 128, 256, 512),
 }
 START = {"width": 128, "layers": 2, "samples": 16}
 BARS = {"layers": ("all", 0.9, 1.1), "samples": ("text", 0.9, 1.1)}
