@@ -51,7 +51,7 @@ def to_weight(
             f"the {inputs} inputs of {name} do not fill whole words of {bits} bits; only sizes "
             "that are multiples of 32 can be loaded"
         )
-    scales = as_scales(parts["weight_scale"]).reshape(outputs, -1)
+    scales = _scales(parts["weight_scale"]).reshape(outputs, -1)
     groups = scales.shape[1]
     padded = words.shape == (outputs, _padded_words(inputs)) and bits == 3
     expected = {"weight_packed": (outputs, word_count(inputs, bits))}
@@ -78,6 +78,15 @@ def to_weight(
         ),
         bias=bias,
     )
+
+
+def _scales(stored: np.ndarray) -> np.ndarray:
+    """float16 or float32; float16 also where float32 numbers fit it, as those written here do."""
+    if stored.dtype != np.float32:
+        return as_scales(stored)
+    with np.errstate(over="ignore"):
+        halves = stored.astype(np.float16)
+    return halves if np.array_equal(halves, stored) else stored
 
 
 def _zeros(
@@ -109,8 +118,13 @@ def is_symmetric(weight: Quantized) -> bool:
 
 
 def from_weight(weight: Quantized) -> dict[str, np.ndarray]:
-    """The tensors of one packed linear; scales keep their dtype."""
-    words, scales = np.asarray(weight.words[...]), np.asarray(weight.scales[...])
+    """The tensors of one packed linear.
+
+    Scales are float32 in the file: the library multiplies in their dtype, and would round every
+    weight to float16.
+    """
+    words = np.asarray(weight.words[...])
+    scales = np.asarray(weight.scales[...]).astype(np.float32)
     inputs, outputs = words.shape[0] * 32 // weight.bits, words.shape[1]
     tensors = {
         "weight_packed": words.T,
