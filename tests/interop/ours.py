@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from idp_jax import commands, config, save_model
+from idp_jax import config, save_model
+from idp_jax.compress.run import compress
 from idp_jax.convert import convert
 from idp_jax.formats.names import module_names
 from idp_jax.formats.quantization import Packing, write_config
@@ -49,7 +50,7 @@ def rounded(
         group_size=group_size,
         symmetric=symmetric,
     )
-    commands.compress(settings)
+    compress(settings)
     return convert(config.Convert(model=str(settings.out), out=out, to=form), progress=iter)
 
 
