@@ -139,8 +139,8 @@ class Calibration:
     """Tokens of a window."""
     order: str = "first"
     """first: the first windows of the text; random: windows drawn by the seed."""
-    batch_size: int = 8
-    """Windows that go through the model at a time."""
+    batch_size: int = 2
+    """Windows that go through the model at a time, on each device that the text is cut over."""
 
     def __post_init__(self):
         _at_least("samples", self.samples, 1)

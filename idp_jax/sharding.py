@@ -190,6 +190,11 @@ def shard(tree, mesh: jax.sharding.Mesh | None):
     return jax.tree.map(_place, tree, shardings(tree, mesh))
 
 
+def batch_parts(mesh: jax.sharding.Mesh | None) -> int:
+    """How many parts `shard_batch` cuts a batch into."""
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def shard_batch(batch, mesh: jax.sharding.Mesh | None):
     """Places host arrays [B, ...] with the batch cut over `data` and `fsdp`.
 
@@ -200,7 +205,7 @@ def shard_batch(batch, mesh: jax.sharding.Mesh | None):
     """
     if mesh is None:
         return jax.tree.map(jax.numpy.asarray, batch)
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = batch_parts(mesh)
     sharding = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
     def place(x):

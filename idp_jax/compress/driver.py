@@ -55,7 +55,7 @@ def compress(
     settings: Compression,
     tokens: np.ndarray | None = None,
     *,
-    batch_size: int = 8,
+    batch_size: int = 2,
     mesh: jax.sharding.Mesh | None = None,
     progress: Callable = iter,
     times: StageTimes | None = None,
@@ -67,7 +67,8 @@ def compress(
         model: with dense matrices.
         settings: method and its numbers.
         tokens: int [samples, T] calibration windows, for methods that need them.
-        batch_size: windows that go through the model at a time.
+        batch_size: windows that go through the model at a time, on each device that the text is
+            cut over.
         mesh: where the calibration text is cut over `data`, the rows of matrices over `model`.
         progress: wraps the iteration over layers.
         times: filled with the seconds of forward, Hessian and core.
@@ -183,7 +184,6 @@ def compress_block(
             with times.measure("hessian") as done:
                 hessian = flow.hessian(stage, block)
                 done.append(hessian)
-            release_memory()
         with times.measure("core") as done:
             weights = {name: getattr(block, name) for name in names}
             results = compress_matrices(weights, hessian, own)

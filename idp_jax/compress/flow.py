@@ -15,7 +15,7 @@ import numpy as np
 from idp_jax.compress.hessian import accumulate, empty_state
 from idp_jax.models.block import Block
 from idp_jax.models.decoder import Decoder
-from idp_jax.sharding import constrain, shard, shard_batch
+from idp_jax.sharding import batch_parts, constrain, shard, shard_batch
 
 # What the MLPs' inner activations of all text may take; above, they are computed a second time
 # when they are needed a second time.
@@ -51,7 +51,7 @@ def _attention_output(block: Block, h, context):
     return block.attention_output(block.attention_input(h), context)[0]
 
 
-@jax.jit
+@partial(jax.jit, donate_argnums=(1, 2))
 def _mlp_input(block: Block, h, attended):
     return block.mlp_input(h, attended)
 
@@ -61,7 +61,7 @@ def _mlp_hidden(block: Block, x):
     return block.mlp_hidden(x)
 
 
-@jax.jit
+@partial(jax.jit, donate_argnums=1)
 def _output(block: Block, h, hidden):
     return block.output(h, hidden)
 
@@ -82,7 +82,7 @@ class Flow:
     Args:
         model: whose embeddings, and positions, the text enters by; its layers are not read.
         tokens: int [samples, T].
-        batch_size: windows of a micro-batch.
+        batch_size: windows of a micro-batch, on each device that the text is cut over.
         mesh: where the text is cut over `data`.
     """
 
@@ -94,6 +94,7 @@ class Flow:
         # All windows are full: what a context holds depends on their number alone.
         self._contexts: dict[int, Any] = {}
         self._kept: list[jax.Array] = []
+        batch_size *= batch_parts(mesh)
         for first in range(0, len(tokens), batch_size):
             embeddings = shard_batch(embedding[tokens[first : first + batch_size]], mesh)
             h, context = _start(entry, embeddings)

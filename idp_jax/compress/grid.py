@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+_HIGHEST = jax.lax.Precision.HIGHEST
+
 GRID_BITS = (2, 3, 4, 8)
 # The largest float16, and its smallest positive (subnormal) number: a scale outside would be stored
 # as inf or 0.
@@ -68,10 +70,11 @@ def find_grid(
     def try_width(step: jax.Array, best):
         width = 1.0 - step.astype(jnp.float32) * (_LARGEST_SHRINK / _SHRINK_STEPS)
         scale, zero = _grid_of_range(low * width, high * width, bits, symmetric)
-        # Whole steps from the zero, which is one of the levels itself.
-        steps = jnp.clip(jnp.round(columns / scale), -zero, float(2**bits - 1) - zero)
-        off = columns - steps * scale
-        cost = jnp.sum(jnp.square(off) * importance[:, None], axis=0)
+        # In steps of the grid, from the zero, which is one of the levels itself.
+        exact = columns / scale
+        steps = jnp.clip(jnp.round(exact), -zero, float(2**bits - 1) - zero)
+        missed = jnp.square(exact - steps)
+        cost = jnp.matmul(importance, missed, precision=_HIGHEST) * jnp.square(scale)
         better = cost < best[0]
         return tuple(
             jnp.where(better, a, b) for a, b in zip((cost, scale, zero), best, strict=True)

@@ -83,7 +83,7 @@ def plan(
     squares, swept = max((_stage_bytes(stage, rows, has_text) for stage in stages), key=sum)
     device = {"one block's weights": weights * _FLOAT // rows, "a stage's matrices": swept}
     if has_text:
-        batch = min(settings.batch_size, settings.samples) * settings.sequence_length
+        batch = min(settings.batch_size * data, settings.samples) * settings.sequence_length
         inner = tokens * config.ffw_dim * _FLOAT
         device |= {
             "residual streams, twice": 2 * tokens * config.hidden_dim * _FLOAT // data,

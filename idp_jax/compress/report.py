@@ -58,18 +58,15 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
         rows: from `driver.compress`; nothing is drawn where none has an error.
         path: the PNG to write.
     """
-    import matplotlib
+    # Without pyplot, which would take longer to import than this takes to draw.
+    from matplotlib.figure import Figure
 
     measured = [row for row in rows if "relative_error" in row]
     if not measured:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     names = list(dict.fromkeys(row["matrix"] for row in measured))
-    figure, axes = pyplot.subplots(
-        1, len(names), figsize=(2.3 * len(names) + 1, 3.2), layout="constrained", sharey=True
-    )
+    figure = Figure(figsize=(2.3 * len(names) + 1, 3.2), layout="constrained")
+    axes = figure.subplots(1, len(names), sharey=True)
     figure.suptitle(title)
     for axis, name in zip(np.atleast_1d(axes), names, strict=True):
         own = [row for row in measured if row["matrix"] == name]
@@ -87,4 +84,3 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     first.set_yscale("log" if any(row["relative_error"] for row in measured) else "linear")
     first.legend(fontsize="small", frameon=False)
     figure.savefig(path, dpi=120, format="png")
-    pyplot.close(figure)

@@ -3,9 +3,10 @@ columns not yet reached.
 
 With U the upper Cholesky factor of H^-1 (hessian.py), the optimal brain surgeon update after column
 i moved from w_i to q_i is W[:, j] -= e_i U[i, j] for j > i, with e_i = (w_i - q_i) / U[i, i]. So
-with E = [e_0 .. e_i] the current weights are W - E U[:i + 1, :]: a tile of columns is brought up to
-date by one product when it is reached (the papers push the same sum forward after every block), and
-only inside the tile is the update done column by column.
+with E = [e_0 .. e_i] the current weights are W - E U[:i + 1, :]. Where the papers push an error
+forward to all later columns, here a column asks for what it has missed when it is reached: a tile
+by one product with all earlier errors, a segment with those of its tile, a column with those of its
+segment. Nothing but E is written on the way.
 
 Invariant: arrays are transposed, [I, O], so that a column of W is one contiguous row; the size of a
 tile changes the result by rounding alone, unless the plan itself looks at a whole tile.
@@ -75,28 +76,34 @@ def _visit_segments(
     rows: jax.Array, block: jax.Array, start: jax.Array, segment: int, plan: Plan, change: Change
 ) -> tuple[jax.Array, jax.Array, Any, Any]:
     """Sweeps one tile: rows [tile, O] with the tile's part of U [tile, tile]."""
-    tile, outputs = rows.shape
     pivots = jnp.diagonal(block)
 
-    def visit_segment(rows: jax.Array, first: jax.Array) -> tuple[jax.Array, Any]:
+    def visit_segment(errors: jax.Array, first: jax.Array) -> tuple[jax.Array, Any]:
         own = jax.lax.dynamic_slice_in_dim(rows, first, segment)
+        reach = jax.lax.dynamic_slice_in_dim(block, first, segment, axis=1)
+        own = own - jnp.matmul(reach.T, errors, precision=_HIGHEST)
+        corner = jax.lax.dynamic_slice_in_dim(reach, first, segment)
         decision = plan(own, jax.lax.dynamic_slice_in_dim(pivots, first, segment), start + first)
 
-        def visit_column(rows: jax.Array, place: jax.Array) -> tuple[jax.Array, Any]:
-            index = first + place
-            column = jax.lax.dynamic_index_in_dim(rows, index, keepdims=False)
+        def visit_column(errors: jax.Array, column) -> tuple[jax.Array, Any]:
+            column, reach, pivot, place = column
+            column = column - jnp.matmul(reach, errors, precision=_HIGHEST)
             new, record = change(column, place, decision)
-            error = (column - new) / pivots[index]
-            # U is upper triangular: rows before this one stay as they are, this one becomes `new`.
-            rows = rows - block[index][:, None] * error[None, :]
-            return rows, (new, error, record)
+            error = (column - new) / pivot
+            errors = jax.lax.dynamic_update_index_in_dim(errors, error, place, axis=0)
+            return errors, (new, record)
 
-        rows, visited = jax.lax.scan(visit_column, rows, jnp.arange(segment, dtype=jnp.int32))
-        return rows, (*visited, decision)
+        places = jnp.arange(segment, dtype=jnp.int32)
+        own_pivots = jnp.diagonal(corner)
+        mine, visited = jax.lax.scan(
+            visit_column, jnp.zeros_like(own), (own, corner.T, own_pivots, places)
+        )
+        errors = jax.lax.dynamic_update_slice_in_dim(errors, mine, first, axis=0)
+        return errors, (*visited, decision)
 
-    firsts = jnp.arange(tile // segment, dtype=jnp.int32) * segment
-    _, (new, errors, records, decisions) = jax.lax.scan(visit_segment, rows, firsts)
-    return new, errors.reshape(tile, outputs), records, decisions
+    firsts = jnp.arange(rows.shape[0] // segment, dtype=jnp.int32) * segment
+    errors, (new, records, decisions) = jax.lax.scan(visit_segment, jnp.zeros_like(rows), firsts)
+    return new, errors, records, decisions
 
 
 def _pad(columns: jax.Array, factor: jax.Array, extra: int) -> tuple[jax.Array, jax.Array]:
