@@ -40,7 +40,11 @@ def evaluate(settings: config.Evaluate) -> dict[str, Any]:
             f"--out {settings.out} is a folder; give a file such as results.json"
         )
     model = formats.load_model(
-        settings.model, dtype=settings.dtype, weights=settings.weights, progress=tracker("loading")
+        settings.model,
+        dtype=settings.dtype,
+        weights=settings.weights,
+        kernel=settings.kernel,
+        progress=tracker("loading"),
     )
     tokenizer = formats.load_tokenizer(settings.model)
     repaired = (

@@ -16,6 +16,7 @@ ACT_ORDERS = ("group", "static", "none")
 REPAIRS = ("prompt", "prefix", "lora", "idp")
 BITS = (2, 3, 4, 8)
 WEIGHTS = ("auto", "packed", "dense")
+KERNELS = ("auto", "pallas_tpu", "mosaic_gpu", "xla")
 FORMS = ("gptq", "gptq_v2", "pack-quantized", "sparse-bitmask", "sparse-24-bitmask", "dense")
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
@@ -249,7 +250,10 @@ class Train:
     remat: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     weights: str = "auto"
-    """packed, dense (expanded once) or auto (dense on a CPU)."""
+    """packed, dense (expanded once) or auto (dense on a CPU that has the memory)."""
+    kernel: str = "auto"
+    """What multiplies by packed weights: pallas_tpu, mosaic_gpu, xla, or auto for the best that the
+    machine has."""
     dtype: str = "float32"
     """Of activations and dense weights; auto keeps the checkpoint's."""
     seed: int = 0
@@ -258,6 +262,7 @@ class Train:
     def __post_init__(self):
         _one_of("method", self.method, REPAIRS)
         _one_of("weights", self.weights, WEIGHTS)
+        _one_of("kernel", self.kernel, KERNELS)
         _one_of("dtype", self.dtype, DTYPES)
         _at_least("batch-size", self.batch_size, 1)
         _at_least("evaluate-every", self.evaluate_every, 1)
@@ -375,12 +380,16 @@ class Evaluate:
     max_length: int | None = None
     """Longest input in tokens; by default what the model allows."""
     weights: str = "auto"
-    """packed, dense (expanded once) or auto (dense on a CPU)."""
+    """packed, dense (expanded once) or auto (dense on a CPU that has the memory)."""
+    kernel: str = "auto"
+    """What multiplies by packed weights: pallas_tpu, mosaic_gpu, xla, or auto for the best that the
+    machine has."""
     dtype: str = "float32"
     seed: int = 0
 
     def __post_init__(self):
         _one_of("weights", self.weights, WEIGHTS)
+        _one_of("kernel", self.kernel, KERNELS)
         _one_of("dtype", self.dtype, DTYPES)
         _at_least("batch-size", self.batch_size, 1)
         _at_least("sequence-length", self.sequence_length, 2)

@@ -53,6 +53,16 @@ def peak_memory() -> dict[str, int]:
     return peak if device is None else {**peak, "device": device}
 
 
+def available_memory() -> int | None:
+    """Bytes of host memory that can be had without swapping, where the system says (Linux)."""
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return None
+
+
 def release_memory() -> None:
     """Gives freed host memory back to the system, where the C library keeps it otherwise (glibc):
     a long job of arrays of many sizes would end with the sum of what each size ever took.

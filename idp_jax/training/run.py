@@ -62,6 +62,7 @@ def _train(config: Train, out: Path, mesh) -> dict[str, Any]:
         config.model,
         dtype=config.dtype,
         weights=config.weights,
+        kernel=config.kernel,
         mesh=mesh,
         progress=tracker("loading"),
     )
@@ -128,7 +129,10 @@ def _source(config: Train, out: Path, decoder: Decoder, tokenizer) -> str:
         teacher = decoder
         if config.data.teacher is not None:
             teacher = formats.load_model(
-                config.data.teacher, dtype=config.dtype, weights=config.weights
+                config.data.teacher,
+                dtype=config.dtype,
+                weights=config.weights,
+                kernel=config.kernel,
             )
         held_out = 0 if config.data.validation else config.data.validation_windows
         wanted = config.tokens + (held_out + 1) * config.data.sequence_length

@@ -19,7 +19,7 @@ from flax import nnx
 from idp_jax.kernels.dispatch import best_backend
 from idp_jax.kernels.quant_matmul import api as kernels
 from idp_jax.kernels.quant_matmul import xla as quant_matmul
-from idp_jax.kernels.sharded import sharded_matmul, unsplittable
+from idp_jax.kernels.sharded import partition, sharded_matmul, unsplittable
 
 Array = jax.Array | np.ndarray  # a model read from disk holds numpy arrays until it is placed
 
@@ -160,16 +160,19 @@ def for_kernels(
 ) -> Quantized | Prepared:
     """Brings a packed weight into the layout of the kernels; can be jitted.
 
-    Where XLA is what "auto" chooses (on a CPU, say) and for scales that no kernel takes, the weight
-    stays as it is.
+    Where XLA is what "auto" chooses (on a CPU, say), the weight stays as it is. Inside
+    `jax.set_mesh` the result is placed as the kernels will read it.
 
     Args:
         weight: one layer, or layers stacked in front.
-        backend: "auto" or one of `idp_jax.kernels.dispatch.BACKENDS`.
+        backend: "auto", "pallas_tpu", "mosaic_gpu" or "xla".
         split: what a mesh's `model` axis cuts, "outputs" or "inputs".
+
+    Raises:
+        ValueError: scales that kernels do not take (see `kernels.prepare`).
     """
     chosen = best_backend() if backend == "auto" else backend
-    if chosen == "xla" or weight.scales.dtype not in (jnp.float16, jnp.bfloat16):
+    if chosen == "xla":
         return weight
     index = None if weight.group_index is None else weight.group_index[...]
     packed = kernels.prepare(
@@ -180,6 +183,11 @@ def for_kernels(
         group_index=index,
         backend=chosen,
     )
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1:
+        whole = unsplittable(packed, split, mesh.shape["model"]) is not None
+        places = partition(packed, None if whole else "model", split)
+        packed = jax.lax.with_sharding_constraint(packed, places)
     bias = None if weight.bias is None else weight.bias[...]
     return Prepared(packed, bias=bias, backend=backend, split=split)
 

@@ -4,10 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from idp_jax.sharding import make_mesh
-from idp_jax.weights import Prepared, for_kernels
-from tests.helpers import quantize_decoder, tiny_decoder
+from idp_jax import load_model, save_model
+from idp_jax.formats import io
+from idp_jax.formats.quantization import Packing, write_config
+from idp_jax.sharding import make_mesh, shard
+from idp_jax.weights import Dense, Prepared, Quantized, for_kernels
+from tests.helpers import close, quantize_decoder, tiny_decoder, tiny_ids, write_folder
 
 
 def _weight(act_order=False):
@@ -54,3 +58,81 @@ def test_on_a_mesh(split):
     with jax.set_mesh(make_mesh({"data": 2, "fsdp": 2, "model": 2})):
         y = jax.jit(lambda weight, x: weight(x))(one(prepared), x)
     np.testing.assert_allclose(y, one(weight)(x), rtol=1e-4, atol=1e-5)
+
+
+def _prepared(model, mesh=None):
+    """A model in the kernels' layout that computes on any machine."""
+    model = io.prepare(model, "pallas_tpu", mesh)
+    for name in model.layers.weight_names:
+        getattr(model.layers, name).backend = "auto"
+    return model
+
+
+def _folder(model, path):
+    settings = write_config("gptq_v2", {"q_proj": Packing(4, 32, False)}, damping=0.01)
+    return write_folder(model, path, settings)
+
+
+@pytest.mark.parametrize("mesh", [None, {"data": 2, "fsdp": 2, "model": 2}], ids=["one", "mesh"])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_a_whole_model(mesh, act_order):
+    model = quantize_decoder(tiny_decoder("llama"), 4, act_order=act_order)
+    ids = tiny_ids(model, batch=4)
+    expected = model(ids)
+    mesh = None if mesh is None else make_mesh(mesh)
+    placed = _prepared(shard(model, mesh), mesh)
+    assert all(isinstance(getattr(placed.layers, n), Prepared) for n in model.layers.weight_names)
+    with jax.set_mesh(mesh or make_mesh({}, jax.devices()[:1])):
+        assert close(jax.jit(lambda model, ids: model(ids))(placed, ids), expected, 1e-4)
+
+
+def test_a_model_is_saved_as_it_was_read(tmp_path):
+    source = _folder(quantize_decoder(tiny_decoder("llama"), 4), tmp_path / "source")
+    loaded = load_model(source)
+    out = save_model(_prepared(loaded), tmp_path / "saved", like=source)
+    for before, after in zip(
+        jax.tree.leaves(loaded), jax.tree.leaves(load_model(out)), strict=True
+    ):
+        np.testing.assert_array_equal(before, after)
+
+
+def test_a_kernel_that_the_machine_lacks_is_refused_before_anything_is_read(tmp_path):
+    for kernel in ("pallas_tpu", "mosaic_gpu"):
+        with pytest.raises(ValueError, match=f"{kernel} cannot serve: it needs a"):
+            load_model(tmp_path / "nowhere", kernel=kernel)
+    source = _folder(quantize_decoder(tiny_decoder("llama"), 4), tmp_path / "source")
+    for kernel in ("auto", "xla"):
+        assert isinstance(load_model(source, kernel=kernel).layers.q, Quantized)
+
+
+@pytest.mark.parametrize("number", [np.float16(0.1), jnp.bfloat16(1e-6)])
+def test_scales_of_16_bits_are_found_in_float32(number):
+    model = quantize_decoder(tiny_decoder("llama"), 4)
+    model.layers.q.scales = nnx.Param(jnp.full(model.layers.q.scales.shape, number, jnp.float32))
+    prepared = io.prepare(model, "pallas_tpu").layers.q
+    assert prepared.packed.get_value().scale_dtype == number.dtype.name
+    np.testing.assert_array_equal(prepared.dense(), model.layers.q.dense())
+
+
+def test_what_no_kernel_takes_stays_or_is_refused(caplog):
+    model = quantize_decoder(tiny_decoder("llama"), 4, act_order=True)
+    shape = model.layers.q.scales.shape
+    model.layers.q.scales = nnx.Param(jnp.full(shape, 0.1, jnp.float32))
+    with pytest.raises(ValueError, match="q: pallas_tpu cannot multiply .* scales are float32"):
+        io.prepare(model, "pallas_tpu")
+    assert isinstance(io.prepare(model, "auto").layers.q, Quantized)
+    assert "q: no kernel multiplies by it" in caplog.text
+    model.layers.q.scales = nnx.Param(jnp.ones(shape, jnp.float16))
+    index = model.layers.q.group_index
+    index[...] = jnp.zeros_like(index[...]).at[:, 0].set(1)
+    with pytest.raises(ValueError, match="groups have different sizes"):
+        io.prepare(model, "pallas_tpu")
+
+
+def test_a_cpu_without_the_memory_keeps_matrices_packed(tmp_path, monkeypatch, caplog):
+    source = _folder(quantize_decoder(tiny_decoder("llama"), 4), tmp_path / "source")
+    assert isinstance(load_model(source, weights="auto").layers.q, Dense)
+    monkeypatch.setattr(io, "available_memory", lambda: 1000)
+    assert isinstance(load_model(source, weights="auto").layers.q, Quantized)
+    assert "stay packed" in caplog.text
+    assert isinstance(load_model(source, weights="dense").layers.q, Dense)
