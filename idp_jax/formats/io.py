@@ -9,7 +9,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ import numpy as np
 
 from idp_jax.environment import available_memory
 from idp_jax.formats import gguf, hf
+from idp_jax.formats.prepared import prepare, restore, wrong_products
 from idp_jax.formats.quantization import DENSE, PLANAR, Layout, Packing, read_config, write_config
 from idp_jax.formats.source import open_source, resolve
 from idp_jax.kernels.dispatch import machine_backend
 from idp_jax.models.block import Block, layer_slice
 from idp_jax.models.decoder import Decoder
 from idp_jax.sharding import shard
-from idp_jax.weights import Dense, Prepared, Quantized, for_kernels
+from idp_jax.weights import Dense, Quantized
 
 _logger = logging.getLogger(__name__)
 
@@ -70,7 +71,15 @@ def load_model(
     model = shard(model, mesh) if mesh is not None else jax.tree.map(jnp.asarray, model)
     if weights == "dense" or (weights == "auto" and _better_dense(model)):
         return expand(model)
-    return model if backend == "xla" else prepare(model, kernel, mesh)
+    if backend == "xla":
+        return model
+    model = prepare(model, kernel, mesh)
+    wrong = wrong_products(model, mesh)
+    if wrong and kernel != "auto":
+        raise ValueError(f"{kernel} multiplies wrongly by {wrong[0]} on this machine; use xla")
+    if wrong:
+        _logger.warning("%s multiplies wrongly by %s here; using xla", backend, wrong[0])
+    return restore(model) if wrong else model
 
 
 def _better_dense(model: Decoder) -> bool:
@@ -92,70 +101,6 @@ def _better_dense(model: Decoder) -> bool:
         free / 1e9,
     )
     return False
-
-
-def prepare(model: Decoder, kernel: str, mesh: jax.sharding.Mesh | None = None) -> Decoder:
-    """The same function with packed matrices in the layout of the kernels.
-
-    Args:
-        kernel: see `load_model`.
-        mesh: where the model lies.
-
-    Raises:
-        ValueError: a matrix that the named kernel does not take; with "auto" it stays as it is.
-    """
-    with jax.set_mesh(mesh) if mesh is not None else nullcontext():
-        for name in model.layers.weight_names:
-            weight = getattr(model.layers, name)
-            if not isinstance(weight, Quantized):
-                continue
-            weight = _narrowed(weight)
-            reason = _no_kernel(weight)
-            if reason is not None and kernel != "auto":
-                raise ValueError(f"{name}: {kernel} cannot multiply by it: {reason}")
-            if reason is not None:
-                _logger.warning("%s: no kernel multiplies by it (%s); using xla", name, reason)
-                continue
-            # The model axis cuts what these read.
-            split = "inputs" if name in ("o", "down") else "outputs"
-            prepared = _for_kernels(weight, backend=kernel, split=split)
-            model = model.with_layers(model.layers.replace(**{name: prepared}))
-    return model
-
-
-_for_kernels = jax.jit(for_kernels, static_argnames=("backend", "split"))
-
-
-def _narrowed(weight: Quantized) -> Quantized:
-    """The weight with its scales in 16 bits, where they are such numbers."""
-    scales = weight.scales[...]
-    for dtype in (jnp.float16, jnp.bfloat16):
-        narrow = scales.astype(dtype)
-        if scales.dtype == jnp.float32 and jnp.array_equal(narrow.astype(scales.dtype), scales):
-            scales = narrow
-    index = None if weight.group_index is None else weight.group_index[...]
-    bias = None if weight.bias is None else weight.bias[...]
-    words, zeros = weight.words[...], weight.zeros[...]
-    return Quantized(words, scales, zeros, bits=weight.bits, group_index=index, bias=bias)
-
-
-def _no_kernel(weight: Quantized) -> str | None:
-    """Why a weight has no place in the layout of the kernels, or None."""
-    groups = weight.zeros.shape[-2]
-    if weight.scales.dtype not in (jnp.float16, jnp.bfloat16):
-        return f"its scales are {weight.scales.dtype}, and no 16-bit numbers"
-    if weight.group_index is None:
-        return None
-    members = (weight.group_index[...][..., None] == jnp.arange(groups)).sum(-2)
-    even = bool((members == members.max()).all())
-    return None if even else "its groups have different sizes"
-
-
-def restore(model: Decoder) -> Decoder:
-    """The same model with packed matrices in the layout of the files again."""
-    named = {name: getattr(model.layers, name) for name in model.layers.weight_names}
-    back = {name: w.restored() for name, w in named.items() if isinstance(w, Prepared)}
-    return model.with_layers(model.layers.replace(**back)) if back else model
 
 
 @jax.jit

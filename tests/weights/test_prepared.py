@@ -8,6 +8,7 @@ from flax import nnx
 
 from idp_jax import load_model, save_model
 from idp_jax.formats import io
+from idp_jax.formats.prepared import prepare, wrong_products
 from idp_jax.formats.quantization import Packing, write_config
 from idp_jax.sharding import make_mesh, shard
 from idp_jax.weights import Dense, Prepared, Quantized, for_kernels
@@ -62,7 +63,7 @@ def test_on_a_mesh(split):
 
 def _prepared(model, mesh=None):
     """A model in the kernels' layout that computes on any machine."""
-    model = io.prepare(model, "pallas_tpu", mesh)
+    model = prepare(model, "pallas_tpu", mesh)
     for name in model.layers.weight_names:
         getattr(model.layers, name).backend = "auto"
     return model
@@ -109,7 +110,7 @@ def test_a_kernel_that_the_machine_lacks_is_refused_before_anything_is_read(tmp_
 def test_scales_of_16_bits_are_found_in_float32(number):
     model = quantize_decoder(tiny_decoder("llama"), 4)
     model.layers.q.scales = nnx.Param(jnp.full(model.layers.q.scales.shape, number, jnp.float32))
-    prepared = io.prepare(model, "pallas_tpu").layers.q
+    prepared = prepare(model, "pallas_tpu").layers.q
     assert prepared.packed.get_value().scale_dtype == number.dtype.name
     np.testing.assert_array_equal(prepared.dense(), model.layers.q.dense())
 
@@ -119,14 +120,14 @@ def test_what_no_kernel_takes_stays_or_is_refused(caplog):
     shape = model.layers.q.scales.shape
     model.layers.q.scales = nnx.Param(jnp.full(shape, 0.1, jnp.float32))
     with pytest.raises(ValueError, match="q: pallas_tpu cannot multiply .* scales are float32"):
-        io.prepare(model, "pallas_tpu")
-    assert isinstance(io.prepare(model, "auto").layers.q, Quantized)
+        prepare(model, "pallas_tpu")
+    assert isinstance(prepare(model, "auto").layers.q, Quantized)
     assert "q: no kernel multiplies by it" in caplog.text
     model.layers.q.scales = nnx.Param(jnp.ones(shape, jnp.float16))
     index = model.layers.q.group_index
     index[...] = jnp.zeros_like(index[...]).at[:, 0].set(1)
     with pytest.raises(ValueError, match="groups have different sizes"):
-        io.prepare(model, "pallas_tpu")
+        prepare(model, "pallas_tpu")
 
 
 def test_a_cpu_without_the_memory_keeps_matrices_packed(tmp_path, monkeypatch, caplog):
@@ -136,3 +137,16 @@ def test_a_cpu_without_the_memory_keeps_matrices_packed(tmp_path, monkeypatch, c
     assert isinstance(load_model(source, weights="auto").layers.q, Quantized)
     assert "stay packed" in caplog.text
     assert isinstance(load_model(source, weights="dense").layers.q, Dense)
+
+
+@pytest.mark.parametrize("factor", [1.0, -1.0, np.nan])
+def test_a_kernel_that_multiplies_wrongly_is_found(factor, monkeypatch):
+    mesh = make_mesh({"data": 2, "fsdp": 2, "model": 2})
+    model = quantize_decoder(tiny_decoder("opt"), 3)
+    q = _prepared(shard(model, mesh), mesh).layers.q
+    model = model.with_layers(model.layers.replace(q=q))
+    right = Prepared.__call__
+    batches_wrong = lambda self, x: right(self, x) * (1.0 if x.shape[0] == 1 else factor)
+    monkeypatch.setattr(Prepared, "__call__", batches_wrong)
+    jax.clear_caches()
+    assert wrong_products(model, mesh) == ([] if factor == 1.0 else ["q"])

@@ -1,0 +1,116 @@
+"""Packed matrices of a model in the layout of the kernels, and back.
+
+The invariant: the model computes the same function, and `restore` gives back what was read bit for
+bit (scales in 16 bits, where they were such numbers in 32).
+"""
+
+import logging
+from contextlib import nullcontext
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from idp_jax.models.block import layer_slice
+from idp_jax.models.decoder import Decoder
+from idp_jax.weights import Dense, Prepared, Quantized, for_kernels
+
+_logger = logging.getLogger(__name__)
+
+# Between two orders of summing in bfloat16; a wrong place or bit gives numbers of order 1.
+_LARGEST_DIFFERENCE = 0.05
+
+
+def prepare(model: Decoder, kernel: str, mesh: jax.sharding.Mesh | None = None) -> Decoder:
+    """The same function with packed matrices in the layout of the kernels.
+
+    Args:
+        kernel: see `load_model`.
+        mesh: where the model lies.
+
+    Raises:
+        ValueError: a matrix that the named kernel does not take; with "auto" it stays as it is.
+    """
+    with jax.set_mesh(mesh) if mesh is not None else nullcontext():
+        for name in model.layers.weight_names:
+            weight = getattr(model.layers, name)
+            if not isinstance(weight, Quantized):
+                continue
+            weight = _narrowed(weight)
+            reason = _no_kernel(weight)
+            if reason is not None and kernel != "auto":
+                raise ValueError(f"{name}: {kernel} cannot multiply by it: {reason}")
+            if reason is not None:
+                _logger.warning("%s: no kernel multiplies by it (%s); using xla", name, reason)
+                continue
+            # The model axis cuts what these read.
+            split = "inputs" if name in ("o", "down") else "outputs"
+            prepared = _for_kernels(weight, backend=kernel, split=split)
+            model = model.with_layers(model.layers.replace(**{name: prepared}))
+    return model
+
+
+_for_kernels = jax.jit(for_kernels, static_argnames=("backend", "split"))
+
+
+def _narrowed(weight: Quantized) -> Quantized:
+    """The weight with its scales in 16 bits, where they are such numbers."""
+    scales = weight.scales[...]
+    for dtype in (jnp.float16, jnp.bfloat16):
+        narrow = scales.astype(dtype)
+        if scales.dtype == jnp.float32 and jnp.array_equal(narrow.astype(scales.dtype), scales):
+            scales = narrow
+    index = None if weight.group_index is None else weight.group_index[...]
+    bias = None if weight.bias is None else weight.bias[...]
+    words, zeros = weight.words[...], weight.zeros[...]
+    return Quantized(words, scales, zeros, bits=weight.bits, group_index=index, bias=bias)
+
+
+def _no_kernel(weight: Quantized) -> str | None:
+    """Why a weight has no place in the layout of the kernels, or None."""
+    groups = weight.zeros.shape[-2]
+    if weight.scales.dtype not in (jnp.float16, jnp.bfloat16):
+        return f"its scales are {weight.scales.dtype}, and no 16-bit numbers"
+    if weight.group_index is None:
+        return None
+    members = (weight.group_index[...][..., None] == jnp.arange(groups)).sum(-2)
+    even = bool((members == members.max()).all())
+    return None if even else "its groups have different sizes"
+
+
+def wrong_products(model: Decoder, mesh: jax.sharding.Mesh | None = None) -> list[str]:
+    """The matrices whose kernel does not give what the matrix written out gives.
+
+    A new device or compiler may break a kernel in silence; one layer of each matrix, with a row and
+    with a batch of them, costs milliseconds at load.
+    """
+    wrong = []
+    with jax.set_mesh(mesh) if mesh is not None else nullcontext():
+        for name in model.layers.weight_names:
+            weight = getattr(model.layers, name)
+            if isinstance(weight, Prepared):
+                off = _difference(layer_slice(weight, 0), model.embedding.dtype.name)
+                if off > _LARGEST_DIFFERENCE:
+                    wrong.append(name)
+    return wrong
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _difference(weight: Prepared, dtype: str) -> jax.Array:
+    """Between both products, relative to the largest."""
+    dense = Dense(weight.dense(dtype), None if weight.bias is None else weight.bias[...])
+    largest = jnp.float32(0)
+    for rows in (1, 128):  # few and many may be different kernels
+        x = jax.random.normal(jax.random.key(0), (rows, dense.kernel[...].shape[0]), dtype)
+        y, expected = weight(x).astype(jnp.float32), dense(x).astype(jnp.float32)
+        off = jnp.abs(y - expected).max() / jnp.abs(expected).max()
+        # A maximum over devices may drop NaN.
+        largest = jnp.maximum(largest, jnp.where(jnp.isfinite(y).all(), off, jnp.inf))
+    return largest
+
+
+def restore(model: Decoder) -> Decoder:
+    """The same model with packed matrices in the layout of the files again."""
+    named = {name: getattr(model.layers, name) for name in model.layers.weight_names}
+    back = {name: w.restored() for name, w in named.items() if isinstance(w, Prepared)}
+    return model.with_layers(model.layers.replace(**back)) if back else model
