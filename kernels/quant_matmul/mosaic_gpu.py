@@ -140,30 +140,17 @@ def _body(
     swizzle = min(128, 2 * chunk)
     grid_rows = TILE // chunk if weight.groups > 1 else 1
     first = share * steps
-    word_rows = 2 * weight.bits
 
     def grid_block(k):
         if weight.groups == 1:
             return 0, block
         return jax.lax.div((first + k) * TILE, max(TILE, weight.group_size)), block
 
-    def step(_, x_smem, words_smem, grid_smem, total):
-        words = _load(words_smem.at[0], _words_layout(word_rows), interpreted)
-        pieces = (_codes_interpreted if interpreted else _codes)(words, weight.bits, chunk)
-        for k, codes in enumerate(pieces):
-            grid = _load(grid_smem.at[k], plgpu.Layout.WGMMA.reduce(1), interpreted)
-            scales, offsets = scales_and_offsets(grid, weight)
-            spread = jax.lax.broadcast_in_dim(offsets.astype(jnp.bfloat16), codes.shape, (0,))
-            x_part = x_smem.at[:, pl.ds(k * chunk, chunk)]
-            product = _tensor_core(codes - spread, x_part, interpreted)
-            total += product * jax.lax.broadcast_in_dim(scales, product.shape, (0,))
-        return total
-
     zero = jnp.zeros((_OUTPUTS, rows), jnp.float32)
     if not interpreted:
         zero = plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
     total = plgpu.emit_pipeline(
-        step,
+        functools.partial(_add_tile, weight=weight, chunk=chunk, interpreted=interpreted),
         grid=(steps,),
         in_specs=[
             plgpu.BlockSpec(
@@ -174,7 +161,7 @@ def _body(
                     plgpu.SwizzleTransform(swizzle),
                 ),
             ),
-            plgpu.BlockSpec((1, word_rows, 256), lambda k: (block, first + k, 0)),
+            plgpu.BlockSpec((1, 2 * weight.bits, 256), lambda k: (block, first + k, 0)),
             plgpu.BlockSpec((grid_rows, _OUTPUTS), grid_block),
         ],
         max_concurrent_steps=stages,
@@ -185,6 +172,30 @@ def _body(
     outputs, columns = pl.ds(block * _OUTPUTS, _OUTPUTS), pl.ds(row_block * rows, rows)
     plgpu.copy_smem_to_gmem(y_smem, y_gmem.at[share, outputs, columns])
     plgpu.wait_smem_to_gmem(0)
+
+
+def _add_tile(
+    _,
+    x_smem,
+    words_smem,
+    grid_smem,
+    total: jax.Array,
+    *,
+    weight: KernelWeight,
+    chunk: int,
+    interpreted: bool,
+) -> jax.Array:
+    """total [64, M] and the product of one tile of 256 inputs, `chunk` of them at a time."""
+    words = _load(words_smem.at[0], _words_layout(2 * weight.bits), interpreted)
+    pieces = (_codes_interpreted if interpreted else _codes)(words, weight.bits, chunk)
+    for k, codes in enumerate(pieces):
+        grid = _load(grid_smem.at[k], plgpu.Layout.WGMMA.reduce(1), interpreted)
+        scales, offsets = scales_and_offsets(grid, weight)
+        spread = jax.lax.broadcast_in_dim(offsets.astype(jnp.bfloat16), codes.shape, (0,))
+        x_part = x_smem.at[:, pl.ds(k * chunk, chunk)]
+        product = _tensor_core(codes - spread, x_part, interpreted)
+        total += product * jax.lax.broadcast_in_dim(scales, product.shape, (0,))
+    return total
 
 
 def _pad_to(array: jax.Array, *shape: int) -> jax.Array:
