@@ -23,6 +23,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 from jaxlib.mlir.dialects import vector as vector_dialect
 
+from ..frozen import frozen_product
 from . import config, xla
 from .layout import TILE, KernelWeight, fields_of, from_fragments, rows_of_set, unpack_tiles
 from .pallas_tpu import device_kind, scales_and_offsets
@@ -60,11 +61,10 @@ def quant_matmul(x: jax.Array, weight: KernelWeight, *, interpret=None) -> jax.A
         raise ValueError(reason)
     if x.shape[0] > config.GPU_ROWS:
         return xla.multiply(x, weight)
-    return _product(interpret, x, weight)
+    return _product(x, weight, interpret)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(interpret, x: jax.Array, weight: KernelWeight) -> jax.Array:
+def _value(x: jax.Array, weight: KernelWeight, interpret) -> jax.Array:
     if x.dtype == jnp.bfloat16:
         return _multiply(x, weight, interpret).astype(x.dtype)
     parts, rest = [], x
@@ -76,17 +76,13 @@ def _product(interpret, x: jax.Array, weight: KernelWeight) -> jax.Array:
     return y.reshape(3, x.shape[0], weight.outputs).sum(0)
 
 
-def _forward(interpret, x, weight):
-    return _product(interpret, x, weight), weight
-
-
-def _backward(interpret, weight, upstream):
+def _gradient(upstream: jax.Array, weight: KernelWeight, interpret) -> jax.Array:
     del interpret
     like = jnp.zeros((upstream.shape[0], weight.inputs), upstream.dtype)
-    return jax.vjp(lambda x: xla.multiply(x, weight), like)[1](upstream)[0], None
+    return jax.vjp(lambda x: xla.multiply(x, weight), like)[1](upstream)[0]
 
 
-_product.defvjp(_forward, _backward)
+_product = frozen_product(_value, _gradient)
 
 
 def _multiply(x: jax.Array, weight: KernelWeight, interpret) -> jax.Array:
