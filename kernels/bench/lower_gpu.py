@@ -55,6 +55,7 @@ def lower(device, bits: int, group_size: int, inputs: int, outputs: int, rows: i
 
 
 def main() -> int:
+    """Prints a line per case; 1 if any failed, else 0."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
