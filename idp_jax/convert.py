@@ -4,6 +4,7 @@ The invariant: one block is in memory at a time (and the shard that is being fil
 be larger than the machine.
 """
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +13,17 @@ import numpy as np
 from idp_jax.config import Convert
 from idp_jax.formats.hf import Reader, block_packings, block_tensors, outer_tensors
 from idp_jax.formats.io import Shards, check_absent, write_settings, written_folder
-from idp_jax.formats.quantization import PACKED_FORMS, SPARSE_FORMS, Packing, write_config
+from idp_jax.formats.quantization import (
+    PACK_QUANTIZED,
+    PACKED_FORMS,
+    SPARSE_FORMS,
+    Packing,
+    write_config,
+)
 from idp_jax.formats.source import open_source
 from idp_jax.progress import console, tracker
+
+_log = logging.getLogger(__name__)
 
 
 def convert(settings: Convert, progress: Callable | None = None) -> Path:
@@ -45,6 +54,8 @@ def convert(settings: Convert, progress: Callable | None = None) -> Path:
         reader.check_all_used()
         shards.close()
         write_settings(folder, settings.model, write_config(settings.to, packings), dtype)
+    if settings.to == PACK_QUANTIZED:
+        _warn_of_act_order(packings)
     console.print(f"written to {settings.out}", highlight=False)
     return settings.out
 
@@ -60,4 +71,15 @@ def _check(reader: Reader, settings: Convert) -> None:
     if settings.to in SPARSE_FORMS and packed:
         raise ValueError(
             f"{settings.model} is packed, so it cannot become {settings.to}; give a pruned model"
+        )
+
+
+def _warn_of_act_order(packings: dict[str, Packing | None]) -> None:
+    ordered = [name for name, packing in packings.items() if packing and packing.act_order]
+    if ordered:
+        _log.warning(
+            "%d matrices such as %s are in act-order: transformers, and compressed-tensors from "
+            "0.18 on, ignore weight_g_idx and misread them; gptq_v2 is read with it",
+            len(ordered),
+            ordered[0],
         )

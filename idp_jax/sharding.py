@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "model")
+_LONGEST_LINE = 1000  # bytes of an error that is told to other processes
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
@@ -113,11 +114,34 @@ def first_process(action: Callable[[], None], name: str) -> None:
 
     Args:
         name: of the meeting point, the same in every process.
+
+    Raises:
+        Exception: what `action` raised, on process 0.
+        ValueError: the same in words, on the other processes, which would wait for ever otherwise.
     """
+    if jax.process_count() == 1:
+        return action()
+    failure = None
     if jax.process_index() == 0:
-        action()
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        try:
+            action()
+        except Exception as error:
+            failure = error
+    multihost_utils.sync_global_devices(name)
+    said = _told_by_first("" if failure is None else str(failure) or repr(failure))
+    if failure is not None:
+        raise failure
+    if said:
+        raise ValueError(f"process 0 failed: {' '.join(said.split())}")
+
+
+def _told_by_first(text: str) -> str:
+    """Process 0's text, on every process; what is too long is cut off."""
+    line = np.zeros(_LONGEST_LINE, np.uint8)
+    encoded = np.frombuffer(text.encode()[:_LONGEST_LINE], np.uint8)
+    line[: encoded.size] = encoded
+    told = np.asarray(multihost_utils.broadcast_one_to_all(line))
+    return told.tobytes().rstrip(b"\0").decode(errors="ignore")
 
 
 def gather(tree):

@@ -21,6 +21,7 @@ from idp_jax.compress.rules import allowed_worse, settings_by_name
 from idp_jax.config import Compression, ConfigError
 from idp_jax.environment import release_memory
 from idp_jax.formats.names import matrix_shapes, module_names
+from idp_jax.formats.quantization import PACKED_FORMS
 from idp_jax.formats.stack import stack
 from idp_jax.models.block import STAGES, Block, layer_slice
 from idp_jax.models.config import ModelConfig
@@ -104,12 +105,16 @@ def compress(
 
 
 def resolve_settings(
-    config: ModelConfig, settings: Compression
+    config: ModelConfig, settings: Compression, form: str | None = None
 ) -> dict[tuple[int, str], Compression | None]:
     """The settings of every matrix, by layer and name, after the rules; None leaves it as it is.
 
+    Args:
+        form: one of `formats.quantization.FORMS` that the result is to be stored in; None where it
+            stays in memory.
+
     Raises:
-        ConfigError: a rule that matches nothing, or settings that a matrix cannot take.
+        ConfigError: a rule that matches nothing, or settings that a matrix or the form cannot take.
     """
     modules = module_names(config)
     by_module = settings_by_name(settings, list(modules.values()))
@@ -119,6 +124,7 @@ def resolve_settings(
         own = by_module[module]
         if own is not None:
             _check_fit(module, shapes[name], own)
+            _check_form(module, own, form)
         resolved[layer, name] = own
     return resolved
 
@@ -148,6 +154,16 @@ def _check_fit(module: str, shape: tuple[int, int], settings: Compression) -> No
         raise ConfigError(
             f"{module} of {inputs} x {outputs} cannot be packed: the files need multiples of 32; "
             'give the rule "REGEX skip" for it'
+        )
+
+
+def _check_form(module: str, settings: Compression, form: str | None) -> None:
+    """Refuses fewer bits where the file would lose them; packed forms hold dense matrices too."""
+    if form is not None and settings.quantizes and form not in PACKED_FORMS:
+        raise ConfigError(
+            f"{module} gets fewer bits ({settings.method}), which --format {form} cannot store; "
+            f"give --method {settings.method} to the run, whose formats hold pruned matrices too, "
+            "and prune by --rules"
         )
 
 

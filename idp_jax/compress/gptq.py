@@ -20,6 +20,7 @@ weights.
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,9 @@ from idp_jax.compress.masks import check_target, pruned_count, smallest, smalles
 from idp_jax.compress.order import column_order
 from idp_jax.compress.sweep import sweep
 
+_Levels = tuple[jax.Array, jax.Array]  # scales and zeros
+# (columns [segment, O], pivots, index of the first) -> True where a weight becomes 0.
+_MaskOf = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 _STATIC = (
     "bits",
     "group_size",
@@ -90,69 +94,140 @@ def gptq(
         pattern out of range, or a block size below 1.
     """
     W, H = weights, hessian
-    inputs = W.shape[1]
-    group, whole = resolve_group_size(inputs, group_size), group_size == -1
-    sparse = sparsity is not None or pattern is not None
-    if sparse:
+    group, whole = resolve_group_size(W.shape[1], group_size), group_size == -1
+    if sparsity is not None or pattern is not None:
         check_target(group, sparsity, pattern)
     run = 1 if pattern is None else pattern[1]
+    tiling = _tiling(W.shape[1], group, whole, block_size, run)
     order = column_order(jnp.diagonal(H), act_order, group, run)
-    back = jnp.argsort(order)
-    segment, tile = _tiling(inputs, group, whole, block_size, run)
     U, dead, damping_used, retries = inverse_factor(H, damping, order)
     columns = jnp.where(dead, 0.0, W[:, order]).T
-    search = grid == "mse"
-    static = whole or act_order == "static"
-    # The grids of the original weights, their groups as they lie: [G, O].
-    importance = jnp.diagonal(H)
-    fixed = find_grids(
-        columns[back].reshape(-1, group, W.shape[0]),
-        bits,
-        symmetric,
-        importance.reshape(-1, group) if search else None,
-    )
-    # Columns that fill up the last tile count for nothing.
-    importance = jnp.pad(importance[order], (0, -inputs % tile))
-    group_of = jnp.pad(order // group, (0, -inputs % tile))
-    mask_of = _masker(W.shape[0], inputs, segment, sparsity, pattern) if sparse else None
-
-    def plan(own: jax.Array, pivots: jax.Array, first: jax.Array):
-        masked = None if mask_of is None else mask_of(own, pivots, first)
-        if static:
-            groups = jax.lax.dynamic_slice_in_dim(group_of, first, segment)
-            return tuple(values[groups] for values in fixed), masked
-        kept = own if masked is None else jnp.where(masked, 0.0, own)
-        weighed = jax.lax.dynamic_slice_in_dim(importance, first, segment) if search else None
-        return find_grid(kept.T, bits, symmetric, weighed), masked
-
-    def change(column: jax.Array, place: jax.Array, decision):
-        levels, masked = decision
-        scale, zero = (values[place] if static else values for values in levels)
-        code = quantize(column, scale, zero, bits)
-        if masked is not None:
-            code = jnp.where(masked[place], zero, code)
-        return dequantize(code, scale, zero), code.astype(jnp.uint8)
-
-    Q, codes, (found, _) = sweep(columns, U, tile=tile, segment=segment, plan=plan, change=change)
-    if not static:
-        # One grid a segment, in the order of the visits.
-        fixed = tuple(values[back[::group] // group] for values in found)
-    scales, zeros = fixed
-    matrix = QuantizedMatrix(codes[back].T, scales.T, zeros.T.astype(jnp.uint8))
-    Q = Q[back].T
+    importance = jnp.diagonal(H) if grid == "mse" else None
+    make_grids = _fixed_grids if whole or act_order == "static" else _running_grids
+    grids = make_grids(columns, order, importance, tiling, bits, symmetric)
+    mask_of = _masker(W.shape, tiling.segment, sparsity, pattern)
+    matrix, Q = _walk(columns, U, order, tiling, grids, mask_of, bits)
     error = relative_output_error(W, Q, H)
     diagnostics = Diagnostics(damping_used, retries, jnp.sum(dead, dtype=jnp.int32), error)
     return matrix, Q, diagnostics
 
 
+class _Tiling(NamedTuple):
+    """Columns of a group, of one decision, and between lazy updates; the segment divides the tile,
+    and the runs of a pattern divide the segment.
+    """
+
+    group: int
+    segment: int
+    tile: int
+
+
+class _Grids(NamedTuple):
+    """How columns come by their grids.
+
+    Attributes:
+      choose: (a segment's weights with their zeros [segment, O], index of the first column) ->
+        the segment's levels.
+      take: (a segment's levels, place of a column) -> the column's scale and zero [O].
+      stored: (the levels of all segments) -> scales and zeros [G, O], groups as they lie.
+    """
+
+    choose: Callable[[jax.Array, jax.Array], _Levels]
+    take: Callable[[_Levels, jax.Array], _Levels]
+    stored: Callable[[_Levels], _Levels]
+
+
+def _fixed_grids(
+    columns: jax.Array,
+    order: jax.Array,
+    importance: jax.Array | None,
+    tiling: _Tiling,
+    bits: int,
+    symmetric: bool,
+) -> _Grids:
+    """Grids of the original weights, their groups as they lie."""
+    groups = columns[jnp.argsort(order)].reshape(-1, tiling.group, columns.shape[1])
+    costs = None if importance is None else importance.reshape(-1, tiling.group)
+    fixed = find_grids(groups, bits, symmetric, costs)
+    group_of = jnp.pad(order // tiling.group, (0, -order.size % tiling.tile))
+
+    def choose(_: jax.Array, first: jax.Array) -> _Levels:
+        own = jax.lax.dynamic_slice_in_dim(group_of, first, tiling.segment)
+        return fixed[0][own], fixed[1][own]
+
+    take = lambda levels, place: (levels[0][place], levels[1][place])
+    return _Grids(choose, take, lambda levels: fixed)
+
+
+def _running_grids(
+    columns: jax.Array,
+    order: jax.Array,
+    importance: jax.Array | None,
+    tiling: _Tiling,
+    bits: int,
+    symmetric: bool,
+) -> _Grids:
+    """A grid for every group, of its weights as they are when its first column is reached."""
+    if importance is not None:
+        # Columns that fill up the last tile count for nothing.
+        importance = jnp.pad(importance[order], (0, -order.size % tiling.tile))
+
+    def choose(kept: jax.Array, first: jax.Array) -> _Levels:
+        if importance is None:
+            return find_grid(kept.T, bits, symmetric)
+        own = jax.lax.dynamic_slice_in_dim(importance, first, tiling.segment)
+        return find_grid(kept.T, bits, symmetric, own)
+
+    def stored(levels: _Levels) -> _Levels:
+        # One grid a segment, in the order of the visits.
+        visited = jnp.argsort(order)[:: tiling.group] // tiling.group
+        return levels[0][visited], levels[1][visited]
+
+    return _Grids(choose, lambda levels, place: levels, stored)
+
+
+def _walk(
+    columns: jax.Array,
+    factor: jax.Array,
+    order: jax.Array,
+    tiling: _Tiling,
+    grids: _Grids,
+    mask_of: _MaskOf | None,
+    bits: int,
+) -> tuple[QuantizedMatrix, jax.Array]:
+    """Rounds the columns in their order: the matrix and its weights [O, I], columns as they lie."""
+
+    def plan(own: jax.Array, pivots: jax.Array, first: jax.Array):
+        masked = None if mask_of is None else mask_of(own, pivots, first)
+        kept = own if masked is None else jnp.where(masked, 0.0, own)
+        return grids.choose(kept, first), masked
+
+    def change(column: jax.Array, place: jax.Array, decision):
+        levels, masked = decision
+        scale, zero = grids.take(levels, place)
+        code = quantize(column, scale, zero, bits)
+        if masked is not None:
+            code = jnp.where(masked[place], zero, code)
+        return dequantize(code, scale, zero), code.astype(jnp.uint8)
+
+    Q, codes, (levels, _) = sweep(
+        columns, factor, tile=tiling.tile, segment=tiling.segment, plan=plan, change=change
+    )
+    back = jnp.argsort(order)
+    scales, zeros = grids.stored(levels)
+    return QuantizedMatrix(codes[back].T, scales.T, zeros.T.astype(jnp.uint8)), Q[back].T
+
+
 def _masker(
-    outputs: int,
-    inputs: int,
+    shape: tuple[int, ...],
     segment: int,
     sparsity: float | None,
     pattern: tuple[int, int] | None,
-) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-    """(columns [segment, O], pivots, index of the first) -> True where a weight becomes 0."""
+) -> _MaskOf | None:
+    """What chooses the zeros of a matrix [O, I]; None where there are none to be."""
+    if sparsity is None and pattern is None:
+        return None
+    outputs, inputs = shape
 
     def mask_of(own: jax.Array, pivots: jax.Array, first: jax.Array) -> jax.Array:
         scores = jnp.square(own / pivots[:, None])
@@ -170,13 +245,10 @@ def _masker(
     return mask_of
 
 
-def _tiling(inputs: int, group: int, whole_row: bool, block_size: int, run: int) -> tuple[int, int]:
-    """Segment (columns of one decision) and tile (columns between lazy updates), the segment
-    dividing the tile and the runs of a pattern dividing the segment.
-    """
+def _tiling(inputs: int, group: int, whole_row: bool, block_size: int, run: int) -> _Tiling:
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, not {block_size}: 128 is usual")
     if whole_row:
         tile = max(min(block_size, inputs) // run, 1) * run
-        return tile, tile
-    return group, max(block_size // group, 1) * group
+        return _Tiling(group, tile, tile)
+    return _Tiling(group, group, max(block_size // group, 1) * group)

@@ -62,7 +62,7 @@ class Job:
         # Matrices keep the checkpoint's dtype until they are used.
         self.reader = hf.Reader(self.source, "auto")
         self.config = self.reader.config
-        self.by_name = resolve_settings(self.config, settings)
+        self.by_name = resolve_settings(self.config, settings, settings.form)
         if needs_data(self.by_name) and settings.sequence_length > self.config.max_positions:
             raise ConfigError(
                 f"--sequence-length {settings.sequence_length} exceeds the model's "

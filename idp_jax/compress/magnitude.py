@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from idp_jax.compress.masks import check_target, pruned_count, smallest, smallest_of_run
+from idp_jax.compress.masks import check_target, pattern_mask, pruned_count, smallest
 
 
 @functools.partial(jax.jit, static_argnames=("sparsity", "pattern"))
@@ -29,13 +29,10 @@ def magnitude(
       ValueError: unless exactly one of sparsity and pattern is given, in range and fitting the
         inputs.
     """
-    outputs, inputs = weights.shape
-    check_target(inputs, sparsity, pattern)
+    check_target(weights.shape[1], sparsity, pattern)
+    scores = jnp.abs(weights)
     if pattern is None:
-        mask = smallest(jnp.abs(weights), pruned_count(sparsity, weights.size))
+        mask = smallest(scores, pruned_count(sparsity, weights.size))
     else:
-        zeros, run = pattern
-        runs = jnp.abs(weights).reshape(outputs, inputs // run, run)
-        mask = smallest_of_run(jnp.moveaxis(runs, -1, 0), zeros)
-        mask = jnp.moveaxis(mask, 0, -1).reshape(outputs, inputs)
+        mask = pattern_mask(scores, pattern)
     return jnp.where(mask, 0.0, weights), mask

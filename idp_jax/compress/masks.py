@@ -95,6 +95,21 @@ def smallest_of_run(scores: jax.Array, count: int) -> jax.Array:
     return jnp.sum(before, axis=1, dtype=jnp.int32) < count
 
 
+def pattern_mask(scores: jax.Array, pattern: tuple[int, int]) -> jax.Array:
+    """Marks n of every m neighbouring inputs, those of the smallest scores.
+
+    Args:
+      scores: float32 [O, I].
+      pattern: (n, m), m dividing I.
+
+    Returns:
+      bool [O, I].
+    """
+    zeros, run = pattern
+    runs = jnp.moveaxis(scores.reshape(scores.shape[0], -1, run), -1, 0)
+    return jnp.moveaxis(smallest_of_run(runs, zeros), 0, -1).reshape(scores.shape)
+
+
 def pruned_count(sparsity: float | None, size: int) -> int:
     """Weights to prune out of `size`: sparsity times size, rounded down; None counts as 0."""
     return math.floor((sparsity or 0.0) * size)

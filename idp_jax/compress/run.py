@@ -64,7 +64,7 @@ def compress(settings: config.Compress) -> dict[str, Any]:
 def _plan(settings: config.Compress) -> dict[str, Any]:
     """Prints what the job would take, at the rates of this machine's first device."""
     model = from_hf(open_config(settings.model))
-    counted = plan.plan(model, settings, resolve_settings(model, settings))
+    counted = plan.plan(model, settings, resolve_settings(model, settings, settings.form))
     console.print("measuring this machine", highlight=False)
     speeds = plan.rates()
     console.print(plan.table(counted, f"{settings.model}: plan", speeds))

@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from idp_jax.compress.masks import check_target, pruned_count, smallest, smallest_of_run
+from idp_jax.compress.masks import check_target, pattern_mask, pruned_count, smallest
 
 
 @functools.partial(jax.jit, static_argnames=("sparsity", "pattern"))
@@ -37,14 +37,12 @@ def wanda(
       ValueError: unless exactly one of sparsity and pattern is given, in range and fitting the
         inputs.
     """
-    outputs, inputs = weights.shape
+    inputs = weights.shape[1]
     check_target(inputs, sparsity, pattern)
     scores = jnp.abs(weights) * jnp.sqrt(jnp.diagonal(hessian))
     if pattern is None:
         count = pruned_count(sparsity, inputs)
         mask = jax.vmap(lambda row: smallest(row, count))(scores)
     else:
-        zeros, run = pattern
-        runs = jnp.moveaxis(scores.reshape(outputs, inputs // run, run), -1, 0)
-        mask = jnp.moveaxis(smallest_of_run(runs, zeros), 0, -1).reshape(outputs, inputs)
+        mask = pattern_mask(scores, pattern)
     return jnp.where(mask, 0.0, weights), mask

@@ -349,6 +349,38 @@ def test_a_packed_model_is_refused(files, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("form", ["auto", "dense", "sparse-bitmask", "sparse-24-bitmask"])
+def test_fewer_bits_in_a_form_without_them(files, tmp_path, form):
+    """Refused before any work, by the plan too; the remedy that is named works."""
+    rules = ("layers.1.*up_proj method=rtn sparsity=0.0",)
+    settings = settings_of(files, tmp_path / "out", method="magnitude", format=form, rules=rules)
+    own = "dense" if form == "auto" else form
+    said = f"layers.1.mlp.up_proj gets fewer bits .rtn., which --format {own} cannot store"
+    for wanted in (settings, replace(settings, plan=True)):
+        with pytest.raises(ConfigError, match=said) as error:
+            run.compress(wanted)
+        assert "--method rtn" in str(error.value) and "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_zeros_alone_stay_dense_among_packed_matrices(files, tmp_path):
+    rules = ("layers.1.*up_proj", ". method=magnitude sparsity=0.5")
+    settings = settings_of(
+        files,
+        tmp_path / "out",
+        model=str(files / "half"),
+        method="rtn",
+        rules=(f"{rules[0]} bits=4", rules[1]),
+    )
+    run.compress(settings)
+    tensors = {}
+    for file in settings.out.glob("*.safetensors"):
+        tensors |= load_file(file)
+    packed = {name.rpartition(".")[0] for name in tensors if name.endswith(".qweight")}
+    assert packed == {"model.layers.1.mlp.up_proj"}
+    assert tensors["model.layers.0.mlp.up_proj.weight"].dtype == jnp.bfloat16
+
+
 def test_out_is_asked_for(files):
     with pytest.raises(ConfigError, match="--out is missing: give the folder"):
         run.compress(settings_of(files, None))

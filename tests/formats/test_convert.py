@@ -108,6 +108,18 @@ def test_masks_under_the_whole_name_of_every_tensor(tmp_path):
     assert Reader(open_source(source)).layout.form == "sparse-bitmask"
 
 
+@pytest.mark.parametrize("form", PACKED_FORMS)
+def test_act_order_that_others_may_ignore_is_told(tmp_path, caplog, form):
+    for name, act_order in (("runs", False), ("order", True)):
+        source, _ = packed_folder(tmp_path / name, 4, form="gptq_v2", act_order=act_order)
+        convert(Convert(model=str(source), out=tmp_path / f"{name}-out", to=form))
+    said = [record.getMessage() for record in caplog.records if "act-order" in record.getMessage()]
+    assert len(said) == (form == "pack-quantized")
+    for line in said:
+        assert line.startswith("12 matrices such as model.decoder.layers.0.self_attn.q_proj")
+        assert "gptq_v2" in line and "\n" not in line
+
+
 def test_bfloat16_and_float32(tmp_path):
     source, model = packed_folder(tmp_path / "model", 8)
     half = convert(Convert(model=str(source), out=tmp_path / "half", to="dense", dtype="bfloat16"))

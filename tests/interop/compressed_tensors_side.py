@@ -93,13 +93,6 @@ class Loaded:
             quantization_config=CompressedTensorsConfig(dequantize=dequantize),
         ).eval()
 
-    def logits(self, ids: np.ndarray) -> np.ndarray:
-        """float32 [B, T, V]."""
-        import torch
-
-        with torch.no_grad():
-            return self.model(torch.tensor(ids, dtype=torch.long)).logits.numpy()
-
     def weights(self) -> dict[str, np.ndarray]:
         """The dequantised matrices of the layers, float32 [out, in] by tensor name."""
         return {

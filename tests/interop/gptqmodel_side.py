@@ -67,10 +67,3 @@ class Loaded:
             for name, module in self.model.named_modules()
             if isinstance(module, BaseQuantLinear)
         }
-
-    def logits(self, ids: np.ndarray) -> np.ndarray:
-        """float32 [B, T, V]."""
-        import torch
-
-        with torch.no_grad():
-            return self.model(torch.tensor(ids, dtype=torch.long)).logits.numpy()

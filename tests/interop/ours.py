@@ -1,4 +1,4 @@
-"""Our side of the comparisons: models to exchange, and their matrices as other libraries see them.
+"""Our side of the comparisons: models to exchange, and what must be the same when others load them.
 
 The invariant: everything that is not packed is a float16 number, so that a library that loads
 embeddings and norms in float16 loses nothing.
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from idp_jax import config, save_model
+from idp_jax import config, load_model, save_model
 from idp_jax.compress.run import compress
 from idp_jax.convert import convert
 from idp_jax.formats.names import module_names
@@ -18,6 +18,9 @@ from idp_jax.formats.quantization import Packing, write_config
 from idp_jax.models import Decoder
 from idp_jax.models.block import layer_slice
 from tests.helpers import quantize_decoder, tiny_decoder, tiny_ids, tiny_tokenizer, write_folder
+
+# Both sides compute in float32 from the same numbers, in another order; logits reach 5.
+TOLERANCE = 1e-4
 
 
 def half_numbers(model: Decoder) -> Decoder:
@@ -85,3 +88,27 @@ def differing(ours: Decoder, theirs: dict[str, np.ndarray]) -> list[str]:
 def ids_for(model: Decoder) -> np.ndarray:
     """Token ids [B, T] to compute logits of."""
     return np.asarray(tiny_ids(model, batch=2, time=24))
+
+
+def torch_logits(model, ids: np.ndarray) -> np.ndarray:
+    """float32 [B, T, V] of a model that another library loaded."""
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor(ids, dtype=torch.long)).logits.numpy()
+
+
+def check_same(folder: Path, theirs, tolerance: float = TOLERANCE) -> None:
+    """Both sides read `folder` alike: its matrices, and the logits of dense and packed products.
+
+    Args:
+        theirs: a `Loaded` of the other side.
+    """
+    model = load_model(folder, weights="dense")
+    wrong = differing(model, theirs.weights())
+    assert not wrong, wrong
+    ids = ids_for(model)
+    expected = torch_logits(theirs.model, ids)
+    for mine in (model, load_model(folder, weights="packed")):
+        error = np.abs(np.asarray(mine(ids)) - expected).max()
+        assert error <= tolerance, error

@@ -17,8 +17,6 @@ pytestmark = [
     ),
     pytest.mark.filterwarnings("default"),  # the libraries' own
 ]
-# Both compute in float32 from the same numbers, in another order; logits reach 5.
-TOLERANCE = 1e-4
 
 WRITTEN_THERE = {
     "3bit-group32": {"num_bits": 3, "group_size": 32, "symmetric": False},
@@ -53,14 +51,8 @@ def packed_there(source, out, *, dtype: str = "float32", group_size: int, **sett
     return compressed_tensors_side.pack(model, out, **strategy, **settings)
 
 
-def check_same(folder, tolerance: float = TOLERANCE) -> None:
-    """Both sides read `folder` alike: its matrices, and the logits of dense and packed products."""
-    theirs, model = compressed_tensors_side.Loaded(folder), load_model(folder, weights="dense")
-    ids = ours.ids_for(model)
-    expected = theirs.logits(ids)
-    assert ours.differing(model, theirs.weights()) == []
-    for mine in (model, load_model(folder, weights="packed")):
-        assert np.abs(np.asarray(mine(ids)) - expected).max() <= tolerance
+def check_same(folder, tolerance: float = ours.TOLERANCE) -> None:
+    ours.check_same(folder, compressed_tensors_side.Loaded(folder), tolerance)
 
 
 @pytest.mark.parametrize("case", WRITTEN_THERE)
@@ -90,7 +82,8 @@ def test_loaded_packed_there(source, tmp_path, bits):
     folder = ours.rounded(source, tmp_path / "packed", **settings)
     theirs, model = compressed_tensors_side.Loaded(folder, dequantize=False), load_model(folder)
     ids = ours.ids_for(model)
-    assert np.abs(np.asarray(model(ids)) - theirs.logits(ids)).max() <= TOLERANCE
+    expected = ours.torch_logits(theirs.model, ids)
+    assert np.abs(np.asarray(model(ids)) - expected).max() <= ours.TOLERANCE
 
 
 @pytest.mark.parametrize("bits", [3, 4])

@@ -2,7 +2,6 @@
 
 import importlib.util
 
-import numpy as np
 import pytest
 
 from idp_jax import load_model, save_model
@@ -16,8 +15,6 @@ pytestmark = [
     ),
     pytest.mark.filterwarnings("default"),  # the library's own
 ]
-# Both compute in float32 from the same numbers, in another order; logits reach 5.
-TOLERANCE = 1e-4
 
 WRITTEN_THERE = {
     "3bit-group32": {"bits": 3, "group_size": 32, "sym": False},
@@ -51,14 +48,8 @@ def source(tmp_path_factory):
     return ours.tiny_source(tmp_path_factory.mktemp("source") / "model")
 
 
-def check_same(folder, tolerance: float = TOLERANCE) -> None:
-    """Both sides read `folder` alike: its matrices, and the logits of dense and packed products."""
-    theirs, model = gptqmodel_side.Loaded(folder), load_model(folder, weights="dense")
-    assert ours.differing(model, theirs.weights()) == []
-    ids = ours.ids_for(model)
-    expected = theirs.logits(ids)
-    for mine in (model, load_model(folder, weights="packed")):
-        assert np.abs(np.asarray(mine(ids)) - expected).max() <= tolerance
+def check_same(folder, tolerance: float = ours.TOLERANCE) -> None:
+    ours.check_same(folder, gptqmodel_side.Loaded(folder), tolerance)
 
 
 @pytest.mark.parametrize("case", WRITTEN_THERE)

@@ -27,27 +27,36 @@ def _start(arguments: list[str], environment: dict[str, str]) -> subprocess.Pope
     )
 
 
-def _finish(processes: list[subprocess.Popen]) -> None:
+def _finish(processes: list[subprocess.Popen], status: int = 0) -> list[str]:
+    """Waits for processes that must end with this status; returns what each said of errors."""
+    said = []
     try:
         for process in processes:
             _, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors[-2000:]
+            assert process.returncode == status, errors[-2000:]
+            said.append(errors)
+        return said
     finally:
         for process in processes:  # one that failed leaves the other waiting for it
             process.kill()
             process.communicate()
 
 
-def _alone_and_together(command: str, model: Path, text: str, folder: Path) -> list[Path]:
-    """What one process makes, and what two that know each other make together."""
-    outs = [folder / "one", folder / "two"]
-    _finish([_start([command, str(model), text, str(outs[0])], {})])
+def _start_together(arguments: list[str]) -> list[subprocess.Popen]:
+    """Two processes of one job."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     together = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    arguments = [command, str(model), text, str(outs[1]), "mesh"]
-    _finish([_start(arguments, {**together, "JAX_PROCESS_ID": str(i)}) for i in range(2)])
+    arguments = [*arguments, "mesh"]
+    return [_start(arguments, {**together, "JAX_PROCESS_ID": str(i)}) for i in range(2)]
+
+
+def _alone_and_together(command: str, model: Path, text: str, folder: Path) -> list[Path]:
+    """What one process makes, and what two that know each other make together."""
+    outs = [folder / "one", folder / "two"]
+    _finish([_start([command, str(model), text, str(outs[0])], {})])
+    _finish(_start_together([command, str(model), text, str(outs[1])]))
     return outs
 
 
@@ -86,3 +95,16 @@ def test_two_processes_compress_like_one(tmp_path):
         # A sum in another order tips single weights over to the next code.
         close = np.isclose(*(getattr(layers, name).dense() for layers in models), atol=1e-3)
         assert close.mean() > 0.99, name
+
+
+def test_what_stops_the_first_process_stops_all(tmp_path):
+    """Only process 0 looks at the job's folder; the other would wait for it for ever."""
+    model = tiny_folder(tmp_path / "model", "llama", vocab_size=264, num_layers=1)
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "letter.txt").write_text("dear")
+    processes = _start_together(["compress", str(model), "self", str(tmp_path / "out")])
+    first, second = _finish(processes, status=1)
+    reason = f"{tmp_path / 'out.partial'} exists and holds no run of this kind; give another --out"
+    assert first.rstrip().endswith(f"ConfigError: {reason}")
+    assert second.rstrip().endswith(f"ValueError: process 0 failed: {reason}")
+    assert (tmp_path / "out.partial" / "letter.txt").read_text() == "dear"
