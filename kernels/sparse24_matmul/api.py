@@ -9,10 +9,24 @@ import jax
 import jax.numpy as jnp
 
 from .. import dispatch
-from . import mosaic_gpu, pallas_tpu, reference, xla
-from .layout import SparseWeight, from_codes, from_dense, to_codes, to_dense
+from . import layout, mosaic_gpu, pallas_tpu, reference, xla
+from .layout import SparseWeight, from_codes, to_codes, to_dense
 
 __all__ = ["SparseWeight", "from_codes", "from_dense", "sparse24_matmul", "to_codes", "to_dense"]
+
+
+def from_dense(weights: jax.Array, *, backend: str = "auto") -> SparseWeight:
+    """Compresses a 2:4 sparse matrix for a backend; can be jitted.
+
+    Args:
+        weights: see `layout.from_dense`.
+        backend: one of `dispatch.BACKENDS` or "auto", which leaves outputs that are no multiple of
+            64 to XLA on a GPU.
+    """
+    if backend == "auto" and weights.shape[1] % 64 == 0:
+        backend = dispatch.best_backend()
+    arrangement = "fragments" if backend == "mosaic_gpu" else "rows"
+    return layout.from_dense(weights, arrangement=arrangement)
 
 
 def sparse24_matmul(
@@ -52,6 +66,8 @@ def sparse24_matmul(
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] == 0 or chosen == "xla":
         y = xla.multiply(rows, weight)
-    else:
+    elif chosen == "pallas_tpu":
         y = pallas_tpu.sparse24_matmul(rows, weight, interpret=interpret)
+    else:
+        y = mosaic_gpu.sparse24_matmul(rows, weight)
     return y.reshape(*x.shape[:-1], weight.outputs)
