@@ -84,13 +84,12 @@ def partition(weight: Weight, axis: str | None, split: str) -> Weight:
     if weight.grid is not None:
         one = weight.groups == 1 and split == "inputs"
         grid = PartitionSpec() if one else spec(weight.grid, -2, -1)
+    outputs_at = -3 if weight.arrangement == "fragments" else -1
     if isinstance(weight, SparseWeight):
-        return place(
-            values=spec(weight.values, -2, -1), positions=spec(weight.positions, -2, -1), grid=grid
-        )
-    fragments = weight.arrangement == "fragments"
+        values, positions = (spec(a, -2, outputs_at) for a in (weight.values, weight.positions))
+        return place(values=values, positions=positions, grid=grid)
     order = None if weight.order is None else PartitionSpec()
-    return place(words=spec(weight.words, -2, -3 if fragments else -1), grid=grid, order=order)
+    return place(words=spec(weight.words, -2, outputs_at), grid=grid, order=order)
 
 
 def unsplittable(weight: Weight, split: str, parts: int) -> str | None:
@@ -98,7 +97,7 @@ def unsplittable(weight: Weight, split: str, parts: int) -> str | None:
     if split not in ("inputs", "outputs"):
         return f"split must be inputs or outputs, not {split}"
     if split == "outputs":
-        unit = 64 if getattr(weight, "arrangement", "rows") == "fragments" else 1
+        unit = 64 if weight.arrangement == "fragments" else 1
         if weight.outputs % (unit * parts):
             return f"{weight.outputs} outputs do not divide into {parts} parts of whole {unit}"
         return None

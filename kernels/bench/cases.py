@@ -35,13 +35,19 @@ def quantised(
     )
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def sparse(key: jax.Array, inputs: int, outputs: int) -> sparse_layout.SparseWeight:
-    """A 2:4 weight: the first two of four inputs in even outputs, the last two in odd ones."""
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def sparse(
+    key: jax.Array, inputs: int, outputs: int, arrangement: str
+) -> sparse_layout.SparseWeight:
+    """A 2:4 weight: every pair of places in turn, along the inputs and along the outputs."""
     weights = jax.random.normal(key, (inputs, outputs), jnp.bfloat16) * jnp.bfloat16(inputs**-0.5)
-    place = jnp.arange(inputs)[:, None] % 4 // 2
-    kept = place == jnp.arange(outputs)[None] % 2
-    return sparse_layout.from_dense(jnp.where(kept, weights, jnp.bfloat16(0)))
+    pairs = jnp.array([[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]], jnp.int32)
+    turn = (jnp.arange(inputs)[:, None] // 4 + jnp.arange(outputs)[None]) % 6
+    place = jnp.arange(inputs)[:, None, None] % 4
+    kept = (pairs[turn] == place).any(-1)
+    return sparse_layout.from_dense(
+        jnp.where(kept, weights, jnp.bfloat16(0)), arrangement=arrangement
+    )
 
 
 def multiply(kernel: str, backend: str):

@@ -1,23 +1,29 @@
-"""Lowers the Hopper kernel for an H100 on a machine without a GPU.
+"""Lowers the Hopper kernels for an H100 on a machine without a GPU.
 
     pip install --no-deps jax-cuda13-pjrt==X jax-cuda13-plugin==X    # X: the version of jax
     python kernels/bench/lower_gpu.py
 
-Layouts, shared memory and types are checked by Mosaic; PTX, registers and speed are not.
+Layouts, shared memory and types are checked by Mosaic. Where CUDA's ptxas is found the kernels are
+assembled too: MOSAIC_GPU_DUMP_PTXAS=1 and MOSAIC_GPU_DUMP_TO=DIR write registers and spills of each
+to DIR. Values and speed are not checked.
 """
 
 import argparse
+import functools
 import itertools
 import os
 import sys
+from collections.abc import Callable
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
 from idp_jax.kernels.bench.shapes import all_shapes
-from idp_jax.kernels.quant_matmul import mosaic_gpu
+from idp_jax.kernels.quant_matmul import mosaic_gpu as quant_gpu
 from idp_jax.kernels.quant_matmul.layout import repack
+from idp_jax.kernels.sparse24_matmul import mosaic_gpu as sparse_gpu
+from idp_jax.kernels.sparse24_matmul.layout import from_dense
 from jax.experimental import topologies
 
 # Device facts of an H100 SXM, as XLA's GpuTargetConfig text proto.
@@ -37,19 +43,29 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-def lower(device, bits: int, group_size: int, inputs: int, outputs: int, rows: int, dtype) -> int:
-    """Lowers and compiles one case: the length of the lowered program."""
+def quantised(bits: int, group_size: int, inputs: int, outputs: int):
+    """A packed weight that has shapes and no values."""
     groups = 1 if group_size == -1 else inputs // group_size
     struct = jax.ShapeDtypeStruct
-    weight = jax.eval_shape(
+    return jax.eval_shape(
         lambda *arrays: repack(*arrays, bits=bits, arrangement="fragments"),
         struct((inputs * bits // 32, outputs), jnp.int32),
         struct((groups, outputs), jnp.float16),
         struct((groups, outputs), jnp.uint8),
     )
+
+
+def sparse(inputs: int, outputs: int):
+    """A 2:4 weight that has shapes and no values."""
+    dense = jax.ShapeDtypeStruct((inputs, outputs), jnp.bfloat16)
+    return jax.eval_shape(functools.partial(from_dense, arrangement="fragments"), dense)
+
+
+def lower(device, multiply, weight, rows: int, dtype) -> int:
+    """Lowers and compiles one case: the length of the lowered program."""
     sharding = jax.sharding.SingleDeviceSharding(device)
-    jitted = jax.jit(mosaic_gpu.quant_matmul, in_shardings=sharding, out_shardings=sharding)
-    lowered = jitted.lower(struct((rows, inputs), dtype), weight)
+    jitted = jax.jit(multiply, in_shardings=sharding, out_shardings=sharding)
+    lowered = jitted.lower(jax.ShapeDtypeStruct((rows, weight.inputs), dtype), weight)
     lowered.compile()
     return len(lowered.as_text())
 
@@ -65,14 +81,22 @@ def main() -> int:
         platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100
     )
     failures = 0
-    kernels = [(bits, group) for bits in (2, 3, 4, 8) for group in (-1, 32, 64, 128)]
+    kernels: list[tuple[str, Callable, Callable]] = [
+        (
+            f"{bits} bit, group {group}",
+            quant_gpu.quant_matmul,
+            functools.partial(quantised, bits, group),
+        )
+        for bits, group in itertools.product((2, 3, 4, 8), (-1, 32, 64, 128))
+    ]
+    kernels.append(("2:4", sparse_gpu.sparse24_matmul, sparse))
     shapes = all_shapes()[:1] if arguments.quick else all_shapes()
-    for (bits, group), (i, o) in itertools.product(kernels, shapes):
+    for (kernel, multiply, make), (i, o) in itertools.product(kernels, shapes):
         for rows in (1, 16, 64, 200):
             dtype = jnp.float32 if rows == 16 else jnp.bfloat16
-            name = f"{bits} bit, group {group}, {i} x {o}, {rows} rows, {dtype.__name__}"
+            name = f"{kernel}, {i} x {o}, {rows} rows, {dtype.__name__}"
             try:
-                size = lower(topology.devices[0], bits, group, i, o, rows, dtype)
+                size = lower(topology.devices[0], multiply, make(i, o), rows, dtype)
                 print(f"{name}: {size} characters", flush=True)
             except Exception as error:
                 failures += 1

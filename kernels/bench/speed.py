@@ -70,8 +70,7 @@ def _kernels(backend: str, shape) -> dict:
         f"{bits} bit g{group}": ("quant", functools.partial(_quantised, bits, group, shape, order))
         for bits, group in ((2, 128), (3, -1), (3, 128), (4, 128), (8, 128))
     }
-    if backend != "mosaic_gpu":
-        made["2:4"] = ("sparse24", lambda key: cases.sparse(key, *shape))
+    made["2:4"] = ("sparse24", lambda key: cases.sparse(key, *shape, order))
     return made
 
 

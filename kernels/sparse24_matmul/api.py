@@ -8,12 +8,26 @@ Weights are frozen: they get no gradient.
 import jax
 
 from .. import dispatch
-from . import mosaic_gpu, pallas_tpu, reference, xla
-from .layout import SparseWeight, from_codes, from_dense, to_codes, to_dense
+from . import layout, mosaic_gpu, pallas_tpu, reference, xla
+from .layout import SparseWeight, from_codes, to_codes, to_dense
 
 __all__ = ["SparseWeight", "from_codes", "from_dense", "sparse24_matmul", "to_codes", "to_dense"]
 
 _MODULES = {"pallas_tpu": pallas_tpu, "mosaic_gpu": mosaic_gpu, "xla": xla, "reference": reference}
+
+
+def from_dense(weights: jax.Array, *, backend: str = "auto") -> SparseWeight:
+    """Compresses a 2:4 sparse matrix for a backend; can be jitted.
+
+    Args:
+        weights: see `layout.from_dense`.
+        backend: one of `dispatch.BACKENDS` or "auto", which leaves outputs that are no multiple of
+            64 to XLA on a GPU.
+    """
+    if backend == "auto" and weights.shape[1] % 64 == 0:
+        backend = dispatch.best_backend()
+    arrangement = "fragments" if backend == "mosaic_gpu" else "rows"
+    return layout.from_dense(weights, arrangement=arrangement)
 
 
 def sparse24_matmul(

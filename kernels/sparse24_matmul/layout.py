@@ -10,6 +10,11 @@ field f of row r is quad 8 f + r, so that one shift and one mask give eight quad
 Values are bfloat16 (9/16 of the bytes of the dense matrix) or quantised codes. The latter are
 packed by the layout of `quant_matmul`, in tiles of 512 inputs: the first values of their 128
 quads, then the second ones; a group has one scale and zero, and a dropped weight has q = zero.
+
+GPUs read bfloat16 values in another order (`arrangement` "fragments"): the two values of a quad
+share a word, the first one below, and those words [Q, O], like the words of positions, are put in
+the order of `quant_matmul`'s `to_fragments`: what a thread needs of eight rows by 64 outputs is one
+vector of four words.
 """
 
 import dataclasses
@@ -19,7 +24,14 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from ..quant_matmul.layout import pack_grid, pack_tiles, unpack_grid, unpack_tiles
+from ..quant_matmul.layout import (
+    from_fragments,
+    pack_grid,
+    pack_tiles,
+    to_fragments,
+    unpack_grid,
+    unpack_tiles,
+)
 from ..quant_matmul.packing import pack, unpack
 
 QUADS = 64
@@ -31,7 +43,7 @@ CODED_QUADS = 128
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["values", "positions", "grid"],
-    meta_fields=["inputs", "bits", "groups"],
+    meta_fields=["inputs", "bits", "groups", "arrangement"],
 )
 @dataclasses.dataclass(frozen=True)
 class SparseWeight:
@@ -39,13 +51,14 @@ class SparseWeight:
 
     Attributes:
         values: bfloat16 [..., 2, Q, O], Q quads raised to whole tiles; with `bits` words int32
-            [..., Q / 128 * 8 * bits, O].
-        positions: int32 [..., Q / 8, O].
+            [..., Q / 128 * 8 * bits, O]; as "fragments" words int32 [O / 64, Q / 8, 512].
+        positions: int32 [..., Q / 8, O]; as "fragments" [O / 64, Q / 64, 512].
         grid: None, or with `bits` int32 [..., rows, O]: a group's float16 scale in the lower 16
             bits, its zero above; one row, or G rows raised to whole spans of 1024 inputs.
         inputs: I.
         bits: None for bfloat16 values, else 2, 3, 4 or 8.
         groups: G.
+        arrangement: "rows" or, for bfloat16 values, "fragments" (GPU).
     """
 
     values: jax.Array
@@ -54,10 +67,13 @@ class SparseWeight:
     inputs: int
     bits: int | None = None
     groups: int = 1
+    arrangement: str = "rows"
 
     @property
     def outputs(self) -> int:
         """Columns of the weight."""
+        if self.arrangement == "fragments":
+            return 64 * self.positions.shape[-3]
         return self.positions.shape[-1]
 
     @property
@@ -66,20 +82,30 @@ class SparseWeight:
         return self.inputs // self.groups
 
 
-def from_dense(weights: jax.Array) -> SparseWeight:
+def from_dense(weights: jax.Array, *, arrangement: str = "rows") -> SparseWeight:
     """Compresses a 2:4 sparse matrix; can be jitted, then without the check of the pattern.
 
     Args:
         weights: bfloat16 [I, O] with at most two non-zeros in every four consecutive inputs.
+        arrangement: "rows" or "fragments", see the top of this file.
 
     Raises:
-        ValueError: another dtype, inputs that are no multiple of 4, or more than two non-zeros.
+        ValueError: another dtype, inputs that are no multiple of 4, more than two non-zeros, an
+            unknown arrangement, or fragments of outputs that are no multiple of 64.
     """
+    if arrangement not in ("rows", "fragments"):
+        raise ValueError(f"arrangement must be rows or fragments, not {arrangement}")
+    if arrangement == "fragments" and weights.shape[1] % 64:
+        raise ValueError(f"{weights.shape[1]} outputs are no multiple of 64: arrange them as rows")
     if weights.dtype != jnp.bfloat16:
         raise ValueError(f"weights are {weights.dtype}: 2:4 values are stored as bfloat16")
     kept, positions = _split_quads(weights, weights != 0)
     kept = jnp.pad(kept, ((0, 0), (0, -kept.shape[1] % QUADS), (0, 0)))
-    return SparseWeight(kept, _pack_positions(positions, QUADS), None, weights.shape[0])
+    words = _pack_positions(positions, QUADS)
+    if arrangement == "fragments":
+        pairs = jax.lax.bitcast_convert_type(jnp.moveaxis(kept, 0, -1), jnp.int32)
+        kept, words = to_fragments(pairs), to_fragments(words)
+    return SparseWeight(kept, words, None, weights.shape[0], arrangement=arrangement)
 
 
 def from_codes(words: jax.Array, scales: jax.Array, zeros: jax.Array, *, bits: int) -> SparseWeight:
@@ -117,6 +143,14 @@ def from_codes(words: jax.Array, scales: jax.Array, zeros: jax.Array, *, bits: i
 
 def to_dense(weight: SparseWeight) -> jax.Array:
     """The matrix [I, O]: bfloat16, or float32 for quantised values."""
+    if weight.arrangement == "fragments":
+        pairs = jax.lax.bitcast_convert_type(from_fragments(weight.values), jnp.bfloat16)
+        weight = dataclasses.replace(
+            weight,
+            values=jnp.moveaxis(pairs, -1, 0),
+            positions=from_fragments(weight.positions),
+            arrangement="rows",
+        )
     if weight.bits is None:
         return _join_quads(weight.values, jnp.bfloat16(0), weight)
     words, scales, zeros = to_codes(weight)

@@ -26,6 +26,8 @@ def unsupported(x: jax.Array, weight: SparseWeight) -> str | None:
     """Why this kernel cannot serve, or None if it can."""
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         return f"x is {x.dtype}: bfloat16 and float32 are supported"
+    if weight.arrangement != "rows":
+        return f"the weight is arranged as {weight.arrangement}: compress it for pallas_tpu"
     size = weight.group_size
     if weight.groups > 1 and size not in (32, 64, 128, 256, 512) and size % 1024:
         return f"group size {size} is not 32, 64, 128, 256, 512 or a multiple of 1024"

@@ -37,6 +37,7 @@ def _weights():
         "one group": (quant_matmul, prepare(*_arrays(4, 1024, 128, 1), bits=4)),
         "fragments": (quant_matmul, prepare(*arrays, bits=3, backend="mosaic_gpu")),
         "sparse": (sparse24_matmul, from_dense(dense)),
+        "sparse fragments": (sparse24_matmul, from_dense(dense, backend="mosaic_gpu")),
         "sparse codes": (sparse24_matmul, from_codes(*arrays, bits=3)),
     }
 

@@ -1,0 +1,232 @@
+"""The walk of the Hopper kernels over a compressed weight, few rows of x at a time.
+
+Invariant: what a weight consists of is read from memory once for every block of rows of x, and
+becomes bfloat16 in registers only. The tensor cores compute y^T = W^T x^T: 64 outputs by the rows
+of x, with W^T taken from registers. x in float32 goes as three bfloat16 parts.
+
+A block of the grid takes 64 outputs and a share of the inputs, so that small matrices fill the
+machine; shares are summed outside. JAX's interpreter knows no layouts and no registers: functions
+of this file say what differs there.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import vector as vector_dialect
+
+from .quant_matmul import config
+from .quant_matmul.layout import TILE
+from .quant_matmul.pallas_tpu import device_kind
+
+OUTPUTS = 64
+"""Outputs of a block."""
+
+
+class Operand(NamedTuple):
+    """An array that a weight consists of.
+
+    Attributes:
+        array: as it lies in memory.
+        block: the shape of what 64 outputs of one tile of 256 inputs need.
+        index: (block of outputs, tile) -> the place of that in the array, in blocks.
+    """
+
+    array: jax.Array
+    block: tuple[int, ...]
+    index: Callable[..., tuple]
+
+
+def product(
+    x: jax.Array,
+    operands: Sequence[Operand],
+    add_tile: Callable,
+    *,
+    outputs: int,
+    bits: int,
+    chunk: int = TILE,
+    interpret=None,
+) -> jax.Array:
+    """x times a weight.
+
+    Args:
+        x: bfloat16 or float32 [M, I], in the order in which `add_tile` multiplies.
+        operands: what the weight consists of.
+        add_tile: (x in shared memory [rows, 256], the operands there, the sum float32 [64, rows])
+            -> the sum with the product of one tile added.
+        outputs: O.
+        bits: what the weight takes per input, for the choice of sizes.
+        chunk: inputs of a product on the tensor cores: 32, 64, 128 or 256.
+        interpret: `plgpu`'s interpreter parameters, for tests.
+
+    Returns:
+        [M, O] of x's dtype.
+    """
+    if x.dtype == jnp.bfloat16:
+        return _blocked(x, operands, add_tile, outputs, bits, chunk, interpret).astype(x.dtype)
+    parts, rest = [], x
+    for _ in range(3):
+        # Not `astype` twice, which XLA may take for nothing.
+        parts.append(jax.lax.reduce_precision(rest, 8, 7))
+        rest = rest - parts[-1]
+    stacked = jnp.concatenate(parts).astype(jnp.bfloat16)
+    y = _blocked(stacked, operands, add_tile, outputs, bits, chunk, interpret)
+    return y.reshape(3, x.shape[0], outputs).sum(0)
+
+
+def _blocked(
+    x: jax.Array,
+    operands: Sequence[Operand],
+    add_tile: Callable,
+    outputs: int,
+    bits: int,
+    chunk: int,
+    interpret,
+) -> jax.Array:
+    """x bfloat16 [M, I] times the weight: float32 [M, O]."""
+    (count, inputs), blocks = x.shape, -(-outputs // OUTPUTS)
+    rows, shares, stages = config.gpu_sizes(device_kind(), bits, inputs, outputs, count)
+    row_blocks, steps = -(-count // rows), -(-inputs // (TILE * shares))
+    arrays = [operand.array for operand in operands]
+    if interpret is not None:
+        # Outside an array the hardware reads zeros, the interpreter fails.
+        x = _pad_to(x, (row_blocks * rows, steps * shares * TILE))
+        last = [operand.index(blocks - 1, steps * shares - 1) for operand in operands]
+        arrays = [
+            _pad_to(o.array, [(at + 1) * size for at, size in zip(place, o.block, strict=True)])
+            for o, place in zip(operands, last, strict=True)
+        ]
+    transposed = plgpu.kernel(
+        functools.partial(
+            _body,
+            specs=[(operand.block, operand.index) for operand in operands],
+            add_tile=add_tile,
+            steps=steps,
+            stages=stages,
+            chunk=chunk,
+            interpreted=interpret is not None,
+        ),
+        out_type=jax.ShapeDtypeStruct((shares, blocks * OUTPUTS, row_blocks * rows), jnp.float32),
+        grid=(blocks, row_blocks, shares),
+        grid_names=("outputs", "rows", "share"),
+        scratch_types=[plgpu.SMEM((OUTPUTS, rows), jnp.float32)],
+        interpret=interpret,
+    )(x, *arrays)
+    return transposed.sum(0)[:outputs, :count].T
+
+
+def _body(
+    x_gmem,
+    *refs,
+    specs: Sequence[tuple[tuple[int, ...], Callable]],
+    add_tile: Callable,
+    steps: int,
+    stages: int,
+    chunk: int,
+    interpreted: bool,
+):
+    *operands_gmem, y_gmem, y_smem = refs
+    block, row_block, share = (jax.lax.axis_index(name) for name in ("outputs", "rows", "share"))
+    first, rows, swizzle = share * steps, y_smem.shape[1], min(128, 2 * chunk)
+    x_spec = plgpu.BlockSpec(
+        (rows, TILE),
+        lambda k: (row_block, first + k),
+        transforms=(plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)),
+    )
+    zero = jnp.zeros((OUTPUTS, rows), jnp.float32)
+    if not interpreted:
+        zero = plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
+    total = plgpu.emit_pipeline(
+        lambda _, *parts: add_tile(*parts),
+        grid=(steps,),
+        in_specs=[x_spec] + [_spec(shape, index, block, first) for shape, index in specs],
+        max_concurrent_steps=stages,
+        init_carry=zero,
+    )(x_gmem, *operands_gmem)
+    y_smem[...] = total
+    plgpu.commit_smem()
+    outputs, columns = pl.ds(block * OUTPUTS, OUTPUTS), pl.ds(row_block * rows, rows)
+    plgpu.copy_smem_to_gmem(y_smem, y_gmem.at[share, outputs, columns])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _spec(shape: tuple[int, ...], index: Callable, block, first):
+    return plgpu.BlockSpec(shape, lambda k: index(block, first + k))
+
+
+def _pad_to(array: jax.Array, shape: Sequence[int]) -> jax.Array:
+    missing = [max(0, n - m) for n, m in zip(shape, array.shape, strict=True)]
+    return jnp.pad(array, [(0, n) for n in missing])
+
+
+def load(ref, layout, interpreted: bool) -> jax.Array:
+    """Shared memory to registers."""
+    return ref[...] if interpreted else plgpu.load(ref, (), layout=layout)
+
+
+def words_layout(rows: int):
+    """Words [rows, 256] of the "fragments" arrangement: a thread has 4 of every two rows."""
+    return plgpu.Layout.WG_STRIDED((rows, 256), vec_size=4)
+
+
+def from_registers(
+    read: Callable[..., list[ir.Value]], arrays: Sequence[jax.Array], chunk: int
+) -> list[jax.Array]:
+    """Makes one tile of an operand of the tensor cores: pieces bfloat16 [64, chunk] in registers.
+
+    Args:
+        read: from a thread's vectors of 4 words, one sequence for each array, to its registers as
+            words of two bfloat16. Thread 4 a + b of a warp has four of them for every 16 inputs:
+            outputs a and a + 8 at inputs 2 b and 2 b + 1, then both at 8 inputs more.
+        arrays: words [rows, 256] in `words_layout`.
+        chunk: inputs of a piece.
+    """
+    piece = plgpu.ShapeDtypeStruct((OUTPUTS, chunk), jnp.bfloat16, layout=plgpu.Layout.WGMMA)
+
+    @plgpu.inline_mgpu(
+        arg_types=tuple(words_layout(array.shape[0]) for array in arrays),
+        return_type=[piece] * (TILE // chunk),
+    )
+    def convert(_, *packed):
+        pair, layout = ir.VectorType.get((2,), ir.BF16Type.get()), mgpu.WGMMA_LAYOUT
+        words = read(*(array.registers.flatten() for array in packed))
+        registers = np.array([mgpu.utils.bitcast(word, pair) for word in words], object)
+        return [
+            mgpu.FragmentedArray(
+                _registers=part.reshape(layout.registers_shape(piece.shape)),
+                _layout=layout,
+                _is_signed=None,
+            )
+            for part in np.array_split(registers, TILE // chunk)
+        ]
+
+    # The decorator supplies the context and gives arrays.
+    return convert(*arrays)  # pyright: ignore[reportCallIssue, reportReturnType]
+
+
+def element(vector: ir.Value, position: int) -> ir.Value:
+    """One word of a vector."""
+    return vector_dialect.extract(
+        vector, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([position])
+    )
+
+
+def tensor_core(left: jax.Array, x_ref, interpreted: bool) -> jax.Array:
+    """left [64, N] in registers times x^T, x [M, N] in shared memory: float32 [64, M]."""
+    if interpreted:  # the interpreter takes both operands from shared memory only
+        return jnp.matmul(left, x_ref[...].T, preferred_element_type=jnp.float32)
+
+    def multiply(sum_ref):
+        plgpu.wgmma(sum_ref, left, plgpu.transpose_ref(x_ref, (1, 0)))
+        return sum_ref[...]
+
+    return pl.run_scoped(
+        multiply, plgpu.WGMMAAccumulatorRef((left.shape[0], x_ref.shape[0]), jnp.float32)
+    )
