@@ -101,6 +101,7 @@ def decoder(config: ModelConfig, make) -> Decoder:
 
 
 def main() -> None:
+    """Prints a line for bfloat16 and one for the packed weights."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

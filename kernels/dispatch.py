@@ -1,4 +1,5 @@
-"""Which backend serves a call: the one asked for, or the best that can.
+"""Products with compressed weights: which backend serves, the one asked for or the best that can,
+and the shapes around it.
 
 Invariant: a backend asked for by name serves or fails with the reason; only "auto" falls back, and
 says so once per operation and reason.
@@ -6,14 +7,84 @@ says so once per operation and reason.
 
 import logging
 from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 from jax.core import Tracer
 
 _logger = logging.getLogger(__name__)
 _told: set[tuple[str, str, str]] = set()
 
 BACKENDS = ("pallas_tpu", "mosaic_gpu", "xla", "reference")
+
+
+class Weight(Protocol):
+    """What every compressed weight has; one that reorders its inputs has `order` too, int32 [I]."""
+
+    @property
+    def inputs(self) -> int:
+        """I."""
+        ...
+
+    @property
+    def outputs(self) -> int:
+        """O."""
+        ...
+
+
+def multiply(
+    operation: str,
+    x: jax.Array,
+    weight: Weight,
+    modules: Mapping[str, ModuleType],
+    *,
+    backend: str,
+    interpret,
+) -> jax.Array:
+    """Multiplies by a compressed weight with the backend asked for, or the best that can serve.
+
+    Args:
+        operation: its name, which is also that of the product in all modules but `xla`, where it is
+            `multiply`. A reference takes x as the caller has it, the others rows in the order of
+            the weight.
+        x: bfloat16 or float32 [..., I].
+        weight: what the modules multiply by.
+        modules: one for each of BACKENDS; those of kernels say in `unsupported(x, weight)` why they
+            cannot serve.
+        backend: "auto" or one of BACKENDS.
+        interpret: run the TPU kernel on the CPU; for tests.
+
+    Returns:
+        [..., O] of x's dtype.
+
+    Raises:
+        ValueError: x of another width, an unknown backend, or a named one that cannot serve.
+    """
+    if x.shape[-1] != weight.inputs:
+        raise ValueError(f"x has {x.shape[-1]} features, the weight has {weight.inputs} inputs")
+    reasons = {
+        "pallas_tpu": lambda: (
+            tpu_missing(interpret) or modules["pallas_tpu"].unsupported(x, weight)
+        ),
+        "mosaic_gpu": lambda: hopper_missing() or modules["mosaic_gpu"].unsupported(x, weight),
+        "xla": lambda: None,
+        "reference": lambda: traced_reason(x, weight),
+    }
+    chosen = choose(operation, backend, reasons, best_backend())
+    if chosen == "reference":
+        return jnp.asarray(getattr(modules[chosen], operation)(x, weight), x.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    order = getattr(weight, "order", None)
+    if order is not None:
+        rows = rows[:, order]
+    if rows.shape[0] == 0 or chosen == "xla":
+        y = modules["xla"].multiply(rows, weight)
+    else:
+        options = {"interpret": interpret} if chosen == "pallas_tpu" else {}
+        y = getattr(modules[chosen], operation)(rows, weight, **options)
+    return y.reshape(*x.shape[:-1], weight.outputs)
 
 
 def choose(
@@ -70,8 +141,8 @@ def hopper_missing() -> str | None:
     return None
 
 
-def traced_reason(*arrays: jax.Array) -> str | None:
+def traced_reason(x: jax.Array, weight: Weight) -> str | None:
     """Why the reference cannot run on these arrays, or None."""
-    if any(isinstance(array, Tracer) for array in arrays):
+    if any(isinstance(array, Tracer) for array in jax.tree.leaves((x, weight))):
         return "it works on concrete arrays, outside jit and grad"
     return None

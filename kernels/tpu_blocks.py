@@ -82,18 +82,6 @@ def product(
     kept, summed = (inputs, outputs) if transposed else (outputs, inputs)
     kept_block, summed_block = (blocks.i, blocks.o) if transposed else (blocks.o, blocks.i)
     grid = (pl.cdiv(x.shape[0], blocks.m), pl.cdiv(kept, kept_block), pl.cdiv(summed, summed_block))
-
-    def weight_spec(operand: Operand) -> pl.BlockSpec:
-        *lead, rows, _ = operand.array.shape
-        whole = operand.block_rows is None or operand.block_rows >= rows
-        shape = (*lead, rows if whole else operand.block_rows, blocks.o)
-
-        def index(m, n, k):
-            row, column = (n, k) if transposed else (k, n)
-            return (*(0 for _ in lead), 0 if whole else row, column)
-
-        return pl.BlockSpec(shape, index)
-
     body = functools.partial(
         _body,
         expand=expand,
@@ -109,7 +97,7 @@ def product(
         grid=grid,
         in_specs=[
             pl.BlockSpec((blocks.m, summed_block), lambda m, n, k: (m, k)),
-            *map(weight_spec, operands),
+            *(_weight_spec(operand, blocks.o, transposed) for operand in operands),
         ],
         out_specs=pl.BlockSpec((blocks.m, kept_block), lambda m, n, k: (m, n)),
         scratch_shapes=[pltpu.VMEM((blocks.m, kept_block), jnp.float32), *scratch],
@@ -121,6 +109,19 @@ def product(
         interpret=interpret,
         name=name,
     )(x, *(operand.array for operand in operands))
+
+
+def _weight_spec(operand: Operand, outputs: int, transposed: bool) -> pl.BlockSpec:
+    """The block of an operand that holds one block of the weight, `outputs` wide."""
+    *lead, rows, _ = operand.array.shape
+    whole = operand.block_rows is None or operand.block_rows >= rows
+    shape = (*lead, rows if whole else operand.block_rows, outputs)
+
+    def index(m, n, k):
+        row, column = (n, k) if transposed else (k, n)
+        return (*(0 for _ in lead), 0 if whole else row, column)
+
+    return pl.BlockSpec(shape, index)
 
 
 def _body(

@@ -33,6 +33,7 @@ def worst_error(multiply, reference, product, x, upstream, weight) -> float:
 
 
 def main() -> int:
+    """Prints a line per case; 1 if any is above its tolerance, else 0."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

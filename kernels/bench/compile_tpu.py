@@ -163,6 +163,7 @@ def cases(rows=ROWS, shapes=None) -> Iterator[Case]:
 
 
 def main() -> int:
+    """Prints a table row per case; 1 if any failed or reads too many bytes, else 0."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

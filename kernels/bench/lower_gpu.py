@@ -69,6 +69,7 @@ def lower(device, multiply, weight, rows: int, dtype) -> int:
 
 
 def main() -> int:
+    """Prints a line per case; 1 if any failed, else 0."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

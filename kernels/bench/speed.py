@@ -102,6 +102,7 @@ def measure(backend: str, shape: tuple[int, int], rows: int, bandwidth: float) -
 
 
 def main() -> None:
+    """Prints the table, and writes it where `--table` says."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

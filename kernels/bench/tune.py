@@ -66,6 +66,7 @@ def best_sizes(backend: str, bits: int, shape: tuple[int, int], rows: int) -> li
 
 
 def main() -> None:
+    """Tunes every shape of a model; the table is written after each, so it can be interrupted."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

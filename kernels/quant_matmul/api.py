@@ -6,13 +6,14 @@ rounding, and the same gradient with respect to x. Weights are frozen: they get 
 """
 
 import jax
-import jax.numpy as jnp
 
 from .. import dispatch
 from . import mosaic_gpu, pallas_tpu, reference, xla
 from .layout import KernelWeight, repack, restore
 
 __all__ = ["KernelWeight", "prepare", "quant_matmul", "restore"]
+
+_MODULES = {"pallas_tpu": pallas_tpu, "mosaic_gpu": mosaic_gpu, "xla": xla, "reference": reference}
 
 
 def prepare(
@@ -50,30 +51,6 @@ def quant_matmul(
     Raises:
         ValueError: x of another width, an unknown backend, or a named one that cannot serve.
     """
-    if x.shape[-1] != weight.inputs:
-        raise ValueError(f"x has {x.shape[-1]} features, the weight has {weight.inputs} inputs")
-    chosen = dispatch.choose(
-        "quant_matmul",
-        backend,
-        {
-            "pallas_tpu": lambda: (
-                dispatch.tpu_missing(interpret) or pallas_tpu.unsupported(x, weight)
-            ),
-            "mosaic_gpu": lambda: dispatch.hopper_missing() or mosaic_gpu.unsupported(x, weight),
-            "xla": lambda: None,
-            "reference": lambda: dispatch.traced_reason(x, weight.words),
-        },
-        dispatch.best_backend(),
+    return dispatch.multiply(
+        "quant_matmul", x, weight, _MODULES, backend=backend, interpret=interpret
     )
-    if chosen == "reference":
-        return jnp.asarray(reference.quant_matmul(x, weight), x.dtype)
-    rows = x.reshape(-1, x.shape[-1])
-    if weight.order is not None:
-        rows = rows[:, weight.order]
-    if rows.shape[0] == 0 or chosen == "xla":
-        y = xla.multiply(rows, weight)
-    elif chosen == "pallas_tpu":
-        y = pallas_tpu.quant_matmul(rows, weight, interpret=interpret)
-    else:
-        y = mosaic_gpu.quant_matmul(rows, weight)
-    return y.reshape(*x.shape[:-1], weight.outputs)

@@ -126,11 +126,7 @@ def repack(
         raise ValueError(f"arrangement must be rows or fragments, not {arrangement}")
     if words.ndim > 2:
         one = functools.partial(repack, bits=bits, arrangement=arrangement)
-        if group_index is None:
-            return jax.vmap(one)(words, scales, zeros)
-        return jax.vmap(lambda w, s, z, g: one(w, s, z, group_index=g))(
-            words, scales, zeros, group_index
-        )
+        return jax.vmap(one)(words, scales, zeros, group_index=group_index)
     codes = unpack(words, bits)
     inputs, groups = codes.shape[0], scales.shape[0]
     if inputs % groups:
@@ -139,15 +135,10 @@ def repack(
     if group_index is not None:
         order = jnp.argsort(group_index, stable=True).astype(jnp.int32)
         codes = codes[order]
-    bit_pattern = jax.lax.bitcast_convert_type(scales, jnp.uint16).astype(jnp.uint32)
-    grid = bit_pattern | (zeros.astype(jnp.uint32) << 16)
-    if groups > 1:
-        per_span = max(1, GRID_SPAN // (inputs // groups))
-        grid = jnp.pad(grid, ((0, -groups % per_span), (0, 0)))
     packed = pack_tiles(codes, bits)
     return KernelWeight(
         words=packed if arrangement == "rows" else to_fragments(packed),
-        grid=jax.lax.bitcast_convert_type(grid, jnp.int32),
+        grid=pack_grid(scales, zeros, inputs),
         order=order,
         bits=bits,
         inputs=inputs,
@@ -183,10 +174,28 @@ def codes_of(weight: KernelWeight) -> jax.Array:
 
 def scales_and_zeros(weight: KernelWeight) -> tuple[jax.Array, jax.Array]:
     """Scales [G, O] in the checkpoint's dtype and zeros uint8 [G, O]."""
-    grid = jax.lax.bitcast_convert_type(weight.grid[: weight.groups], jnp.uint32)
-    dtype = jnp.dtype(weight.scale_dtype)
-    scales = jax.lax.bitcast_convert_type(grid.astype(jnp.uint16), dtype)
-    return scales, (grid >> 16).astype(jnp.uint8)
+    return unpack_grid(weight.grid[: weight.groups], weight.scale_dtype)
+
+
+def pack_grid(scales: jax.Array, zeros: jax.Array, inputs: int) -> jax.Array:
+    """Joins scales of 16 bits and zeros, both [G, O], to words int32 [rows, O].
+
+    One row for one group, else G rows raised to whole spans of 1024 inputs.
+    """
+    groups = scales.shape[0]
+    bit_pattern = jax.lax.bitcast_convert_type(scales, jnp.uint16).astype(jnp.uint32)
+    grid = bit_pattern | (zeros.astype(jnp.uint32) << 16)
+    if groups > 1:
+        per_span = max(1, GRID_SPAN // (inputs // groups))
+        grid = jnp.pad(grid, ((0, -groups % per_span), (0, 0)))
+    return jax.lax.bitcast_convert_type(grid, jnp.int32)
+
+
+def unpack_grid(grid: jax.Array, scale_dtype: str) -> tuple[jax.Array, jax.Array]:
+    """Reads what `pack_grid` wrote: scales [G, O] and zeros uint8 [G, O] of G rows."""
+    words = jax.lax.bitcast_convert_type(grid, jnp.uint32)
+    scales = jax.lax.bitcast_convert_type(words.astype(jnp.uint16), jnp.dtype(scale_dtype))
+    return scales, (words >> 16).astype(jnp.uint8)
 
 
 def pack_tiles(codes: jax.Array, bits: int) -> jax.Array:

@@ -23,6 +23,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 from jaxlib.mlir.dialects import vector as vector_dialect
 
+from ..frozen import frozen_product
 from . import config, xla
 from .layout import TILE, KernelWeight, fields_of, from_fragments, rows_of_set, unpack_tiles
 from .pallas_tpu import device_kind, scales_and_offsets
@@ -60,11 +61,10 @@ def quant_matmul(x: jax.Array, weight: KernelWeight, *, interpret=None) -> jax.A
         raise ValueError(reason)
     if x.shape[0] > config.GPU_ROWS:
         return xla.multiply(x, weight)
-    return _product(interpret, x, weight)
+    return _product(x, weight, interpret)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(interpret, x: jax.Array, weight: KernelWeight) -> jax.Array:
+def _value(x: jax.Array, weight: KernelWeight, interpret) -> jax.Array:
     if x.dtype == jnp.bfloat16:
         return _multiply(x, weight, interpret).astype(x.dtype)
     parts, rest = [], x
@@ -76,17 +76,13 @@ def _product(interpret, x: jax.Array, weight: KernelWeight) -> jax.Array:
     return y.reshape(3, x.shape[0], weight.outputs).sum(0)
 
 
-def _forward(interpret, x, weight):
-    return _product(interpret, x, weight), weight
-
-
-def _backward(interpret, weight, upstream):
+def _gradient(upstream: jax.Array, weight: KernelWeight, interpret) -> jax.Array:
     del interpret
     like = jnp.zeros((upstream.shape[0], weight.inputs), upstream.dtype)
-    return jax.vjp(lambda x: xla.multiply(x, weight), like)[1](upstream)[0], None
+    return jax.vjp(lambda x: xla.multiply(x, weight), like)[1](upstream)[0]
 
 
-_product.defvjp(_forward, _backward)
+_product = frozen_product(_value, _gradient)
 
 
 def _multiply(x: jax.Array, weight: KernelWeight, interpret) -> jax.Array:
@@ -140,30 +136,17 @@ def _body(
     swizzle = min(128, 2 * chunk)
     grid_rows = TILE // chunk if weight.groups > 1 else 1
     first = share * steps
-    word_rows = 2 * weight.bits
 
     def grid_block(k):
         if weight.groups == 1:
             return 0, block
         return jax.lax.div((first + k) * TILE, max(TILE, weight.group_size)), block
 
-    def step(_, x_smem, words_smem, grid_smem, total):
-        words = _load(words_smem.at[0], _words_layout(word_rows), interpreted)
-        pieces = (_codes_interpreted if interpreted else _codes)(words, weight.bits, chunk)
-        for k, codes in enumerate(pieces):
-            grid = _load(grid_smem.at[k], plgpu.Layout.WGMMA.reduce(1), interpreted)
-            scales, offsets = scales_and_offsets(grid, weight)
-            spread = jax.lax.broadcast_in_dim(offsets.astype(jnp.bfloat16), codes.shape, (0,))
-            x_part = x_smem.at[:, pl.ds(k * chunk, chunk)]
-            product = _tensor_core(codes - spread, x_part, interpreted)
-            total += product * jax.lax.broadcast_in_dim(scales, product.shape, (0,))
-        return total
-
     zero = jnp.zeros((_OUTPUTS, rows), jnp.float32)
     if not interpreted:
         zero = plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
     total = plgpu.emit_pipeline(
-        step,
+        functools.partial(_add_tile, weight=weight, chunk=chunk, interpreted=interpreted),
         grid=(steps,),
         in_specs=[
             plgpu.BlockSpec(
@@ -174,7 +157,7 @@ def _body(
                     plgpu.SwizzleTransform(swizzle),
                 ),
             ),
-            plgpu.BlockSpec((1, word_rows, 256), lambda k: (block, first + k, 0)),
+            plgpu.BlockSpec((1, 2 * weight.bits, 256), lambda k: (block, first + k, 0)),
             plgpu.BlockSpec((grid_rows, _OUTPUTS), grid_block),
         ],
         max_concurrent_steps=stages,
@@ -185,6 +168,30 @@ def _body(
     outputs, columns = pl.ds(block * _OUTPUTS, _OUTPUTS), pl.ds(row_block * rows, rows)
     plgpu.copy_smem_to_gmem(y_smem, y_gmem.at[share, outputs, columns])
     plgpu.wait_smem_to_gmem(0)
+
+
+def _add_tile(
+    _,
+    x_smem,
+    words_smem,
+    grid_smem,
+    total: jax.Array,
+    *,
+    weight: KernelWeight,
+    chunk: int,
+    interpreted: bool,
+) -> jax.Array:
+    """total [64, M] and the product of one tile of 256 inputs, `chunk` of them at a time."""
+    words = _load(words_smem.at[0], _words_layout(2 * weight.bits), interpreted)
+    pieces = (_codes_interpreted if interpreted else _codes)(words, weight.bits, chunk)
+    for k, codes in enumerate(pieces):
+        grid = _load(grid_smem.at[k], plgpu.Layout.WGMMA.reduce(1), interpreted)
+        scales, offsets = scales_and_offsets(grid, weight)
+        spread = jax.lax.broadcast_in_dim(offsets.astype(jnp.bfloat16), codes.shape, (0,))
+        x_part = x_smem.at[:, pl.ds(k * chunk, chunk)]
+        product = _tensor_core(codes - spread, x_part, interpreted)
+        total += product * jax.lax.broadcast_in_dim(scales, product.shape, (0,))
+    return total
 
 
 def _pad_to(array: jax.Array, *shape: int) -> jax.Array:

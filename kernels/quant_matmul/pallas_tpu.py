@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .. import tpu_blocks
+from ..frozen import frozen_product
 from . import config
 from .layout import GRID_SPAN, TILE, KernelWeight, fields_of, rows_of_set
 
@@ -50,28 +51,17 @@ def quant_matmul(x: jax.Array, weight: KernelWeight, *, interpret=False) -> jax.
     reason = unsupported(x, weight)
     if reason:
         raise ValueError(reason)
-    return _product(interpret, x, weight)
+    return _product(x, weight, interpret)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(interpret, x: jax.Array, weight: KernelWeight) -> jax.Array:
-    if x.shape[0] <= config.DECODE_ROWS:
-        return _decode(x, weight, interpret)
-    return _prefill(x, weight, interpret, transposed=False)
+def _value(x: jax.Array, weight: KernelWeight, interpret) -> jax.Array:
+    kernel = _decode if x.shape[0] <= config.DECODE_ROWS else _prefill
+    return kernel(x, weight, interpret)
 
 
-def _forward(interpret, x, weight):
-    return _product(interpret, x, weight), weight
-
-
-def _backward(interpret, weight, upstream):
-    return _prefill(upstream, weight, interpret, transposed=True), None
-
-
-_product.defvjp(_forward, _backward)
-
-
-def _prefill(x: jax.Array, weight: KernelWeight, interpret, *, transposed: bool) -> jax.Array:
+def _prefill(
+    x: jax.Array, weight: KernelWeight, interpret, *, transposed: bool = False
+) -> jax.Array:
     blocks = config.prefill_blocks(
         device_kind(), weight.bits, weight.inputs, weight.outputs, x.shape[0], x.dtype.itemsize
     )
@@ -152,6 +142,9 @@ def _decode(x: jax.Array, weight: KernelWeight, interpret) -> jax.Array:
         interpret=interpret,
         name="quant_matmul_decode",
     )(x, weight.words, weight.grid)
+
+
+_product = frozen_product(_value, functools.partial(_prefill, transposed=True))
 
 
 def _decode_body(

@@ -6,13 +6,14 @@ Weights are frozen: they get no gradient.
 """
 
 import jax
-import jax.numpy as jnp
 
 from .. import dispatch
 from . import layout, mosaic_gpu, pallas_tpu, reference, xla
 from .layout import SparseWeight, from_codes, to_codes, to_dense
 
 __all__ = ["SparseWeight", "from_codes", "from_dense", "sparse24_matmul", "to_codes", "to_dense"]
+
+_MODULES = {"pallas_tpu": pallas_tpu, "mosaic_gpu": mosaic_gpu, "xla": xla, "reference": reference}
 
 
 def from_dense(weights: jax.Array, *, backend: str = "auto") -> SparseWeight:
@@ -46,28 +47,6 @@ def sparse24_matmul(
     Raises:
         ValueError: x of another width, an unknown backend, or a named one that cannot serve.
     """
-    if x.shape[-1] != weight.inputs:
-        raise ValueError(f"x has {x.shape[-1]} features, the weight has {weight.inputs} inputs")
-    chosen = dispatch.choose(
-        "sparse24_matmul",
-        backend,
-        {
-            "pallas_tpu": lambda: (
-                dispatch.tpu_missing(interpret) or pallas_tpu.unsupported(x, weight)
-            ),
-            "mosaic_gpu": lambda: dispatch.hopper_missing() or mosaic_gpu.unsupported(x, weight),
-            "xla": lambda: None,
-            "reference": lambda: dispatch.traced_reason(x, weight.values),
-        },
-        dispatch.best_backend(),
+    return dispatch.multiply(
+        "sparse24_matmul", x, weight, _MODULES, backend=backend, interpret=interpret
     )
-    if chosen == "reference":
-        return jnp.asarray(reference.sparse24_matmul(x, weight), x.dtype)
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] == 0 or chosen == "xla":
-        y = xla.multiply(rows, weight)
-    elif chosen == "pallas_tpu":
-        y = pallas_tpu.sparse24_matmul(rows, weight, interpret=interpret)
-    else:
-        y = mosaic_gpu.sparse24_matmul(rows, weight)
-    return y.reshape(*x.shape[:-1], weight.outputs)

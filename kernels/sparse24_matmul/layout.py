@@ -24,7 +24,14 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from ..quant_matmul.layout import from_fragments, pack_tiles, to_fragments, unpack_tiles
+from ..quant_matmul.layout import (
+    from_fragments,
+    pack_grid,
+    pack_tiles,
+    to_fragments,
+    unpack_grid,
+    unpack_tiles,
+)
 from ..quant_matmul.packing import pack, unpack
 
 QUADS = 64
@@ -124,14 +131,10 @@ def from_codes(words: jax.Array, scales: jax.Array, zeros: jax.Array, *, bits: i
     kept, positions = _split_quads(codes, codes != every)
     kept = jnp.pad(kept, ((0, 0), (0, -kept.shape[1] % CODED_QUADS), (0, 0)))
     tiles = kept.reshape(2, -1, CODED_QUADS, kept.shape[-1]).swapaxes(0, 1)
-    pattern = jax.lax.bitcast_convert_type(scales, jnp.uint16).astype(jnp.uint32)
-    grid = jax.lax.bitcast_convert_type(pattern | (zeros.astype(jnp.uint32) << 16), jnp.int32)
-    if groups > 1:
-        grid = jnp.pad(grid, ((0, -groups % max(1, 1024 // (inputs // groups))), (0, 0)))
     return SparseWeight(
         pack_tiles(tiles.reshape(-1, kept.shape[-1]), bits),
         _pack_positions(positions, CODED_QUADS),
-        grid,
+        pack_grid(scales, zeros, inputs),
         inputs,
         bits,
         groups,
@@ -161,9 +164,7 @@ def to_dense(weight: SparseWeight) -> jax.Array:
 def to_codes(weight: SparseWeight) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Words, scales and zeros, as `from_codes` took them."""
     assert weight.bits is not None and weight.grid is not None
-    grid = jax.lax.bitcast_convert_type(weight.grid[: weight.groups], jnp.uint32)
-    scales = jax.lax.bitcast_convert_type(grid.astype(jnp.uint16), jnp.float16)
-    zeros = (grid >> 16).astype(jnp.uint8)
+    scales, zeros = unpack_grid(weight.grid[: weight.groups], "float16")
     codes = unpack_tiles(weight.values, weight.bits)
     codes = codes.reshape(-1, 2, CODED_QUADS, weight.outputs).swapaxes(0, 1)
     codes = codes.reshape(2, -1, weight.outputs)

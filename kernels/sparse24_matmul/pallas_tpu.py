@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .. import tpu_blocks
+from ..frozen import frozen_product
 from ..quant_matmul.layout import KernelWeight
 from ..quant_matmul.pallas_tpu import device_kind, group_rows, scales_and_offsets, unpack_block
 from . import config
@@ -47,26 +48,12 @@ def sparse24_matmul(x: jax.Array, weight: SparseWeight, *, interpret=False) -> j
     reason = unsupported(x, weight)
     if reason:
         raise ValueError(reason)
-    return _product(interpret, x, weight)
+    return _product(x, weight, interpret)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(interpret, x: jax.Array, weight: SparseWeight) -> jax.Array:
-    return _blocked(x, weight, interpret, transposed=False)
-
-
-def _forward(interpret, x, weight):
-    return _product(interpret, x, weight), weight
-
-
-def _backward(interpret, weight, upstream):
-    return _blocked(upstream, weight, interpret, transposed=True), None
-
-
-_product.defvjp(_forward, _backward)
-
-
-def _blocked(x: jax.Array, weight: SparseWeight, interpret, *, transposed: bool) -> jax.Array:
+def _blocked(
+    x: jax.Array, weight: SparseWeight, interpret, *, transposed: bool = False
+) -> jax.Array:
     blocks = config.blocks(
         device_kind(),
         weight.bits,
@@ -97,6 +84,9 @@ def _blocked(x: jax.Array, weight: SparseWeight, interpret, *, transposed: bool)
         interpret=interpret,
         name="sparse24_matmul_gradient" if transposed else "sparse24_matmul",
     )
+
+
+_product = frozen_product(_blocked, functools.partial(_blocked, transposed=True))
 
 
 def _expand(refs, part: tpu_blocks.Part, dtype, *, weight: SparseWeight) -> jax.Array:

@@ -1,0 +1,28 @@
+"""Products with frozen weights as JAX differentiates them: every kernel brings a value and a
+gradient with respect to x, and this joins them.
+
+Invariant: the weight gets no gradient, and only the weight, as it is stored, is kept for the
+backward pass.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+Product = Callable[[jax.Array, Any, Any], jax.Array]
+"""Of (x [M, I], weight, interpret), or the upstream gradient [M, O] in place of x."""
+
+
+def frozen_product(value: Product, gradient: Product) -> Product:
+    """The product [M, O] that `value` computes, whose gradient in x [M, I] `gradient` computes."""
+    product = jax.custom_vjp(value, nondiff_argnums=(2,))
+
+    def forward(x, weight, interpret):
+        return product(x, weight, interpret), weight
+
+    def backward(interpret, weight, upstream):
+        return gradient(upstream, weight, interpret), None
+
+    product.defvjp(forward, backward)
+    return product
