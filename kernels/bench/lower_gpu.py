@@ -3,7 +3,9 @@
     pip install --no-deps jax-cuda13-pjrt==X jax-cuda13-plugin==X    # X: the version of jax
     python kernels/bench/lower_gpu.py
 
-Layouts, shared memory and types are checked by Mosaic; PTX, registers and speed are not.
+Layouts, shared memory and types are checked by Mosaic. Where CUDA's ptxas is found the kernels are
+assembled too: MOSAIC_GPU_DUMP_PTXAS=1 and MOSAIC_GPU_DUMP_TO=DIR write registers and spills of each
+to DIR. Values and speed are not checked.
 """
 
 import argparse
