@@ -11,11 +11,9 @@ import time
 
 import jax
 import jax.numpy as jnp
+import llama_model
 
-from idp_jax.models import Decoder, ModelConfig
-from idp_jax.models.block import Block
-from idp_jax.models.config import RopeConfig
-from idp_jax.models.layers import Norm
+from idp_jax.models import Decoder
 from idp_jax.weights import Dense
 
 DEPTHS = (4, 32)
@@ -23,48 +21,14 @@ DEPTHS = (4, 32)
 
 def model_of(layers: int, width: int) -> Decoder:
     """A LLaMA of this depth whose arrays are shapes only: compiling needs no numbers."""
-    heads = max(width // 64, 1)
-    config = ModelConfig(
-        architecture="llama",
-        vocab_size=1024,
-        num_layers=layers,
-        hidden_dim=width,
-        embedding_dim=width,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=width // heads,
-        ffw_dim=3 * width,
-        max_positions=2048,
-        activation="silu",
-        norm_epsilon=1e-5,
-        norm_before=True,
-        final_norm=True,
-        norm_affine=True,
-        attention_bias=False,
-        mlp_bias=False,
-        tied_embeddings=True,
-        rope=RopeConfig(10000.0, "default"),
-        bos_token_id=1,
-        eos_token_ids=(2,),
-        pad_token_id=0,
+    config = llama_model.configuration(
+        layers, width, head_dim=64, ffw=3 * width, vocabulary=1024, tied=True
     )
 
-    def build() -> Decoder:
-        def norm(*leading: int) -> Norm:
-            scale = jnp.ones((*leading, width), jnp.float32)
-            return Norm(scale, centred=False, epsilon=config.norm_epsilon)
+    def empty(_, inputs: int, outputs: int) -> Dense:
+        return Dense(jnp.zeros((layers, inputs, outputs), jnp.float32))
 
-        def dense(rows: int, columns: int) -> Dense:
-            return Dense(jnp.zeros((layers, rows, columns), jnp.float32))
-
-        weights = {name: dense(width, width) for name in "qkvo"}
-        weights |= {name: dense(width, 3 * width) for name in ("gate", "up")}
-        weights["down"] = dense(3 * width, width)
-        block = Block(weights, norm(layers), norm(layers), config)
-        embedding = jnp.zeros((config.vocab_size, width), jnp.float32)
-        return Decoder(config, embedding=embedding, layers=block, final_norm=norm())
-
-    return jax.eval_shape(build)
+    return jax.eval_shape(lambda: llama_model.decoder(config, empty, jnp.float32))
 
 
 def forward(model: Decoder, prompt: jax.Array, ids: jax.Array) -> jax.Array:

@@ -12,43 +12,20 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import llama_model
 from idp_jax.kernels.bench.speed import copy_bandwidth
 from idp_jax.kernels.dispatch import best_backend
 
 from idp_jax.evaluation.latency import latency
-from idp_jax.models import Decoder, ModelConfig
-from idp_jax.models.block import Block
-from idp_jax.models.config import RopeConfig
-from idp_jax.models.layers import Norm
+from idp_jax.models import ModelConfig
 from idp_jax.weights import Dense, Quantized, for_kernels
 
 
 def configuration(layers: int, hidden: int) -> ModelConfig:
     """LLaMA-7B's shape, or a smaller one of the same proportions."""
-    heads = max(1, hidden // 128)
-    return ModelConfig(
-        architecture="llama",
-        vocab_size=32000,
-        num_layers=layers,
-        hidden_dim=hidden,
-        embedding_dim=hidden,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=hidden // heads,
-        ffw_dim=-(-hidden * 8 // 3 // 256) * 256,
-        max_positions=2048,
-        activation="silu",
-        norm_epsilon=1e-5,
-        norm_before=True,
-        final_norm=True,
-        norm_affine=True,
-        attention_bias=False,
-        mlp_bias=False,
-        tied_embeddings=False,
-        rope=RopeConfig(10000.0, "default"),
-        bos_token_id=1,
-        eos_token_ids=(2,),
-        pad_token_id=0,
+    ffw = -(-hidden * 8 // 3 // 256) * 256
+    return llama_model.configuration(
+        layers, hidden, head_dim=128, ffw=ffw, vocabulary=32000, tied=False
     )
 
 
@@ -77,29 +54,6 @@ def _packed(
     return for_kernels(weight, backend=backend)
 
 
-def decoder(config: ModelConfig, make) -> Decoder:
-    """A model of random weights; `make(key, inputs, outputs)` gives the matrices of all layers."""
-    hidden, ffw = config.hidden_dim, config.ffw_dim
-    square, wide, narrow = (hidden, hidden), (hidden, ffw), (ffw, hidden)
-    shapes = dict.fromkeys("qkvo", square) | {"gate": wide, "up": wide, "down": narrow}
-    keys = jax.random.split(jax.random.key(0), len(shapes) + 2)
-    weights = {n: make(k, *s) for k, (n, s) in zip(keys, shapes.items(), strict=False)}
-    stacked = jnp.ones((config.num_layers, hidden), jnp.bfloat16)
-    norm = partial(Norm, bias=None, centred=False, epsilon=config.norm_epsilon)
-    embedding = jax.random.normal(keys[-1], (config.vocab_size, hidden), jnp.bfloat16)
-    head = jax.random.normal(keys[-2], (hidden, config.vocab_size), jnp.bfloat16)
-    return Decoder(
-        config,
-        embedding=embedding,
-        layers=Block(weights, norm(stacked), norm(stacked), config),
-        final_norm=norm(stacked[0]),
-        head=Dense(head * jnp.bfloat16(hidden**-0.5)),
-        positions=None,
-        project_in=None,
-        project_out=None,
-    )
-
-
 def main() -> None:
     """Prints a line for bfloat16 and one for the packed weights."""
     parser = argparse.ArgumentParser(
@@ -126,7 +80,7 @@ def main() -> None:
         ("bf16", lambda key, i, o: _dense(key, layers, i, o)),
         (f"{arguments.bits} bit", packed),
     ):
-        model = decoder(config, make)
+        model = llama_model.decoder(config, make, jnp.bfloat16)
         # Of the embedding a step reads one row.
         read = sum(leaf.nbytes for leaf in jax.tree.leaves(model)) - model.embedding[...].nbytes
         step = latency(model, prompt_length=16, new_tokens=arguments.new_tokens)

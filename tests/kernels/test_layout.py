@@ -9,20 +9,14 @@ import pytest
 from idp_jax.kernels.quant_matmul.layout import fields_of, repack, restore, unpack_tiles
 from idp_jax.kernels.quant_matmul.packing import BIT_WIDTHS, pack, unpack
 
-
-def _checkpoint(bits, inputs, outputs, groups, dtype=np.float16, layers=()):
-    rng = np.random.default_rng(bits)
-    codes = rng.integers(0, 2**bits, (*layers, inputs, outputs)).astype(np.uint8)
-    scales = rng.normal(size=(*layers, groups, outputs)).astype(dtype)
-    zeros = rng.integers(0, 2**bits, (*layers, groups, outputs)).astype(np.uint8)
-    return pack(jnp.asarray(codes), bits, axis=-2), jnp.asarray(scales), jnp.asarray(zeros)
+from tests.kernels.problems import checkpoint
 
 
 @pytest.mark.parametrize("bits", BIT_WIDTHS)
 @pytest.mark.parametrize("inputs, groups", [(32, 1), (288, 9), (1056, 33)])
 @pytest.mark.parametrize("arrangement", ["rows", "fragments"])
 def test_round_trip(bits, inputs, groups, arrangement):
-    packed = _checkpoint(bits, inputs, 5, groups)
+    packed = checkpoint(bits, inputs, 5, groups)
     jitted = jax.jit(repack, static_argnames=("bits", "arrangement"))
     weight = jitted(*packed, bits=bits, arrangement=arrangement)
     tiles = -(-inputs // 256)
@@ -67,7 +61,7 @@ def test_a_thread_finds_its_share_of_an_operand():
 
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
 def test_act_order_and_stacked_layers(dtype):
-    packed = _checkpoint(3, 96, 4, 3, dtype, layers=(2,))
+    packed = checkpoint(3, 96, 4, 3, dtype=dtype, layers=(2,))
     rng = np.random.default_rng(1)
     index = jnp.asarray([rng.permutation(np.arange(96) // 32) for _ in range(2)], jnp.int32)
     weight = repack(*packed, bits=3, group_index=index)
@@ -81,7 +75,7 @@ def test_act_order_and_stacked_layers(dtype):
 
 
 def test_bad_input():
-    words, scales, zeros = _checkpoint(4, 64, 4, 2)
+    words, scales, zeros = checkpoint(4, 64, 4, 2)
     with pytest.raises(ValueError, match="scales are float32, the kernels take float16"):
         repack(words, scales.astype(jnp.float32), zeros, bits=4)
     with pytest.raises(ValueError, match="64 inputs do not divide into 3 groups"):

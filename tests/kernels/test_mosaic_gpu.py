@@ -13,21 +13,15 @@ import numpy as np
 import pytest
 from idp_jax.kernels.quant_matmul import config, mosaic_gpu, reference
 from idp_jax.kernels.quant_matmul.layout import repack
-from idp_jax.kernels.quant_matmul.packing import pack
+
+from tests.kernels.problems import assert_near, checkpoint, groups_of
 
 params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
 
 
 def _weight(bits, inputs, outputs, group_size):
-    rng = np.random.default_rng(bits)
-    groups = 1 if group_size == -1 else inputs // group_size
-    return repack(
-        pack(jnp.asarray(rng.integers(0, 2**bits, (inputs, outputs)), jnp.uint8), bits),
-        jnp.asarray(rng.normal(size=(groups, outputs)), jnp.float16),
-        jnp.asarray(rng.integers(0, 2**bits, (groups, outputs)), jnp.uint8),
-        bits=bits,
-        arrangement="fragments",
-    )
+    packed = checkpoint(bits, inputs, outputs, groups_of(inputs, group_size))
+    return repack(*packed, bits=bits, arrangement="fragments")
 
 
 @pytest.mark.parametrize(
@@ -46,13 +40,8 @@ def test_interpreted(bits, inputs, outputs, group_size, rows, dtype):
     multiply = lambda x: mosaic_gpu.quant_matmul(x, weight, interpret=params.InterpretGPUParams())
     y, pull_back = jax.vjp(multiply, x)
     (gradient,) = pull_back(y)
-    tolerance = 2**-7 if dtype == "bfloat16" else 4e-6
-    for ours, exact in (
-        (y, reference.quant_matmul(x, weight)),
-        (gradient, reference.gradient(y, weight)),
-    ):
-        assert ours.dtype == x.dtype
-        assert np.abs(np.asarray(ours, np.float64) - exact).max() <= tolerance * np.abs(exact).max()
+    exact = (reference.quant_matmul(x, weight), reference.gradient(y, weight))
+    assert_near((y, gradient), exact, dtype)
 
 
 def test_registers_are_those_of_a_tensor_core_operand():
@@ -77,12 +66,7 @@ def test_registers_are_those_of_a_tensor_core_operand():
 
 def test_what_it_cannot_serve_is_named():
     weight = _weight(4, 64, 64, -1)
-    rows = repack(
-        pack(jnp.zeros((64, 64), jnp.uint8), 4),
-        jnp.ones((1, 64), jnp.float16),
-        jnp.zeros((1, 64), jnp.uint8),
-        bits=4,
-    )
+    rows = repack(*checkpoint(4, 64, 64, 1), bits=4)
     x = jnp.ones((1, 64), jnp.bfloat16)
     assert mosaic_gpu.unsupported(x, weight) is None
     assert "prepare the weight for mosaic_gpu" in str(mosaic_gpu.unsupported(x, rows))

@@ -11,55 +11,27 @@ import numpy as np
 import pytest
 from idp_jax.kernels.quant_matmul import config, reference
 from idp_jax.kernels.quant_matmul.api import prepare, quant_matmul
-from idp_jax.kernels.quant_matmul.packing import BIT_WIDTHS, pack
+from idp_jax.kernels.quant_matmul.packing import BIT_WIDTHS
 
 from idp_jax.kernels import dispatch
+from tests.kernels.problems import check, checkpoint, groups_of
 
-# Of the largest entry. bfloat16 keeps 8 bits: the weight and the result are each rounded by up to
-# 2^-9. float32 sums a few hundred products, the codes' offset adding two bits.
-_TOLERANCE = {"bfloat16": 2**-7, "float32": 4e-6}
+_check = functools.partial(check, quant_matmul, reference.quant_matmul, reference.gradient)
 
 
 def _weight(bits, inputs, outputs, group_size, *, symmetric=False, dead=False, act_order=False):
-    rng = np.random.default_rng(bits + inputs)
-    groups = 1 if group_size == -1 else inputs // group_size
-    codes = rng.integers(0, 2**bits, (inputs, outputs)).astype(np.uint8)
-    scales = rng.normal(size=(groups, outputs)).astype(np.float16)
+    groups = groups_of(inputs, group_size)
+    words, scales, zeros = checkpoint(bits, inputs, outputs, groups)
     if dead:
-        scales[groups // 2] = 0
-    scales[0, :2] = [6e-8, 65504]  # the least and the greatest float16
-    scales[0, 1] = 1
-    zeros = rng.integers(0, 2**bits, (groups, outputs)).astype(np.uint8)
+        scales = scales.at[groups // 2].set(0)
+    scales = scales.at[0, 0].set(6e-8)  # the least float16
     if symmetric:
-        zeros[:] = 2 ** (bits - 1)
-    index = rng.permutation(np.arange(inputs) // (inputs // groups)) if act_order else None
-    return prepare(
-        pack(jnp.asarray(codes), bits),
-        jnp.asarray(scales),
-        jnp.asarray(zeros),
-        bits=bits,
-        group_index=None if index is None else jnp.asarray(index, jnp.int32),
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("backend", "interpret"))
-def _value_and_gradient(x, upstream, weight, **options):
-    y, pull_back = jax.vjp(functools.partial(quant_matmul, weight=weight, **options), x)
-    return y, pull_back(upstream)[0]
-
-
-def _check(weight, rows, dtype, **options):
-    rng = np.random.default_rng(rows)
-    x = jnp.asarray(rng.normal(size=(rows, weight.inputs)), dtype)
-    upstream = jnp.asarray(rng.normal(size=(rows, weight.outputs)), dtype)
-    y, gradient = _value_and_gradient(x, upstream, weight, **options)
-    for ours, exact in (
-        (y, reference.quant_matmul(x, weight)),
-        (gradient, reference.gradient(upstream, weight)),
-    ):
-        assert ours.dtype == x.dtype
-        error = np.abs(np.asarray(ours, np.float64) - exact).max() / np.abs(exact).max()
-        assert error <= _TOLERANCE[dtype], error
+        zeros = jnp.full_like(zeros, 2 ** (bits - 1))
+    index = None
+    if act_order:
+        index = np.random.default_rng(bits).permutation(np.arange(inputs) // (inputs // groups))
+        index = jnp.asarray(index, jnp.int32)
+    return prepare(words, scales, zeros, bits=bits, group_index=index)
 
 
 @pytest.mark.parametrize("bits", BIT_WIDTHS)

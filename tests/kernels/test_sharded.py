@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from idp_jax.kernels.quant_matmul.api import prepare, quant_matmul
-from idp_jax.kernels.quant_matmul.packing import pack
 from idp_jax.kernels.sharded import partition, sharded_matmul
 from idp_jax.kernels.sparse24_matmul.api import from_codes, from_dense, sparse24_matmul
 from jax.sharding import AxisType, NamedSharding
+
+from tests.kernels.problems import checkpoint
 
 _PALLAS = {"backend": "pallas_tpu", "interpret": True}
 
@@ -21,14 +22,8 @@ def mesh():
 
 
 def _arrays(bits, inputs, outputs, groups):
-    rng = np.random.default_rng(0)
-    zeros = rng.integers(0, 2**bits, (groups, outputs)).astype(np.uint8)
-    codes = rng.integers(0, 2**bits, (inputs, outputs)).astype(np.uint8)
-    codes[2::4] = codes[3::4] = 0
-    every = np.repeat(zeros, inputs // groups, 0)
-    codes = np.where(np.arange(inputs)[:, None] % 4 < 2, codes, every).astype(np.uint8)
-    scales = rng.normal(size=(groups, outputs)).astype(np.float16)
-    return pack(jnp.asarray(codes), bits), jnp.asarray(scales), jnp.asarray(zeros)
+    kept = np.arange(inputs)[:, None] % 4 < 2
+    return checkpoint(bits, inputs, outputs, groups, kept=kept)
 
 
 def _weights():

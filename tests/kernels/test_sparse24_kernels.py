@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from idp_jax.kernels.quant_matmul.packing import BIT_WIDTHS, pack
+from idp_jax.kernels.quant_matmul.packing import BIT_WIDTHS
 from idp_jax.kernels.sparse24_matmul import config, reference
 from idp_jax.kernels.sparse24_matmul.api import (
     from_codes,
@@ -18,8 +18,9 @@ from idp_jax.kernels.sparse24_matmul.api import (
     to_dense,
 )
 
-# Of the largest entry; see test_quant_matmul_kernels. Quantised values are multiplied as float32.
-_TOLERANCE = {"bfloat16": 2**-7, "float32": 4e-6}
+from tests.kernels.problems import check, checkpoint, groups_of
+
+_check = functools.partial(check, sparse24_matmul, reference.sparse24_matmul, reference.gradient)
 
 
 def _mask(rng, inputs, outputs):
@@ -34,34 +35,8 @@ def _matrix(inputs, outputs):
 
 
 def _quantised(bits, inputs, outputs, group_size):
-    rng = np.random.default_rng(bits)
-    groups = 1 if group_size == -1 else inputs // group_size
-    zeros = rng.integers(0, 2**bits, (groups, outputs)).astype(np.uint8)
-    codes = rng.integers(0, 2**bits, (inputs, outputs)).astype(np.uint8)
-    every = np.repeat(zeros, inputs // groups, 0)
-    codes = np.where(_mask(rng, inputs, outputs), codes, every)
-    scales = rng.normal(size=(groups, outputs)).astype(np.float16)
-    return pack(jnp.asarray(codes), bits), jnp.asarray(scales), jnp.asarray(zeros)
-
-
-@functools.partial(jax.jit, static_argnames=("backend", "interpret"))
-def _value_and_gradient(x, upstream, weight, **options):
-    y, pull_back = jax.vjp(functools.partial(sparse24_matmul, weight=weight, **options), x)
-    return y, pull_back(upstream)[0]
-
-
-def _check(weight, rows, dtype, **options):
-    rng = np.random.default_rng(rows)
-    x = jnp.asarray(rng.normal(size=(rows, weight.inputs)), dtype)
-    upstream = jnp.asarray(rng.normal(size=(rows, weight.outputs)), dtype)
-    y, gradient = _value_and_gradient(x, upstream, weight, **options)
-    for ours, exact in (
-        (y, reference.sparse24_matmul(x, weight)),
-        (gradient, reference.gradient(upstream, weight)),
-    ):
-        assert ours.dtype == x.dtype
-        error = np.abs(np.asarray(ours, np.float64) - exact).max() / np.abs(exact).max()
-        assert error <= _TOLERANCE[dtype], error
+    kept = _mask(np.random.default_rng(bits), inputs, outputs)
+    return checkpoint(bits, inputs, outputs, groups_of(inputs, group_size), kept=kept)
 
 
 @pytest.mark.parametrize("inputs", [8, 256, 300])

@@ -1,0 +1,75 @@
+"""Random weights for the kernels, and how near a product must come to float64.
+
+Invariant: a problem is made from its arguments alone, so every test sees the same numbers again.
+
+    packed = checkpoint(3, 256, 40, 8)               # words, scales, zeros in eight groups
+    check(quant_matmul, reference.quant_matmul, reference.gradient, weight, 5, "float32")
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from idp_jax.kernels.quant_matmul.packing import pack
+
+# Of the largest entry. bfloat16 keeps 8 bits: the weight and the result are each rounded by up to
+# 2^-9. float32 sums a few hundred products, the codes' offset adding two bits.
+_TOLERANCE = {"bfloat16": 2**-7, "float32": 4e-6}
+
+
+def groups_of(inputs: int, group_size: int) -> int:
+    """How many groups there are; a size of -1 is one group of all inputs."""
+    return 1 if group_size == -1 else inputs // group_size
+
+
+def checkpoint(
+    bits: int, inputs: int, outputs: int, groups: int, *, dtype=np.float16, layers=(), kept=None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Words int32 [..., I * bits / 32, O], scales and zeros uint8 [..., G, O], as GPTQ has them.
+
+    Args:
+        dtype: of the scales.
+        layers: leading axes.
+        kept: bool [I, O], the codes that may differ from zero; all of them by default.
+    """
+    rng = np.random.default_rng(bits + inputs)
+    codes = rng.integers(0, 2**bits, (*layers, inputs, outputs)).astype(np.uint8)
+    scales = rng.normal(size=(*layers, groups, outputs)).astype(dtype)
+    zeros = rng.integers(0, 2**bits, (*layers, groups, outputs)).astype(np.uint8)
+    if kept is not None:
+        codes = np.where(kept, codes, np.repeat(zeros, inputs // groups, -2))
+    return pack(jnp.asarray(codes), bits, axis=-2), jnp.asarray(scales), jnp.asarray(zeros)
+
+
+@functools.partial(jax.jit, static_argnames=("multiply", "backend", "interpret"))
+def _value_and_gradient(x, upstream, weight, *, multiply, **options):
+    y, pull_back = jax.vjp(functools.partial(multiply, weight=weight, **options), x)
+    return y, pull_back(upstream)[0]
+
+
+def check(multiply, product, gradient, weight, rows: int, dtype: str, **options) -> None:
+    """Compares a product and its gradient in x with float64, for random x and upstream gradient.
+
+    Args:
+        multiply: of (x, weight, **options); a function, not a new object for every call.
+        product: the exact one, of (x, weight).
+        gradient: the exact one, of (upstream, weight).
+        weight: the weight.
+        rows: of x.
+        dtype: of x.
+        options: backend and interpret.
+    """
+    rng = np.random.default_rng(rows)
+    x = jnp.asarray(rng.normal(size=(rows, weight.inputs)), dtype)
+    upstream = jnp.asarray(rng.normal(size=(rows, weight.outputs)), dtype)
+    ours = _value_and_gradient(x, upstream, weight, multiply=multiply, **options)
+    assert_near(ours, (product(x, weight), gradient(upstream, weight)), dtype)
+
+
+def assert_near(ours, exact, dtype: str) -> None:
+    """Every array must have the dtype, and errors below its tolerance."""
+    for array, wanted in zip(ours, exact, strict=True):
+        assert array.dtype == dtype
+        error = np.abs(np.asarray(array, np.float64) - wanted).max() / np.abs(wanted).max()
+        assert error <= _TOLERANCE[dtype], error
