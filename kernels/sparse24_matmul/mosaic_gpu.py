@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jaxlib.mlir import ir
 
 from .. import gpu_blocks
+from ..frozen import frozen_product
 from ..quant_matmul import config
 from ..quant_matmul.layout import TILE, from_fragments
 from . import xla
@@ -58,11 +59,10 @@ def sparse24_matmul(x: jax.Array, weight: SparseWeight, *, interpret=None) -> ja
         raise ValueError(reason)
     if x.shape[0] > config.GPU_ROWS:
         return xla.multiply(x, weight)
-    return _product(interpret, x, weight)
+    return _product(x, weight, interpret)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(interpret, x: jax.Array, weight: SparseWeight) -> jax.Array:
+def _value(x: jax.Array, weight: SparseWeight, interpret) -> jax.Array:
     place = lambda block, tile: (block, tile, 0)
     return gpu_blocks.product(
         reordered(x),
@@ -77,17 +77,13 @@ def _product(interpret, x: jax.Array, weight: SparseWeight) -> jax.Array:
     )
 
 
-def _forward(interpret, x, weight):
-    return _product(interpret, x, weight), weight
-
-
-def _backward(interpret, weight, upstream):
+def _gradient(upstream: jax.Array, weight: SparseWeight, interpret) -> jax.Array:
     del interpret
     like = jnp.zeros((upstream.shape[0], weight.inputs), upstream.dtype)
-    return jax.vjp(lambda x: xla.multiply(x, weight), like)[1](upstream)[0], None
+    return jax.vjp(lambda x: xla.multiply(x, weight), like)[1](upstream)[0]
 
 
-_product.defvjp(_forward, _backward)
+_product = frozen_product(_value, _gradient)
 
 
 def _rows_of_256(fragments: jax.Array) -> jax.Array:

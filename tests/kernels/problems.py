@@ -42,6 +42,19 @@ def checkpoint(
     return pack(jnp.asarray(codes), bits, axis=-2), jnp.asarray(scales), jnp.asarray(zeros)
 
 
+def sparse_mask(inputs: int, outputs: int) -> np.ndarray:
+    """Bool [I, O]: two, one or none of every four inputs, anywhere."""
+    rng = np.random.default_rng(inputs)
+    order = rng.random((inputs // 4, 4, outputs)).argsort(axis=1)
+    return (order < rng.integers(0, 3, (inputs // 4, 1, outputs))).reshape(inputs, outputs)
+
+
+def sparse_matrix(inputs: int, outputs: int) -> jax.Array:
+    """A 2:4 matrix bfloat16 [I, O]."""
+    values = np.random.default_rng(outputs).normal(size=(inputs, outputs))
+    return jnp.asarray(values * sparse_mask(inputs, outputs), "bfloat16")
+
+
 @functools.partial(jax.jit, static_argnames=("multiply", "backend", "interpret"))
 def _value_and_gradient(x, upstream, weight, *, multiply, **options):
     y, pull_back = jax.vjp(functools.partial(multiply, weight=weight, **options), x)

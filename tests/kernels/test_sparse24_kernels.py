@@ -18,30 +18,19 @@ from idp_jax.kernels.sparse24_matmul.api import (
     to_dense,
 )
 
-from tests.kernels.problems import check, checkpoint, groups_of
+from tests.kernels.problems import check, checkpoint, groups_of, sparse_mask, sparse_matrix
 
 _check = functools.partial(check, sparse24_matmul, reference.sparse24_matmul, reference.gradient)
 
 
-def _mask(rng, inputs, outputs):
-    """Two of four, one of four and none of four."""
-    order = rng.random((inputs // 4, 4, outputs)).argsort(axis=1)
-    return (order < rng.integers(0, 3, (inputs // 4, 1, outputs))).reshape(inputs, outputs)
-
-
-def _matrix(inputs, outputs):
-    rng = np.random.default_rng(inputs)
-    return jnp.asarray(rng.normal(size=(inputs, outputs)) * _mask(rng, inputs, outputs), "bfloat16")
-
-
 def _quantised(bits, inputs, outputs, group_size):
-    kept = _mask(np.random.default_rng(bits), inputs, outputs)
+    kept = sparse_mask(inputs, outputs)
     return checkpoint(bits, inputs, outputs, groups_of(inputs, group_size), kept=kept)
 
 
 @pytest.mark.parametrize("inputs", [8, 256, 300])
 def test_round_trip(inputs):
-    matrix = _matrix(inputs, 5)
+    matrix = sparse_matrix(inputs, 5)
     weight = jax.jit(from_dense)(matrix)
     assert weight.values.shape == (2, -(-inputs // 256) * 64, 5)
     np.testing.assert_array_equal(matrix, jax.jit(to_dense)(weight))
@@ -63,7 +52,7 @@ def test_quantised_round_trip(bits, group_size):
 @pytest.mark.parametrize("backend", ["pallas_tpu", "xla"])
 @pytest.mark.parametrize("rows, dtype", [(3, "bfloat16"), (17, "float32")])
 def test_value_and_gradient(backend, rows, dtype):
-    _check(from_dense(_matrix(320, 136)), rows, dtype, backend=backend, interpret=True)
+    _check(from_dense(sparse_matrix(320, 136)), rows, dtype, backend=backend, interpret=True)
 
 
 @pytest.mark.parametrize("bits", BIT_WIDTHS)
@@ -77,7 +66,7 @@ def test_quantised_value_and_gradient(bits, group_size):
 def test_edges_of_blocks(bits, monkeypatch):
     monkeypatch.setattr(config, "blocks", lambda *_: config.Blocks(16, 128, 512))
     if bits is None:
-        weight = from_dense(_matrix(1020, 200))
+        weight = from_dense(sparse_matrix(1020, 200))
     else:
         weight = from_codes(*_quantised(bits, 992, 200, 32), bits=bits)
     _check(weight, 17, "bfloat16", backend="pallas_tpu", interpret=True)
@@ -90,7 +79,7 @@ def test_bad_input():
         from_dense(jnp.ones((6, 2), jnp.bfloat16))
     with pytest.raises(ValueError, match="weights are float32"):
         from_dense(jnp.ones((8, 2), jnp.float32))
-    weight = from_dense(_matrix(8, 4))
+    weight = from_dense(sparse_matrix(8, 4))
     with pytest.raises(ValueError, match="x has 7 features, the weight has 8"):
         sparse24_matmul(jnp.ones((1, 7), jnp.float32), weight)
     with pytest.raises(ValueError, match="pallas_tpu cannot serve: it needs a TPU"):

@@ -12,15 +12,9 @@ import pytest
 from idp_jax.kernels.sparse24_matmul import layout, mosaic_gpu, reference
 from idp_jax.kernels.sparse24_matmul.api import from_dense, sparse24_matmul
 
+from tests.kernels.problems import assert_near, sparse_matrix
+
 params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
-
-
-def _matrix(inputs, outputs):
-    """Two of four, one of four and none of four, anywhere."""
-    rng = np.random.default_rng(inputs)
-    order = rng.random((inputs // 4, 4, outputs)).argsort(axis=1)
-    kept = (order < rng.integers(0, 3, (inputs // 4, 1, outputs))).reshape(inputs, outputs)
-    return jnp.asarray(rng.normal(size=(inputs, outputs)) * kept, "bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -28,20 +22,15 @@ def _matrix(inputs, outputs):
     [(512, 128, 1, "bfloat16"), (1200, 64, 5, "bfloat16"), (320, 64, 3, "float32")],
 )
 def test_interpreted(inputs, outputs, rows, dtype):
-    weight = from_dense(_matrix(inputs, outputs), backend="mosaic_gpu")
+    weight = from_dense(sparse_matrix(inputs, outputs), backend="mosaic_gpu")
     rng = np.random.default_rng(rows)
     x = jnp.asarray(rng.normal(size=(rows, inputs)), dtype)
     interpret = params.InterpretGPUParams()
     multiply = lambda x: mosaic_gpu.sparse24_matmul(x, weight, interpret=interpret)
     y, pull_back = jax.vjp(multiply, x)
     (gradient,) = pull_back(y)
-    tolerance = 2**-7 if dtype == "bfloat16" else 4e-6
-    for ours, exact in (
-        (y, reference.sparse24_matmul(x, weight)),
-        (gradient, reference.gradient(y, weight)),
-    ):
-        assert ours.dtype == x.dtype
-        assert np.abs(np.asarray(ours, np.float64) - exact).max() <= tolerance * np.abs(exact).max()
+    exact = (reference.sparse24_matmul(x, weight), reference.gradient(y, weight))
+    assert_near((y, gradient), exact, dtype)
 
 
 def _registers_of_threads(weight):
@@ -57,7 +46,7 @@ def _registers_of_threads(weight):
 def test_every_register_holds_its_two_weights(monkeypatch):
     layouts = pytest.importorskip("jax.experimental.mosaic.gpu.fragmented_array")
     monkeypatch.setattr(mosaic_gpu.gpu_blocks, "element", lambda vector, position: vector[position])
-    matrix = _matrix(256, 64)
+    matrix = sparse_matrix(256, 64)
     weight = from_dense(matrix, backend="mosaic_gpu")
     words = np.array(_registers_of_threads(weight), np.int32)
     found = np.asarray(jax.lax.bitcast_convert_type(jnp.asarray(words), jnp.bfloat16), np.float32)
@@ -78,7 +67,7 @@ def test_every_register_holds_its_two_weights(monkeypatch):
 
 @pytest.mark.parametrize("inputs", [8, 256, 300])
 def test_round_trip(inputs):
-    matrix = _matrix(inputs, 128)
+    matrix = sparse_matrix(inputs, 128)
     weight = jax.jit(lambda m: from_dense(m, backend="mosaic_gpu"))(matrix)
     np.testing.assert_array_equal(matrix, jax.jit(layout.to_dense)(weight))
     tiles = -(-inputs // 256)
@@ -88,7 +77,7 @@ def test_round_trip(inputs):
 
 
 def test_xla_multiplies_fragments():
-    matrix = _matrix(64, 64)
+    matrix = sparse_matrix(64, 64)
     x = jnp.ones((2, 64), jnp.bfloat16)
     rows, fragments = (from_dense(matrix, backend=name) for name in ("xla", "mosaic_gpu"))
     np.testing.assert_array_equal(
@@ -97,11 +86,11 @@ def test_xla_multiplies_fragments():
 
 
 def test_what_it_cannot_serve_is_named():
-    weight = from_dense(_matrix(64, 64), backend="mosaic_gpu")
+    weight = from_dense(sparse_matrix(64, 64), backend="mosaic_gpu")
     x = jnp.ones((1, 64), jnp.bfloat16)
     assert mosaic_gpu.unsupported(x, weight) is None
     assert "x is float16" in str(mosaic_gpu.unsupported(x.astype(jnp.float16), weight))
-    rows = from_dense(_matrix(64, 64), backend="xla")
+    rows = from_dense(sparse_matrix(64, 64), backend="xla")
     assert "compress it for mosaic_gpu" in str(mosaic_gpu.unsupported(x, rows))
     codes = layout.from_codes(
         jnp.zeros((8, 64), jnp.int32),
@@ -112,13 +101,13 @@ def test_what_it_cannot_serve_is_named():
     assert "values of 4 bits" in str(mosaic_gpu.unsupported(x, codes))
     with pytest.raises(ValueError, match="72 inputs are no multiple of 16"):
         mosaic_gpu.sparse24_matmul(
-            jnp.ones((1, 72), jnp.bfloat16), from_dense(_matrix(72, 64), backend="mosaic_gpu")
+            jnp.ones((1, 72), jnp.bfloat16), from_dense(sparse_matrix(72, 64), backend="mosaic_gpu")
         )
     with pytest.raises(ValueError, match="cannot serve: it needs a TPU"):
         sparse24_matmul(x, weight, backend="pallas_tpu")
     with pytest.raises(ValueError, match="cannot serve: the weight is arranged as fragments"):
         sparse24_matmul(x, weight, backend="pallas_tpu", interpret=True)
     with pytest.raises(ValueError, match="5 outputs are no multiple of 64"):
-        from_dense(_matrix(8, 5), backend="mosaic_gpu")
+        from_dense(sparse_matrix(8, 5), backend="mosaic_gpu")
     with pytest.raises(ValueError, match="arrangement must be rows or fragments, not columns"):
-        layout.from_dense(_matrix(8, 5), arrangement="columns")
+        layout.from_dense(sparse_matrix(8, 5), arrangement="columns")
