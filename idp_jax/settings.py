@@ -134,7 +134,7 @@ class Calibration:
     """Tokens of a window."""
     order: str = "first"
     """first: the first windows of the text; random: windows drawn by the seed."""
-    batch_size: int = 4
+    batch_size: int = 2
     """Windows that go through the model at a time, on each device that the text is cut over."""
 
     def __post_init__(self):

@@ -56,7 +56,7 @@ def compress(
     settings: Compression,
     tokens: np.ndarray | None = None,
     *,
-    batch_size: int = 4,
+    batch_size: int = 2,
     mesh: jax.sharding.Mesh | None = None,
     progress: Callable = iter,
     times: StageTimes | None = None,
