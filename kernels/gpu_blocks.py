@@ -34,9 +34,10 @@ class Operand(NamedTuple):
     """An array that a weight consists of.
 
     Attributes:
-        array: as it lies in memory.
-        block: the shape of what 64 outputs of one tile of 256 inputs need.
-        index: (block of outputs, tile) -> the place of that in the array, in blocks.
+        array: as it lies in memory, layers in front.
+        block: the shape of what 64 outputs of one tile of 256 inputs need; it divides a layer's
+            first axis.
+        index: (block of outputs, tile) -> the place of that in a layer, in blocks.
     """
 
     array: jax.Array
@@ -50,6 +51,7 @@ def product(
     add_tile: Callable,
     *,
     outputs: int,
+    layer: jax.Array,
     bits: int,
     chunk: int = TILE,
     interpret=None,
@@ -62,6 +64,7 @@ def product(
         add_tile: (x in shared memory [rows, 256], the operands there, the sum float32 [64, rows])
             -> the sum with the product of one tile added.
         outputs: O.
+        layer: int32 [1], the layer that is meant.
         bits: what the weight takes per input, for the choice of sizes.
         chunk: inputs of a product on the tensor cores: 32, 64, 128 or 256.
         interpret: `plgpu`'s interpreter parameters, for tests.
@@ -69,23 +72,35 @@ def product(
     Returns:
         [M, O] of x's dtype.
     """
+    multiply = functools.partial(
+        _blocked,
+        operands=operands,
+        add_tile=add_tile,
+        outputs=outputs,
+        layer=layer,
+        bits=bits,
+        chunk=chunk,
+        interpret=interpret,
+    )
     if x.dtype == jnp.bfloat16:
-        return _blocked(x, operands, add_tile, outputs, bits, chunk, interpret).astype(x.dtype)
+        return multiply(x).astype(x.dtype)
     parts, rest = [], x
     for _ in range(3):
         # Not `astype` twice, which XLA may take for nothing.
         parts.append(jax.lax.reduce_precision(rest, 8, 7))
         rest = rest - parts[-1]
     stacked = jnp.concatenate(parts).astype(jnp.bfloat16)
-    y = _blocked(stacked, operands, add_tile, outputs, bits, chunk, interpret)
+    y = multiply(stacked)
     return y.reshape(3, x.shape[0], outputs).sum(0)
 
 
 def _blocked(
     x: jax.Array,
+    *,
     operands: Sequence[Operand],
     add_tile: Callable,
     outputs: int,
+    layer: jax.Array,
     bits: int,
     chunk: int,
     interpret,
@@ -94,19 +109,14 @@ def _blocked(
     (count, inputs), blocks = x.shape, -(-outputs // OUTPUTS)
     rows, shares, stages = config.gpu_sizes(device_kind(), bits, inputs, outputs, count)
     row_blocks, steps = -(-count // rows), -(-inputs // (TILE * shares))
-    arrays = [operand.array for operand in operands]
     if interpret is not None:
-        # Outside an array the hardware reads zeros, the interpreter fails.
+        # Outside an array the hardware reads zeros (or another layer), the interpreter fails.
         x = _pad_to(x, (row_blocks * rows, steps * shares * TILE))
-        last = [operand.index(blocks - 1, steps * shares - 1) for operand in operands]
-        arrays = [
-            _pad_to(o.array, [(at + 1) * size for at, size in zip(place, o.block, strict=True)])
-            for o, place in zip(operands, last, strict=True)
-        ]
+        operands = [_padded(o, o.index(blocks - 1, steps * shares - 1)) for o in operands]
     transposed = plgpu.kernel(
         functools.partial(
             _body,
-            specs=[(operand.block, operand.index) for operand in operands],
+            operands=operands,
             add_tile=add_tile,
             steps=steps,
             stages=stages,
@@ -118,14 +128,15 @@ def _blocked(
         grid_names=("outputs", "rows", "share"),
         scratch_types=[plgpu.SMEM((OUTPUTS, rows), jnp.float32)],
         interpret=interpret,
-    )(x, *arrays)
+    )(layer, x, *(o.array.reshape(-1, *o.array.shape[2:]) for o in operands))
     return transposed.sum(0)[:outputs, :count].T
 
 
 def _body(
+    layer_gmem,
     x_gmem,
     *refs,
-    specs: Sequence[tuple[tuple[int, ...], Callable]],
+    operands: Sequence[Operand],
     add_tile: Callable,
     steps: int,
     stages: int,
@@ -134,6 +145,7 @@ def _body(
 ):
     *operands_gmem, y_gmem, y_smem = refs
     block, row_block, share = (jax.lax.axis_index(name) for name in ("outputs", "rows", "share"))
+    layer = layer_gmem[0]
     first, rows, swizzle = share * steps, y_smem.shape[1], min(128, 2 * chunk)
     x_spec = plgpu.BlockSpec(
         (rows, TILE),
@@ -146,7 +158,7 @@ def _body(
     total = plgpu.emit_pipeline(
         lambda _, *parts: add_tile(*parts),
         grid=(steps,),
-        in_specs=[x_spec] + [_spec(shape, index, block, first) for shape, index in specs],
+        in_specs=[x_spec] + [_spec(operand, layer, block, first) for operand in operands],
         max_concurrent_steps=stages,
         init_carry=zero,
     )(x_gmem, *operands_gmem)
@@ -157,8 +169,17 @@ def _body(
     plgpu.wait_smem_to_gmem(0)
 
 
-def _spec(shape: tuple[int, ...], index: Callable, block, first):
-    return plgpu.BlockSpec(shape, lambda k: index(block, first + k))
+def _spec(operand: Operand, layer, block, first):
+    def index(k):
+        row, *rest = operand.index(block, first + k)
+        return (layer * (operand.array.shape[1] // operand.block[0]) + row, *rest)
+
+    return plgpu.BlockSpec(operand.block, index)
+
+
+def _padded(operand: Operand, last: tuple) -> Operand:
+    shape = [(at + 1) * size for at, size in zip(last, operand.block, strict=True)]
+    return operand._replace(array=_pad_to(operand.array, (0, *shape)))
 
 
 def _pad_to(array: jax.Array, shape: Sequence[int]) -> jax.Array:

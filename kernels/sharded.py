@@ -79,7 +79,8 @@ def partition(weight: Weight, axis: str | None, split: str) -> Weight:
         at = outputs_at if split == "outputs" else inputs_at
         return PartitionSpec(*(axis if d == at % array.ndim else None for d in range(array.ndim)))
 
-    place = functools.partial(dataclasses.replace, weight)
+    layer = None if weight.layer is None else PartitionSpec()
+    place = functools.partial(dataclasses.replace, weight, layer=layer)
     grid = None
     if weight.grid is not None:
         one = weight.groups == 1 and split == "inputs"

@@ -28,7 +28,7 @@ class Blocks(NamedTuple):
 
 
 class Operand(NamedTuple):
-    """One array that stores the weight, [rows, O] or [planes, rows, O].
+    """One array that stores the weight, [layers, rows, O] or [layers, planes, rows, O].
 
     Attributes:
         array: the whole array.
@@ -58,6 +58,7 @@ def product(
     blocks: Blocks,
     transposed: bool = False,
     inputs: int,
+    layer: jax.Array,
     scratch: Sequence = (),
     interpret=False,
     name: str = "matmul",
@@ -71,6 +72,7 @@ def product(
         blocks: sizes of a block; those of outputs and inputs may exceed the matrix.
         transposed: multiply by the transpose, as the gradient does.
         inputs: I.
+        layer: int32 [1], the layer that is meant.
         scratch: VMEM buffers for `expand`.
         interpret: run on the CPU, for tests.
         name: of the kernel in profiles.
@@ -94,13 +96,16 @@ def product(
     return pl.pallas_call(
         body,
         out_shape=jax.ShapeDtypeStruct((x.shape[0], kept), x.dtype),
-        grid=grid,
-        in_specs=[
-            pl.BlockSpec((blocks.m, summed_block), lambda m, n, k: (m, k)),
-            *(_weight_spec(operand, blocks.o, transposed) for operand in operands),
-        ],
-        out_specs=pl.BlockSpec((blocks.m, kept_block), lambda m, n, k: (m, n)),
-        scratch_shapes=[pltpu.VMEM((blocks.m, kept_block), jnp.float32), *scratch],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=grid,
+            in_specs=[
+                pl.BlockSpec((blocks.m, summed_block), lambda m, n, k, layer: (m, k)),
+                *(_weight_spec(operand, blocks.o, transposed) for operand in operands),
+            ],
+            out_specs=pl.BlockSpec((blocks.m, kept_block), lambda m, n, k, layer: (m, n)),
+            scratch_shapes=[pltpu.VMEM((blocks.m, kept_block), jnp.float32), *scratch],
+        ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=VMEM_LIMIT,
@@ -108,23 +113,24 @@ def product(
         cost_estimate=_cost(x, operands, kept),
         interpret=interpret,
         name=name,
-    )(x, *(operand.array for operand in operands))
+    )(layer, x, *(operand.array for operand in operands))
 
 
 def _weight_spec(operand: Operand, outputs: int, transposed: bool) -> pl.BlockSpec:
     """The block of an operand that holds one block of the weight, `outputs` wide."""
-    *lead, rows, _ = operand.array.shape
+    _, *planes, rows, _ = operand.array.shape
     whole = operand.block_rows is None or operand.block_rows >= rows
-    shape = (*lead, rows if whole else operand.block_rows, outputs)
+    shape = (None, *planes, rows if whole else operand.block_rows, outputs)
 
-    def index(m, n, k):
+    def index(m, n, k, layer):
         row, column = (n, k) if transposed else (k, n)
-        return (*(0 for _ in lead), 0 if whole else row, column)
+        return (layer[0], *(0 for _ in planes), 0 if whole else row, column)
 
     return pl.BlockSpec(shape, index)
 
 
 def _body(
+    layer_ref,
     x_ref,
     *refs,
     expand: Expand,
@@ -134,6 +140,7 @@ def _body(
     inputs_block: int,
     transposed: bool,
 ):
+    del layer_ref  # the index maps read it
     operand_refs, (y_ref, sum_ref, *scratch) = refs[:operand_count], refs[operand_count:]
     step, last = pl.program_id(2), pl.num_programs(2) - 1
 
@@ -175,7 +182,7 @@ def dot(x: jax.Array, weights: jax.Array, *, transposed: bool = False) -> jax.Ar
 
 
 def _cost(x: jax.Array, operands: Sequence[Operand], kept: int) -> pl.CostEstimate:
-    stored = sum(operand.array.size * operand.array.dtype.itemsize for operand in operands)
+    stored = sum(operand.array.nbytes // operand.array.shape[0] for operand in operands)
     return pl.CostEstimate(
         flops=2 * x.size * kept,
         bytes_accessed=stored + (x.size + x.shape[0] * kept) * x.dtype.itemsize,

@@ -5,13 +5,19 @@ shared by a stage. The forward pass is the
 composition of the stages and nothing else: what is calibrated is what runs.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
+from idp_jax.kernels.stack import at
+
 from idp_jax.models.config import ModelConfig
 from idp_jax.models.layers import Norm, attention, rotate
 from idp_jax.sharding import constrain
+from idp_jax.weights import is_compressed
 
 STAGES = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 _ACTIVATIONS = {
@@ -113,6 +119,29 @@ class Block(nnx.Module):
 def layer_slice(layers, index) -> "Block":
     """Layer `index` of stacked layers."""
     return jax.tree.map(lambda x: x[index], layers)
+
+
+def scan_layers(step: Callable, carry: Any, layers: Block, others: Any) -> tuple[Any, Any]:
+    """`lax.scan` over stacked layers.
+
+    What kernels read stays whole, and every layer's block names its number instead of holding a
+    slice: see kernels/stack.py.
+
+    Args:
+        step: of (carry, (one layer's block, its part of `others`)).
+        others: arrays with a leading axis of layers.
+    """
+    leaves, tree = jax.tree.flatten(layers, is_leaf=is_compressed)
+    whole = [leaf if is_compressed(leaf) else None for leaf in leaves]
+    cut = [None if is_compressed(leaf) else leaf for leaf in leaves]
+    numbers = jnp.arange(jax.tree.leaves(layers)[0].shape[0], dtype=jnp.int32)
+
+    def one_layer(carry, xs):
+        number, parts, own = xs
+        here = [p if w is None else at(w, number) for w, p in zip(whole, parts, strict=True)]
+        return step(carry, (jax.tree.unflatten(tree, here), own))
+
+    return jax.lax.scan(one_layer, carry, (numbers, cut, others))
 
 
 def stack_layers(blocks: list) -> "Block":

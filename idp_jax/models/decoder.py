@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.core import Tracer
 
-from idp_jax.models.block import Block, Context
+from idp_jax.models.block import Block, Context, scan_layers
 from idp_jax.models.cache import KV
 from idp_jax.models.config import ModelConfig
 from idp_jax.models.layers import Norm, rope_frequencies, rotation, visibility
@@ -197,7 +197,7 @@ class Decoder(nnx.Module):
 
         step = jax.checkpoint(step, prevent_cse=False) if remat else step
         stored = None if past is None else (past.k, past.v)
-        h, kept = jax.lax.scan(step, h, (self.layers, stored))
+        h, kept = scan_layers(step, h, self.layers, stored)
         h = self.finish(h)
         if not keep:
             return h

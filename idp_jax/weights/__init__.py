@@ -5,6 +5,6 @@ beside it. Every weight of a decoder
 carries its layers stacked on a leading axis; `lax.scan` hands the block one layer of it.
 """
 
-from idp_jax.weights.base import Dense, Lora, Prepared, Quantized, for_kernels
+from idp_jax.weights.base import Dense, Lora, Prepared, Quantized, for_kernels, is_compressed
 
-__all__ = ["Dense", "Lora", "Prepared", "Quantized", "for_kernels"]
+__all__ = ["Dense", "Lora", "Prepared", "Quantized", "for_kernels", "is_compressed"]

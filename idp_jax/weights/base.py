@@ -19,6 +19,7 @@ from flax import nnx
 from idp_jax.kernels.dispatch import best_backend
 from idp_jax.kernels.quant_matmul import api as kernels
 from idp_jax.kernels.quant_matmul import xla as quant_matmul
+from idp_jax.kernels.quant_matmul.layout import KernelWeight
 from idp_jax.kernels.sharded import partition, sharded_matmul, unsplittable
 
 Array = jax.Array | np.ndarray  # a model read from disk holds numpy arrays until it is placed
@@ -117,7 +118,7 @@ class Prepared(nnx.Module):
         split: what a mesh's `model` axis cuts, "outputs" or "inputs".
     """
 
-    def __init__(self, packed: kernels.KernelWeight, *, bias=None, backend: str, split: str):
+    def __init__(self, packed: KernelWeight, *, bias=None, backend: str, split: str):
         self.packed = nnx.Param(packed)
         self.bias = None if bias is None else nnx.Param(bias)
         self.backend = backend
@@ -143,7 +144,12 @@ class Prepared(nnx.Module):
         return Quantized(words, scales, zeros, bits=packed.bits, group_index=group_index, bias=bias)
 
 
-def _on_mesh(multiply, x: jax.Array, packed: kernels.KernelWeight, mesh, split: str) -> jax.Array:
+def is_compressed(node) -> bool:
+    """Whether a node of a model's tree is a weight in the layout of the kernels."""
+    return isinstance(node, KernelWeight)
+
+
+def _on_mesh(multiply, x: jax.Array, packed: KernelWeight, mesh, split: str) -> jax.Array:
     # What cannot be cut is multiplied whole by every device of the model axis.
     parts = mesh.shape["model"]
     whole = unsplittable(packed, split, parts) is not None

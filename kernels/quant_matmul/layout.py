@@ -31,7 +31,7 @@ GRID_SPAN = 1024
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["words", "grid", "order"],
+    data_fields=["words", "grid", "order", "layer"],
     meta_fields=["bits", "inputs", "groups", "scale_dtype", "arrangement"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,8 @@ class KernelWeight:
         groups: G.
         scale_dtype: "float16" or "bfloat16".
         arrangement: "rows" (TPU) or "fragments" (GPU).
+        layer: int32 scalar or None: `words` and `grid` are stacks of layers and this one is meant, see
+            stack.py.
     """
 
     words: jax.Array
@@ -60,6 +62,7 @@ class KernelWeight:
     groups: int
     scale_dtype: str
     arrangement: str = "rows"
+    layer: jax.Array | None = None
 
     @property
     def group_size(self) -> int:

@@ -19,6 +19,7 @@ from jaxlib.mlir.dialects import arith
 
 from .. import gpu_blocks
 from ..frozen import frozen_product
+from ..stack import stacked
 from . import config, xla
 from .layout import TILE, KernelWeight, fields_of, from_fragments, rows_of_set, unpack_tiles
 from .pallas_tpu import scales_and_offsets
@@ -64,7 +65,8 @@ def _value(x: jax.Array, weight: KernelWeight, interpret) -> jax.Array:
     def grid_block(block, tile):
         return (0 if weight.groups == 1 else tile // tiles_of_row), block
 
-    words = weight.words.reshape(weight.words.shape[0], -1, 256)
+    stack, layer = stacked(weight)
+    words = stack.words.reshape(*stack.words.shape[:2], -1, 256)
     grid_rows = TILE // chunk if weight.groups > 1 else 1
     return gpu_blocks.product(
         x,
@@ -72,10 +74,11 @@ def _value(x: jax.Array, weight: KernelWeight, interpret) -> jax.Array:
             gpu_blocks.Operand(
                 words, (1, 2 * weight.bits, 256), lambda block, tile: (block, tile, 0)
             ),
-            gpu_blocks.Operand(weight.grid, (grid_rows, gpu_blocks.OUTPUTS), grid_block),
+            gpu_blocks.Operand(stack.grid, (grid_rows, gpu_blocks.OUTPUTS), grid_block),
         ],
         functools.partial(_add_tile, weight=weight, chunk=chunk, interpreted=interpret is not None),
         outputs=weight.outputs,
+        layer=layer,
         bits=weight.bits,
         chunk=chunk,
         interpret=interpret,

@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from .. import tpu_blocks
 from ..frozen import frozen_product
+from ..stack import stacked
 from . import config
 from .layout import GRID_SPAN, TILE, KernelWeight, fields_of, rows_of_set
 
@@ -70,18 +71,20 @@ def _prefill(
     if weight.groups > 1:
         # A part of a sharded weight has no spare rows in its grid: its blocks must end with it.
         rows_of = lambda i: pl.cdiv(weight.inputs, i) * max(1, i // weight.group_size)
-        while blocks.i > TILE and rows_of(blocks.i) > weight.grid.shape[0]:
+        while blocks.i > TILE and rows_of(blocks.i) > weight.grid.shape[-2]:
             blocks = blocks._replace(i=blocks.i // TILE // 2 * TILE)
+    stack, layer = stacked(weight)
     return tpu_blocks.product(
         x,
         [
-            tpu_blocks.Operand(weight.words, blocks.i // TILE * 8 * weight.bits),
-            tpu_blocks.Operand(weight.grid, None),
+            tpu_blocks.Operand(stack.words, blocks.i // TILE * 8 * weight.bits),
+            tpu_blocks.Operand(stack.grid, None),
         ],
         functools.partial(expand, weight=weight),
         blocks=blocks,
         transposed=transposed,
         inputs=weight.inputs,
+        layer=layer,
         interpret=interpret,
         name="quant_matmul_gradient" if transposed else "quant_matmul_prefill",
     )
@@ -115,22 +118,27 @@ def _decode(x: jax.Array, weight: KernelWeight, interpret) -> jax.Array:
         device_kind(), weight.bits, weight.inputs, weight.outputs, x.shape[0]
     )
     outputs = min(outputs, weight.outputs)
-    rows = weight.grid.shape[0]
+    stack, layer = stacked(weight)
+    rows = stack.grid.shape[1]
     x = jnp.pad(x, ((0, 0), (0, tiles * TILE - weight.inputs)))
-    stored = (weight.words.size + weight.grid.size) * 4
-    whole = lambda o: (0, 0)
-    columns = lambda o: (0, o)
+    stored = (stack.words.nbytes + stack.grid.nbytes) // stack.grid.shape[0]
+    whole = lambda o, layer: (0, 0)
+    columns = lambda o, layer: (0, o)
+    of_layer = lambda o, layer: (layer[0], 0, o)
     return pl.pallas_call(
         functools.partial(_decode_body, weight=weight),
         out_shape=jax.ShapeDtypeStruct((x.shape[0], weight.outputs), x.dtype),
-        grid=(pl.cdiv(weight.outputs, outputs),),
-        in_specs=[
-            pl.BlockSpec(x.shape, whole),
-            pl.BlockSpec((weight.words.shape[0], outputs), columns),
-            pl.BlockSpec((rows, outputs), columns),
-        ],
-        out_specs=pl.BlockSpec((x.shape[0], outputs), columns),
-        scratch_shapes=[pltpu.VMEM((rows, outputs), jnp.float32)] * 2,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(pl.cdiv(weight.outputs, outputs),),
+            in_specs=[
+                pl.BlockSpec(x.shape, whole),
+                pl.BlockSpec((None, stack.words.shape[1], outputs), of_layer),
+                pl.BlockSpec((None, rows, outputs), of_layer),
+            ],
+            out_specs=pl.BlockSpec((x.shape[0], outputs), columns),
+            scratch_shapes=[pltpu.VMEM((rows, outputs), jnp.float32)] * 2,
+        ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",), vmem_limit_bytes=tpu_blocks.VMEM_LIMIT
         ),
@@ -141,15 +149,16 @@ def _decode(x: jax.Array, weight: KernelWeight, interpret) -> jax.Array:
         ),
         interpret=interpret,
         name="quant_matmul_decode",
-    )(x, weight.words, weight.grid)
+    )(layer, x, stack.words, stack.grid)
 
 
 _product = frozen_product(_value, functools.partial(_prefill, transposed=True))
 
 
 def _decode_body(
-    x_ref, words_ref, grid_ref, y_ref, scales_ref, offsets_ref, *, weight: KernelWeight
+    layer_ref, x_ref, words_ref, grid_ref, y_ref, scales_ref, offsets_ref, *, weight: KernelWeight
 ):
+    del layer_ref  # the index maps read it
     scales_ref[...], offsets_ref[...] = scales_and_offsets(grid_ref[...], weight)
     rows = 8 * weight.bits
     tiles = words_ref.shape[0] // rows

@@ -5,13 +5,14 @@ Invariant: nothing is rounded but the result. Arrays must be concrete, so it can
 
 import numpy as np
 
+from ..stack import alone
 from .layout import KernelWeight, restore
 from .packing import unpack
 
 
 def dense(weight: KernelWeight) -> np.ndarray:
     """The matrix float64 [I, O] that a packed weight stands for."""
-    words, scales, zeros, group_index = restore(weight)
+    words, scales, zeros, group_index = restore(alone(weight))
     codes = np.asarray(unpack(words, weight.bits), np.float64)
     if group_index is None:
         index = np.arange(weight.inputs) // weight.group_size

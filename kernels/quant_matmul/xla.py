@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from ..stack import alone
 from .layout import KernelWeight, codes_of, scales_and_zeros
 from .packing import unpack
 
@@ -113,7 +114,7 @@ def multiply(x: jax.Array, weight: KernelWeight) -> jax.Array:
     """
 
     def product(x, weight):
-        expanded = expand(weight, x.dtype)
+        expanded = expand(alone(weight), x.dtype)
         return jnp.matmul(x, expanded, preferred_element_type=jnp.float32).astype(x.dtype)
 
     return jax.checkpoint(product)(x, weight)

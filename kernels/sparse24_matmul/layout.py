@@ -42,7 +42,7 @@ CODED_QUADS = 128
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["values", "positions", "grid"],
+    data_fields=["values", "positions", "grid", "layer"],
     meta_fields=["inputs", "bits", "groups", "arrangement"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +59,8 @@ class SparseWeight:
         bits: None for bfloat16 values, else 2, 3, 4 or 8.
         groups: G.
         arrangement: "rows" or, for bfloat16 values, "fragments" (GPU).
+        layer: int32 scalar or None: the arrays are stacks of layers and this one is meant, see
+            stack.py.
     """
 
     values: jax.Array
@@ -68,6 +70,7 @@ class SparseWeight:
     bits: int | None = None
     groups: int = 1
     arrangement: str = "rows"
+    layer: jax.Array | None = None
 
     @property
     def outputs(self) -> int:

@@ -21,6 +21,7 @@ from .. import gpu_blocks
 from ..frozen import frozen_product
 from ..quant_matmul import config
 from ..quant_matmul.layout import TILE, from_fragments
+from ..stack import stacked
 from . import xla
 from .layout import SparseWeight
 
@@ -63,15 +64,17 @@ def sparse24_matmul(x: jax.Array, weight: SparseWeight, *, interpret=None) -> ja
 
 
 def _value(x: jax.Array, weight: SparseWeight, interpret) -> jax.Array:
+    stack, layer = stacked(weight)
     place = lambda block, tile: (block, tile, 0)
     return gpu_blocks.product(
         reordered(x),
         [
-            gpu_blocks.Operand(_rows_of_256(weight.positions), (1, 2, 256), place),
-            gpu_blocks.Operand(_rows_of_256(weight.values), (1, 2 * _FIELDS, 256), place),
+            gpu_blocks.Operand(_rows_of_256(stack.positions), (1, 2, 256), place),
+            gpu_blocks.Operand(_rows_of_256(stack.values), (1, 2 * _FIELDS, 256), place),
         ],
         functools.partial(_add_tile, interpreted=interpret is not None),
         outputs=weight.outputs,
+        layer=layer,
         bits=_BITS,
         interpret=interpret,
     )
@@ -87,7 +90,7 @@ _product = frozen_product(_value, _gradient)
 
 
 def _rows_of_256(fragments: jax.Array) -> jax.Array:
-    return fragments.reshape(fragments.shape[0], -1, 256)
+    return fragments.reshape(*fragments.shape[:2], -1, 256)
 
 
 def reordered(x: jax.Array) -> jax.Array:

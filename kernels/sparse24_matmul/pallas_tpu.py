@@ -16,6 +16,7 @@ from .. import tpu_blocks
 from ..frozen import frozen_product
 from ..quant_matmul.layout import KernelWeight
 from ..quant_matmul.pallas_tpu import device_kind, group_rows, scales_and_offsets, unpack_block
+from ..stack import stacked
 from . import config
 from .layout import CODED_QUADS, QUADS, SparseWeight
 
@@ -62,16 +63,17 @@ def _blocked(
         x.shape[0],
         x.dtype.itemsize,
     )
-    quads = weight.positions.shape[0] * 8
+    stack, layer = stacked(weight)
+    quads = stack.positions.shape[1] * 8
     lanes = pl.cdiv(weight.outputs, _LANES) * _LANES
     blocks = blocks._replace(i=min(blocks.i, quads * 4), o=min(blocks.o, lanes))
     rows = blocks.i // 4 if weight.bits is None else blocks.i // 512 * 8 * weight.bits
     operands = [
-        tpu_blocks.Operand(weight.positions, blocks.i // 32),
-        tpu_blocks.Operand(weight.values, rows),
+        tpu_blocks.Operand(stack.positions, blocks.i // 32),
+        tpu_blocks.Operand(stack.values, rows),
     ]
-    if weight.grid is not None:
-        operands.append(tpu_blocks.Operand(weight.grid, None))
+    if stack.grid is not None:
+        operands.append(tpu_blocks.Operand(stack.grid, None))
     return tpu_blocks.product(
         x,
         operands,
@@ -79,6 +81,7 @@ def _blocked(
         blocks=blocks,
         transposed=transposed,
         inputs=weight.inputs,
+        layer=layer,
         # Stores with a stride need rows of one register's width.
         scratch=[pltpu.VMEM((blocks.i, _LANES), jnp.float32)] * (blocks.o // _LANES),
         interpret=interpret,
