@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from flax import nnx, struct
 
 from idp_jax.kernels.stack import at
-
 from idp_jax.models.config import ModelConfig
 from idp_jax.models.layers import Norm, attention, rotate
 from idp_jax.sharding import constrain

@@ -28,6 +28,7 @@ from idp_jax.kernels.quant_matmul import layout as quant_layout
 from idp_jax.kernels.quant_matmul import pallas_tpu as quant_tpu
 from idp_jax.kernels.sparse24_matmul import layout as sparse_layout
 from idp_jax.kernels.sparse24_matmul import pallas_tpu as sparse_tpu
+from idp_jax.kernels.stack import at
 from jax.experimental import topologies
 from jax.extend.core import Var
 
@@ -92,18 +93,14 @@ def compile_case(case: Case, kind: str) -> Result:
     Raises:
         Exception: whatever the compiler finds wrong.
     """
-    device = _device(kind)
     weight = _abstract_weight(case)
     width = case.outputs if case.gradient else case.inputs
     x = jax.ShapeDtypeStruct((case.rows, width), case.dtype)
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    jitted = jax.jit(program(case), in_shardings=sharding, out_shardings=sharding)
     walked = _walked(jax.make_jaxpr(program(case))(x, weight).jaxpr)
     start = time.perf_counter()
-    compiled = jitted.lower(x, weight).compile()
+    compiled = _compile(program(case), kind, x, weight)
     seconds = time.perf_counter() - start
-    stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight))
-    ideal = stored + case.rows * (case.inputs + case.outputs) * jnp.dtype(case.dtype).itemsize
+    ideal = _ideal_bytes(case, weight)
     scoped = re.findall(
         r'used_scoped_memory_configs":\[\{[^}]*"size":"(\d+)"', compiled.as_text() or ""
     )
@@ -114,6 +111,32 @@ def compile_case(case: Case, kind: str) -> Result:
         walked / ideal,
         max(map(int, scoped), default=0),
     )
+
+
+def bytes_of_a_walk(case: Case, kind: str) -> float:
+    """Bytes accessed for one of eight layers walked by `lax.scan`, over packed weight + x + y."""
+    weight = _abstract_weight(case)
+    stack = jax.tree.map(lambda a: jax.ShapeDtypeStruct((8, *a.shape), a.dtype), weight)
+    x = jax.ShapeDtypeStruct((case.rows, case.inputs), case.dtype)
+
+    def walk(x, stack):
+        step = lambda x, layer: (program(case)(x, at(stack, layer)), None)
+        return jax.lax.scan(step, x, jnp.arange(8, dtype=jnp.int32))[0]
+
+    # XLA counts the body of a loop once.
+    cost: Any = _compile(walk, kind, x, stack).cost_analysis()
+    return cost["bytes accessed"] / _ideal_bytes(case, weight)
+
+
+def _compile(function, kind: str, *arguments):
+    sharding = jax.sharding.SingleDeviceSharding(_device(kind))
+    jitted = jax.jit(function, in_shardings=sharding, out_shardings=sharding)
+    return jitted.lower(*arguments).compile()
+
+
+def _ideal_bytes(case: Case, weight) -> int:
+    stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight))
+    return stored + case.rows * (case.inputs + case.outputs) * jnp.dtype(case.dtype).itemsize
 
 
 def _walked(jaxpr) -> int:

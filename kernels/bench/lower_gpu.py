@@ -11,7 +11,9 @@ to DIR. Values and speed are not checked.
 import argparse
 import functools
 import itertools
+import math
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -24,6 +26,7 @@ from idp_jax.kernels.quant_matmul import mosaic_gpu as quant_gpu
 from idp_jax.kernels.quant_matmul.layout import repack
 from idp_jax.kernels.sparse24_matmul import mosaic_gpu as sparse_gpu
 from idp_jax.kernels.sparse24_matmul.layout import from_dense
+from idp_jax.kernels.stack import at
 from jax.experimental import topologies
 
 # Device facts of an H100 SXM, as XLA's GpuTargetConfig text proto.
@@ -61,13 +64,24 @@ def sparse(inputs: int, outputs: int):
     return jax.eval_shape(functools.partial(from_dense, arrangement="fragments"), dense)
 
 
-def lower(device, multiply, weight, rows: int, dtype) -> int:
-    """Lowers and compiles one case: the length of the lowered program."""
+def lower(device, multiply, weight, rows: int, dtype):
+    """Lowers one case."""
     sharding = jax.sharding.SingleDeviceSharding(device)
     jitted = jax.jit(multiply, in_shardings=sharding, out_shardings=sharding)
-    lowered = jitted.lower(jax.ShapeDtypeStruct((rows, weight.inputs), dtype), weight)
-    lowered.compile()
-    return len(lowered.as_text())
+    return jitted.lower(jax.ShapeDtypeStruct((rows, weight.inputs), dtype), weight)
+
+
+def sliced_by_a_walk(device, multiply, weight) -> int:
+    """The most elements that the compiled walk over eight layers [N, N] cuts out of an array."""
+    stack = jax.tree.map(lambda a: jax.ShapeDtypeStruct((8, *a.shape), a.dtype), weight)
+
+    def walk(x, stack):
+        step = lambda x, layer: (multiply(x, at(stack, layer)), None)
+        return jax.lax.scan(step, x, jnp.arange(8, dtype=jnp.int32))[0]
+
+    program = lower(device, walk, stack, 1, jnp.bfloat16).compile().as_text() or ""
+    shapes = re.findall(r"= \w+\[([\d,]*)\]\S* dynamic-slice\(", program)
+    return max(math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes)
 
 
 def main() -> int:
@@ -96,11 +110,16 @@ def main() -> int:
             dtype = jnp.float32 if rows == 16 else jnp.bfloat16
             name = f"{kernel}, {i} x {o}, {rows} rows, {dtype.__name__}"
             try:
-                size = lower(topology.devices[0], multiply, make(i, o), rows, dtype)
-                print(f"{name}: {size} characters", flush=True)
+                lowered = lower(topology.devices[0], multiply, make(i, o), rows, dtype)
+                lowered.compile()
+                print(f"{name}: {len(lowered.as_text())} characters", flush=True)
             except Exception as error:
                 failures += 1
                 print(f"{name}: failed, {str(error).splitlines()[0]}", flush=True)
+    for kernel, multiply, make in kernels:
+        size = sliced_by_a_walk(topology.devices[0], multiply, make(4096, 4096))
+        failures += size > 1
+        print(f"{kernel}, a walk over layers: slices of {size} elements", flush=True)
     print(f"{failures} failed")
     return failures > 0
 

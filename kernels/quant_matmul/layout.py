@@ -50,8 +50,8 @@ class KernelWeight:
         groups: G.
         scale_dtype: "float16" or "bfloat16".
         arrangement: "rows" (TPU) or "fragments" (GPU).
-        layer: int32 scalar or None: `words` and `grid` are stacks of layers and this one is meant, see
-            stack.py.
+        layer: int32 scalar or None: `words` and `grid` are stacks of layers and this one is meant
+            (stack.py).
     """
 
     words: jax.Array

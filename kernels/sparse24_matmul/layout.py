@@ -59,8 +59,8 @@ class SparseWeight:
         bits: None for bfloat16 values, else 2, 3, 4 or 8.
         groups: G.
         arrangement: "rows" or, for bfloat16 values, "fragments" (GPU).
-        layer: int32 scalar or None: the arrays are stacks of layers and this one is meant, see
-            stack.py.
+        layer: int32 scalar or None: the arrays are stacks of layers and this one is meant
+            (stack.py).
     """
 
     values: jax.Array

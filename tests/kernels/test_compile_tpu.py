@@ -12,7 +12,7 @@ if importlib.util.find_spec("libtpu") is None:
 # Test workers load the library side by side; no TPU is there to fight over.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
-from idp_jax.kernels.bench.compile_tpu import BOUND, Case, compile_case
+from idp_jax.kernels.bench.compile_tpu import BOUND, Case, bytes_of_a_walk, compile_case
 
 _CASES = [
     Case("quant", 3, 128, 4096, 11008, 1),
@@ -34,3 +34,9 @@ def test_compiles_and_reads_packed_bytes(case, kind):
     result = compile_case(case, kind)
     assert result.bytes_ratio <= BOUND
     assert 0 < result.vmem < 16 * 2**20
+
+
+@pytest.mark.parametrize("operation, bits", [("quant", 3), ("sparse24", None)])
+def test_a_walk_over_layers_copies_no_weight(operation, bits):
+    case = Case(operation, bits, 128 if bits else -1, 4096, 4096, 1)
+    assert bytes_of_a_walk(case, "v5e") <= BOUND
