@@ -1,4 +1,4 @@
-"""Packed matrices of a model in the layout of the kernels, and back.
+"""Packed and 2:4 sparse matrices of a model in the layout of the kernels, and back.
 
 The invariant: the model computes the same function, and `restore` gives back what was read bit for
 bit (scales in 16 bits, where they were such numbers in 32).
@@ -11,6 +11,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from idp_jax.kernels.dispatch import best_backend
+from idp_jax.kernels.quant_matmul.packing import unpack
+from idp_jax.kernels.sparse24_matmul import api as sparse24
 from idp_jax.models.block import layer_slice
 from idp_jax.models.decoder import Decoder
 from idp_jax.weights import Dense, Prepared, Quantized, for_kernels
@@ -22,7 +25,10 @@ _LARGEST_DIFFERENCE = 0.05
 
 
 def prepare(model: Decoder, kernel: str, mesh: jax.sharding.Mesh | None = None) -> Decoder:
-    """The same function with packed matrices in the layout of the kernels.
+    """The same function with packed and 2:4 sparse matrices in the layout of the kernels.
+
+    A packed matrix that is 2:4 sparse too is stored as both: fewer bytes are read. Where no kernel
+    multiplies by that, it is a packed one.
 
     Args:
         kernel: see `load_model`.
@@ -33,24 +39,68 @@ def prepare(model: Decoder, kernel: str, mesh: jax.sharding.Mesh | None = None) 
     """
     with jax.set_mesh(mesh) if mesh is not None else nullcontext():
         for name in model.layers.weight_names:
-            weight = getattr(model.layers, name)
-            if not isinstance(weight, Quantized):
-                continue
-            weight = _narrowed(weight)
-            reason = _no_kernel(weight)
+            weight, reason = getattr(model.layers, name), None
+            if isinstance(weight, Quantized):
+                weight = _narrowed(weight)
+                reason = _no_kernel(weight)
             if reason is not None and kernel != "auto":
                 raise ValueError(f"{name}: {kernel} cannot multiply by it: {reason}")
             if reason is not None:
                 _logger.warning("%s: no kernel multiplies by it (%s); using xla", name, reason)
                 continue
+            sparse = _sparse_kernel(name, weight, kernel)
+            if isinstance(weight, Dense) and not sparse:
+                continue
             # The model axis cuts what these read.
             split = "inputs" if name in ("o", "down") else "outputs"
-            prepared = _for_kernels(weight, backend=kernel, split=split)
+            prepared = _for_kernels(weight, backend=kernel, split=split, sparse=sparse)
             model = model.with_layers(model.layers.replace(**{name: prepared}))
     return model
 
 
-_for_kernels = jax.jit(for_kernels, static_argnames=("backend", "split"))
+_for_kernels = jax.jit(for_kernels, static_argnames=("backend", "split", "sparse"))
+
+
+def _sparse_kernel(name: str, weight: Dense | Quantized, kernel: str) -> bool:
+    """Whether a 2:4 kernel multiplies by a matrix; says why not where the matrix is 2:4 sparse."""
+    backend = best_backend() if kernel == "auto" else kernel
+    if backend == "xla" or getattr(weight, "group_index", None) is not None:
+        return False
+    is_sparse, exact = jax.tree.map(bool, _pattern(weight))
+    if not is_sparse:
+        return False
+    reason = _no_sparse_kernel(weight, backend) if exact else "its values are no bfloat16 numbers"
+    if reason is not None and isinstance(weight, Dense):
+        _logger.warning("%s: no 2:4 kernel multiplies by it (%s); it stays dense", name, reason)
+    return reason is None
+
+
+def _no_sparse_kernel(weight: Dense | Quantized, backend: str) -> str | None:
+    make = partial(for_kernels, backend=backend, sparse=True)
+    try:
+        prepared = jax.eval_shape(lambda weight: make(layer_slice(weight, 0)), weight)
+    except ValueError as error:
+        return str(error)
+    return sparse24.unsupported(prepared.packed.get_value(), backend)
+
+
+@jax.jit
+def _pattern(weight: Dense | Quantized) -> tuple[jax.Array, jax.Array]:
+    """Whether at most two of every four inputs are not zero, and all are bfloat16 numbers."""
+
+    def of_layer(layer: Dense | Quantized) -> tuple[jax.Array, jax.Array]:
+        if isinstance(layer, Dense):
+            matrix = layer.kernel[...]
+            kept, exact = matrix != 0, matrix.astype(jnp.bfloat16).astype(matrix.dtype) == matrix
+        else:
+            codes, zeros = unpack(layer.words[...], layer.bits), layer.zeros[...]
+            every = jnp.repeat(zeros, codes.shape[0] // zeros.shape[0], 0)
+            kept, exact = codes != every, jnp.bool_(True)
+        kept = jnp.pad(kept, ((0, -kept.shape[0] % 4), (0, 0))).reshape(-1, 4, kept.shape[1])
+        return (kept.sum(1, dtype=jnp.int32) <= 2).all(), exact.all()
+
+    # One layer at a time, for the memory that its codes take.
+    return jax.tree.map(jnp.all, jax.lax.map(of_layer, weight))
 
 
 def _narrowed(weight: Quantized) -> Quantized:

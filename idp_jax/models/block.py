@@ -6,7 +6,7 @@ composition of the stages and nothing else: what is calibrated is what runs.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from idp_jax.sharding import constrain
 from idp_jax.weights import is_compressed
 
 STAGES = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
+_Layers = TypeVar("_Layers")  # a block, or one of its weights
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
@@ -115,7 +116,7 @@ class Block(nnx.Module):
         return constrain(h, "batch", "time", "embed_activation"), kv
 
 
-def layer_slice(layers, index) -> "Block":
+def layer_slice(layers: _Layers, index) -> _Layers:
     """Layer `index` of stacked layers."""
     return jax.tree.map(lambda x: x[index], layers)
 

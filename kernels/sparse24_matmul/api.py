@@ -6,6 +6,7 @@ Weights are frozen: they get no gradient.
 """
 
 import jax
+import jax.numpy as jnp
 
 from .. import dispatch
 from . import layout, mosaic_gpu, pallas_tpu, reference, xla
@@ -28,6 +29,16 @@ def from_dense(weights: jax.Array, *, backend: str = "auto") -> SparseWeight:
         backend = dispatch.best_backend()
     arrangement = "fragments" if backend == "mosaic_gpu" else "rows"
     return layout.from_dense(weights, arrangement=arrangement)
+
+
+def unsupported(weight: SparseWeight, backend: str) -> str | None:
+    """Why the kernel "pallas_tpu" or "mosaic_gpu" cannot multiply by a weight, or None if it can.
+
+    Args:
+        weight: of which shapes and types are enough.
+    """
+    x = jax.ShapeDtypeStruct((1, weight.inputs), jnp.bfloat16)
+    return _MODULES[backend].unsupported(x, weight)
 
 
 def sparse24_matmul(

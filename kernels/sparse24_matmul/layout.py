@@ -145,7 +145,9 @@ def from_codes(words: jax.Array, scales: jax.Array, zeros: jax.Array, *, bits: i
 
 
 def to_dense(weight: SparseWeight) -> jax.Array:
-    """The matrix [I, O]: bfloat16, or float32 for quantised values."""
+    """The matrix [..., I, O]: bfloat16, or float32 for quantised values."""
+    if _layers(weight):
+        return jax.vmap(to_dense)(weight)
     if weight.arrangement == "fragments":
         pairs = jax.lax.bitcast_convert_type(from_fragments(weight.values), jnp.bfloat16)
         weight = dataclasses.replace(
@@ -165,7 +167,9 @@ def to_dense(weight: SparseWeight) -> jax.Array:
 
 
 def to_codes(weight: SparseWeight) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Words, scales and zeros, as `from_codes` took them."""
+    """Words, scales and zeros, as `from_codes` took them, of all layers."""
+    if _layers(weight):
+        return jax.vmap(to_codes)(weight)
     assert weight.bits is not None and weight.grid is not None
     scales, zeros = unpack_grid(weight.grid[: weight.groups], "float16")
     codes = unpack_tiles(weight.values, weight.bits)
@@ -174,6 +178,10 @@ def to_codes(weight: SparseWeight) -> tuple[jax.Array, jax.Array, jax.Array]:
     every = jnp.repeat(zeros, weight.group_size // 4, 0)
     codes = _join_quads(codes, every, weight)
     return pack(codes, weight.bits), scales, zeros
+
+
+def _layers(weight: SparseWeight) -> bool:
+    return weight.positions.ndim > (3 if weight.arrangement == "fragments" else 2)
 
 
 def _split_quads(matrix: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -5,10 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from idp_jax.kernels.quant_matmul.layout import KernelWeight
+from idp_jax.kernels.quant_matmul.packing import pack, unpack
+from idp_jax.kernels.sparse24_matmul.layout import SparseWeight
 
 from idp_jax import load_model, save_model
 from idp_jax.formats import io
-from idp_jax.formats.prepared import prepare, wrong_products
+from idp_jax.formats.prepared import prepare, restore, wrong_products
 from idp_jax.formats.quantization import Packing, write_config
 from idp_jax.sharding import make_mesh, shard
 from idp_jax.weights import Dense, Prepared, Quantized, for_kernels
@@ -85,6 +88,62 @@ def test_a_whole_model(mesh, act_order):
     assert all(isinstance(getattr(placed.layers, n), Prepared) for n in model.layers.weight_names)
     with jax.set_mesh(mesh or make_mesh({}, jax.devices()[:1])):
         assert close(jax.jit(lambda model, ids: model(ids))(placed, ids), expected, 1e-4)
+
+
+def _sparse(model, dtype="float32"):
+    """The model with its first two of every four inputs only, as bfloat16 numbers."""
+    kept = lambda kernel: jnp.arange(kernel.shape[1])[:, None] % 4 < 2
+    round_off = lambda kernel: jnp.where(kept(kernel), kernel, 0).astype(jnp.bfloat16)
+    weights = {
+        name: Dense(round_off(weight.kernel[...]).astype(dtype), weight.bias)
+        for name in model.layers.weight_names
+        for weight in [getattr(model.layers, name)]
+    }
+    return model.with_layers(model.layers.replace(**weights))
+
+
+@pytest.mark.parametrize("mesh", [None, {"data": 2, "fsdp": 2, "model": 2}], ids=["one", "mesh"])
+def test_a_sparse_model(mesh):
+    model = _sparse(tiny_decoder("llama"))
+    ids = tiny_ids(model, batch=4)
+    expected = model(ids)
+    mesh = None if mesh is None else make_mesh(mesh)
+    placed = _prepared(shard(model, mesh), mesh)
+    assert all(
+        isinstance(getattr(placed.layers, n).packed.get_value(), SparseWeight)
+        for n in model.layers.weight_names
+    )
+    with jax.set_mesh(mesh or make_mesh({}, jax.devices()[:1])):
+        assert close(jax.jit(lambda model, ids: model(ids))(placed, ids), expected, 1e-4)
+    for before, after in zip(jax.tree.leaves(model), jax.tree.leaves(restore(placed)), strict=True):
+        assert before.dtype == after.dtype
+        np.testing.assert_array_equal(before, after)
+
+
+def test_a_packed_sparse_model():
+    model = quantize_decoder(tiny_decoder("opt"), 4)
+    q = model.layers.q
+    codes = unpack(q.words[...], 4, axis=1)
+    every = jnp.repeat(q.zeros[...], codes.shape[1] // q.zeros.shape[1], 1)
+    codes = jnp.where(jnp.arange(codes.shape[1])[:, None] % 4 < 2, codes, every)
+    q.words[...] = pack(codes, 4, axis=1)
+    prepared = prepare(model, "pallas_tpu").layers
+    assert isinstance(prepared.q.packed.get_value(), SparseWeight)
+    assert isinstance(prepared.k.packed.get_value(), KernelWeight)
+    for before, after in zip(
+        jax.tree.leaves(q), jax.tree.leaves(prepared.q.restored()), strict=True
+    ):
+        np.testing.assert_array_equal(before, after)
+
+
+def test_a_sparse_matrix_that_no_kernel_takes_stays_dense(caplog):
+    model = _sparse(tiny_decoder("llama"))
+    model.layers.q.kernel[...] *= jnp.float32(1 / 3)
+    prepared = prepare(model, "pallas_tpu").layers
+    assert isinstance(prepared.q, Dense)
+    assert isinstance(prepared.k, Prepared)
+    assert "q: no 2:4 kernel multiplies by it (its values are no bfloat16" in caplog.text
+    assert isinstance(prepare(tiny_decoder("llama"), "pallas_tpu").layers.q, Dense)
 
 
 def test_a_model_is_saved_as_it_was_read(tmp_path):
