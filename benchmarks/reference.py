@@ -4,10 +4,15 @@ The reference rows were measured with the algorithms' own public implementations
 published one are there to be compared with each other. Protocol: calibration on the first 32
 windows of 512 tokens of C4 (documents joined by blank lines), perplexity on the first 40 windows of
 512 tokens of WikiText-2's test pages joined by blank lines, no special tokens.
+
+Where compression leaves little of the model, rounding alone moves the perplexity: `--batch-sizes`
+runs a row with calibration windows summed 1, 2, 4 at a time, say, which changes nothing else, and
+holds the mean against the published figure.
 """
 
 import argparse
 import json
+import statistics
 import tempfile
 from pathlib import Path
 
@@ -46,12 +51,13 @@ ROWS = {
 MODEL = "smollm2-135m"
 
 
-def _row(name: str, data: Path, scratch: Path) -> tuple[float, float]:
+def _row(name: str, data: Path, batch_size: int, scratch: Path) -> tuple[float, float]:
     """Perplexity, and seconds of compression."""
     options, _, _ = ROWS[name]
     model, seconds = MODEL, 0.0
     if options is not None:
         out = scratch / name.replace(" ", "_").replace("%", "").replace(":", "-")
+        out = out.with_name(f"{out.name}_{batch_size}")
         report = compress(
             config.Compress(
                 model=MODEL,
@@ -59,6 +65,7 @@ def _row(name: str, data: Path, scratch: Path) -> tuple[float, float]:
                 calibration=str(data / "c4/train.jsonl"),
                 samples=32,
                 sequence_length=512,
+                batch_size=batch_size,
                 **options,
             )
         )
@@ -80,22 +87,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with c4/ and wikitext2/")
     parser.add_argument("--rows", default=",".join(ROWS), help="rows to run, separated by commas")
+    parser.add_argument("--batch-sizes", default="2", help="of calibration, separated by commas")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     arguments = parser.parse_args()
-    table = Table(title=f"{MODEL}, WikiText-2 perplexity", show_lines=False)
+    table = Table(
+        title=f"{MODEL}, WikiText-2 perplexity, batch sizes {arguments.batch_sizes}",
+        show_lines=False,
+    )
     for column in ("row", "perplexity", "reference", "ratio", "bar", "compression s", ""):
         table.add_column(column, justify="left" if column in ("row", "") else "right")
     figures, failed = {}, []
     with tempfile.TemporaryDirectory() as scratch:
         for name in [name.strip() for name in arguments.rows.split(",")]:
             _, reference, excess = ROWS[name]
-            perplexity, seconds = _row(name, arguments.data, Path(scratch))
+            sizes = ["1"] if name == "dense" else arguments.batch_sizes.split(",")
+            drawn = [_row(name, arguments.data, int(size), Path(scratch)) for size in sizes]
+            perplexity, seconds = (statistics.mean(figures) for figures in zip(*drawn, strict=True))
             ratio = None if reference is None else perplexity / reference
             good = ratio is None or ratio <= 1 + excess
             if name == "dense" and ratio is not None:
                 good = abs(ratio - 1) <= excess
             failed += [] if good else [name]
-            figures[name] = {"perplexity": perplexity, "ratio": ratio, "seconds": seconds}
+            figures[name] = {
+                "perplexity": perplexity,
+                "of batch sizes": dict(zip(sizes, (figure for figure, _ in drawn), strict=True)),
+                "ratio": ratio,
+                "seconds": seconds,
+            }
             cells = (
                 f"{perplexity:.3f}",
                 "" if reference is None else f"{reference:.3f}",
@@ -103,7 +121,7 @@ def main() -> None:
                 "" if reference is None else f"{1 + excess:.3f}",
                 f"{seconds:.1f}",
             )
-            console.print(name, *cells[:1], highlight=False)
+            console.print(name, *(f"{perplexity:.3f}" for perplexity, _ in drawn), highlight=False)
             table.add_row(name, *cells, "ok" if good else "WORSE")
     Console(width=110).print(table)
     if arguments.out:
