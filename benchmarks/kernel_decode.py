@@ -1,10 +1,13 @@
-"""Batch-1 decoding of a LLaMA-7B-shaped model with packed weights against bfloat16, in one run.
+"""Batch-1 decoding of a LLaMA-7B-shaped model with packed weights against dense ones, in one run.
 
     python benchmarks/kernel_decode.py --bits 3 --group-size 128
 
 Weights are random and made on the device, so nothing is downloaded. Prints milliseconds per token,
-the ratio to bfloat16, and the share of the roofline: bytes of all weights over the bandwidth that a
-copy reaches in the same run. `--layers 2 --hidden 256` makes it small enough for a CPU.
+the ratio to dense weights, the share of the roofline (bytes of all weights over the bandwidth of a
+copy in the same run), and the time of reading the prompt. On a CPU, where `--weights auto` must
+choose between both:
+
+    python benchmarks/kernel_decode.py --dtype float32 --layers 30 --hidden 576 --group-size 64
 """
 
 import argparse
@@ -29,10 +32,10 @@ def configuration(layers: int, hidden: int) -> ModelConfig:
     )
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3))
-def _dense(key: jax.Array, layers: int, inputs: int, outputs: int) -> Dense:
-    kernel = jax.random.normal(key, (layers, inputs, outputs), jnp.bfloat16)
-    return Dense(kernel * jnp.bfloat16(inputs**-0.5))
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _dense(key: jax.Array, layers: int, inputs: int, outputs: int, dtype: str) -> Dense:
+    kernel = jax.random.normal(key, (layers, inputs, outputs), dtype)
+    return Dense(kernel * jnp.asarray(inputs**-0.5, dtype))
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6))
@@ -55,7 +58,7 @@ def _packed(
 
 
 def main() -> None:
-    """Prints a line for bfloat16 and one for the packed weights."""
+    """Prints a line for dense and one for packed weights."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -64,6 +67,8 @@ def main() -> None:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--prompt-length", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=64)
     arguments = parser.parse_args()
     config = configuration(arguments.layers, arguments.hidden)
@@ -77,18 +82,21 @@ def main() -> None:
     )
     base = None
     for name, make in (
-        ("bf16", lambda key, i, o: _dense(key, layers, i, o)),
+        (arguments.dtype, lambda key, i, o: _dense(key, layers, i, o, arguments.dtype)),
         (f"{arguments.bits} bit", packed),
     ):
-        model = llama_model.decoder(config, make, jnp.bfloat16)
+        model = llama_model.decoder(config, make, jnp.dtype(arguments.dtype))
         # Of the embedding a step reads one row.
         read = sum(leaf.nbytes for leaf in jax.tree.leaves(model)) - model.embedding[...].nbytes
-        step = latency(model, prompt_length=16, new_tokens=arguments.new_tokens)
+        step = latency(
+            model, prompt_length=arguments.prompt_length, new_tokens=arguments.new_tokens
+        )
         seconds = step["decode_ms_per_token"] / 1000
         base = base or seconds
         print(
-            f"{name}: {1000 * seconds:.3f} ms per token, {base / seconds:.2f} times bf16, "
-            f"{read / bandwidth / seconds:.0%} of the roofline ({read / 2**30:.2f} GiB)",
+            f"{name}: {1000 * seconds:.3f} ms per token, {base / seconds:.2f} times "
+            f"{arguments.dtype}, {read / bandwidth / seconds:.0%} of the roofline ({read / 2**30:.2f} GiB), "
+            f"prompt {step['prefill_ms']:.1f} ms",
             flush=True,
         )
 
