@@ -95,8 +95,8 @@ def main() -> None:
         base = base or seconds
         print(
             f"{name}: {1000 * seconds:.3f} ms per token, {base / seconds:.2f} times "
-            f"{arguments.dtype}, {read / bandwidth / seconds:.0%} of the roofline ({read / 2**30:.2f} GiB), "
-            f"prompt {step['prefill_ms']:.1f} ms",
+            f"{arguments.dtype}, {read / bandwidth / seconds:.0%} of the roofline "
+            f"({read / 2**30:.2f} GiB), prompt {step['prefill_ms']:.1f} ms",
             flush=True,
         )
 
