@@ -18,7 +18,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
 from .. import gpu_blocks
-from ..frozen import frozen_product
+from ..frozen import frozen_product, gradient_of
 from . import config, xla
 from .layout import TILE, KernelWeight, fields_of, from_fragments, rows_of_set, unpack_tiles
 from .pallas_tpu import scales_and_offsets
@@ -82,13 +82,7 @@ def _value(x: jax.Array, weight: KernelWeight, interpret) -> jax.Array:
     )
 
 
-def _gradient(upstream: jax.Array, weight: KernelWeight, interpret) -> jax.Array:
-    del interpret
-    like = jnp.zeros((upstream.shape[0], weight.inputs), upstream.dtype)
-    return jax.vjp(lambda x: xla.multiply(x, weight), like)[1](upstream)[0]
-
-
-_product = frozen_product(_value, _gradient)
+_product = frozen_product(_value, gradient_of(xla.multiply))
 
 
 def _add_tile(

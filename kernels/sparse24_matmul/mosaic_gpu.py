@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jaxlib.mlir import ir
 
 from .. import gpu_blocks
-from ..frozen import frozen_product
+from ..frozen import frozen_product, gradient_of
 from ..quant_matmul import config
 from ..quant_matmul.layout import TILE, from_fragments
 from . import xla
@@ -77,13 +77,7 @@ def _value(x: jax.Array, weight: SparseWeight, interpret) -> jax.Array:
     )
 
 
-def _gradient(upstream: jax.Array, weight: SparseWeight, interpret) -> jax.Array:
-    del interpret
-    like = jnp.zeros((upstream.shape[0], weight.inputs), upstream.dtype)
-    return jax.vjp(lambda x: xla.multiply(x, weight), like)[1](upstream)[0]
-
-
-_product = frozen_product(_value, _gradient)
+_product = frozen_product(_value, gradient_of(xla.multiply))
 
 
 def _rows_of_256(fragments: jax.Array) -> jax.Array:
