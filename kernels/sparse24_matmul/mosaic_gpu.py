@@ -1,10 +1,14 @@
 """The product with a 2:4 sparse weight on Hopper GPUs, few rows of x at a time.
 
-Invariant: the dense matrix exists in registers only, 64 outputs by 256 inputs at a time; see
+Invariant: the dense matrix exists in registers only, 64 outputs by up to 256 inputs at a time; see
 gpu_blocks.py for the walk. A thread's words of the "fragments" arrangement are the kept values of
 quads of which it holds all four inputs: thread 4 a + b of a warp has columns 2 b, 2 b + 1, 2 b + 8
-and 2 b + 9 of every 16 columns of an operand, so those four stand for the inputs of quad b, and x
-is put in that order (`reordered`). No value moves between threads.
+and 2 b + 9 of every 16 columns of an operand, so if 16 columns are inputs 0 and 1 of eight quads
+and the next 16 their inputs 2 and 3, it has quads b and b + 4. x is put in that order
+(`reordered`), and no value moves between threads.
+
+Quantised values become bfloat16 codes and lose their zero as in quant_matmul, before they are laid
+out: what was dropped is 0, exactly.
 
 Many rows and the gradient expand the weight in XLA.
 """
@@ -26,6 +30,7 @@ from .layout import CODED_QUADS, SparseWeight
 _FIELDS = 8
 """Fields of a word of positions: quads of a tile over the rows of its words."""
 _CODED_TILE = 4 * CODED_QUADS
+"""Inputs of a tile of quantised values; a tile of bfloat16 ones has 256."""
 
 
 def unsupported(x: jax.Array, weight: SparseWeight) -> str | None:
@@ -64,14 +69,14 @@ def _value(x: jax.Array, weight: SparseWeight, interpret) -> jax.Array:
     words = lambda array, vectors: gpu_blocks.Operand(
         array.reshape(array.shape[0], -1, 256), (1, 2 * vectors, 256), place
     )
-    own = functools.partial(
+    multiply = functools.partial(
         gpu_blocks.product, reordered(x), outputs=weight.outputs, interpret=interpret
     )
     if weight.grid is None:
-        return own(
+        return multiply(
             [words(weight.positions, 1), words(weight.values, _FIELDS)],
             functools.partial(_add_tile, interpreted=interpret is not None),
-            bits=9,
+            bits=9,  # half a value of 16 bits and a quarter of a code of 4
         )
     assert weight.bits is not None
     chunk = TILE if weight.groups == 1 else min(TILE, weight.group_size)
@@ -81,7 +86,7 @@ def _value(x: jax.Array, weight: SparseWeight, interpret) -> jax.Array:
     def grid_block(block, tile):
         return (0 if weight.groups == 1 else tile // tiles_of_row), block
 
-    return own(
+    return multiply(
         [
             words(weight.positions, 2),
             words(weight.values, weight.bits),
@@ -122,6 +127,7 @@ def _add_tile(x_smem, positions_smem, values_smem, total, *, interpreted: bool):
 def _add_coded_tile(
     x_smem, positions_smem, values_smem, grid_smem, total, *, bits: int, chunk: int, interpreted
 ):
+    """The sum so far and the product of one tile, see quant_matmul."""
     positions = [gpu_blocks.load_words(positions_smem, k, interpreted) for k in range(2)]
 
     def lay_out(kept: jax.Array, piece: int) -> jax.Array:
