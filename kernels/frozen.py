@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 Product = Callable[[jax.Array, Any, Any], jax.Array]
 """Of (x [M, I], weight, interpret), or the upstream gradient [M, O] in place of x."""
@@ -26,3 +27,14 @@ def frozen_product(value: Product, gradient: Product) -> Product:
 
     product.defvjp(forward, backward)
     return product
+
+
+def gradient_of(multiply: Callable[[jax.Array, Any], jax.Array]) -> Product:
+    """The gradient [M, I] that JAX derives for a product (x [M, I], weight) -> [M, O]."""
+
+    def gradient(upstream: jax.Array, weight, interpret) -> jax.Array:
+        del interpret
+        like = jnp.zeros((upstream.shape[0], weight.inputs), upstream.dtype)
+        return jax.vjp(lambda x: multiply(x, weight), like)[1](upstream)[0]
+
+    return gradient

@@ -23,11 +23,13 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import vector as vector_dialect
 
 from .quant_matmul import config
-from .quant_matmul.layout import TILE
+from .quant_matmul.layout import TILE, from_fragments, to_fragments
 from .quant_matmul.pallas_tpu import device_kind
 
 OUTPUTS = 64
 """Outputs of a block."""
+WORDS = plgpu.Layout.WG_STRIDED((2, 256), vec_size=4)
+"""The registers of 512 words of the "fragments" arrangement: a thread has four of them."""
 
 
 class Operand(NamedTuple):
@@ -35,7 +37,7 @@ class Operand(NamedTuple):
 
     Attributes:
         array: as it lies in memory, layers in front.
-        block: the shape of what 64 outputs of one tile of 256 inputs need; it divides a layer's
+        block: the shape of what 64 outputs of one tile need; it divides a layer's
             first axis.
         index: (block of outputs, tile) -> the place of that in a layer, in blocks.
     """
@@ -45,6 +47,23 @@ class Operand(NamedTuple):
     index: Callable[..., tuple]
 
 
+def words_operand(words: jax.Array, sets: int) -> Operand:
+    """Fragments int32 [layers, ceil(O / 64), N, 512], of which a tile has `sets`."""
+    rows = words.reshape(*words.shape[:2], -1, 256)
+    return Operand(rows, (1, 2 * sets, 256), lambda block, tile: (block, tile, 0))
+
+
+def grid_operand(grid: jax.Array, groups: int, group_size: int, tile: int) -> Operand:
+    """Words int32 [layers, rows, O], a row for each group of inputs."""
+    rows = 1 if groups == 1 else max(1, tile // group_size)
+    tiles_of_row = max(1, group_size // tile)
+
+    def index(block, tile):
+        return (0 if groups == 1 else tile // tiles_of_row), block
+
+    return Operand(grid, (rows, OUTPUTS), index)
+
+
 def product(
     x: jax.Array,
     operands: Sequence[Operand],
@@ -52,8 +71,9 @@ def product(
     *,
     outputs: int,
     layer: jax.Array,
-    bits: int,
+    bits: float,
     chunk: int = TILE,
+    tile: int = TILE,
     interpret=None,
 ) -> jax.Array:
     """x times a weight.
@@ -61,12 +81,13 @@ def product(
     Args:
         x: bfloat16 or float32 [M, I], in the order in which `add_tile` multiplies.
         operands: what the weight consists of.
-        add_tile: (x in shared memory [rows, 256], the operands there, the sum float32 [64, rows])
+        add_tile: (x in shared memory [rows, tile], the operands there, the sum float32 [64, rows])
             -> the sum with the product of one tile added.
         outputs: O.
         layer: int32 [1], the layer that is meant.
         bits: what the weight takes per input, for the choice of sizes.
         chunk: inputs of a product on the tensor cores: 32, 64, 128 or 256.
+        tile: inputs of a tile.
         interpret: `plgpu`'s interpreter parameters, for tests.
 
     Returns:
@@ -80,6 +101,7 @@ def product(
         layer=layer,
         bits=bits,
         chunk=chunk,
+        tile=tile,
         interpret=interpret,
     )
     if x.dtype == jnp.bfloat16:
@@ -101,17 +123,18 @@ def _blocked(
     add_tile: Callable,
     outputs: int,
     layer: jax.Array,
-    bits: int,
+    bits: float,
     chunk: int,
+    tile: int,
     interpret,
 ) -> jax.Array:
     """x bfloat16 [M, I] times the weight: float32 [M, O]."""
     (count, inputs), blocks = x.shape, -(-outputs // OUTPUTS)
-    rows, shares, stages = config.gpu_sizes(device_kind(), bits, inputs, outputs, count)
-    row_blocks, steps = -(-count // rows), -(-inputs // (TILE * shares))
+    rows, shares, stages = config.gpu_sizes(device_kind(), bits, inputs, outputs, count, tile)
+    row_blocks, steps = -(-count // rows), -(-inputs // (tile * shares))
     if interpret is not None:
         # Outside an array the hardware reads zeros (or another layer), the interpreter fails.
-        x = _pad_to(x, (row_blocks * rows, steps * shares * TILE))
+        x = _pad_to(x, (row_blocks * rows, steps * shares * tile))
         operands = [_padded(o, o.index(blocks - 1, steps * shares - 1)) for o in operands]
     transposed = plgpu.kernel(
         functools.partial(
@@ -120,6 +143,7 @@ def _blocked(
             add_tile=add_tile,
             steps=steps,
             stages=stages,
+            tile=tile,
             chunk=chunk,
             interpreted=interpret is not None,
         ),
@@ -140,6 +164,7 @@ def _body(
     add_tile: Callable,
     steps: int,
     stages: int,
+    tile: int,
     chunk: int,
     interpreted: bool,
 ):
@@ -148,7 +173,7 @@ def _body(
     layer = layer_gmem[0]
     first, rows, swizzle = share * steps, y_smem.shape[1], min(128, 2 * chunk)
     x_spec = plgpu.BlockSpec(
-        (rows, TILE),
+        (rows, tile),
         lambda k: (row_block, first + k),
         transforms=(plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)),
     )
@@ -192,47 +217,82 @@ def load(ref, layout, interpreted: bool) -> jax.Array:
     return ref[...] if interpreted else plgpu.load(ref, (), layout=layout)
 
 
-def words_layout(rows: int):
-    """Words [rows, 256] of the "fragments" arrangement: a thread has 4 of every two rows."""
-    return plgpu.Layout.WG_STRIDED((rows, 256), vec_size=4)
-
-
-def from_registers(
-    read: Callable[..., list[ir.Value]], arrays: Sequence[jax.Array], chunk: int
-) -> list[jax.Array]:
-    """Makes one tile of an operand of the tensor cores: pieces bfloat16 [64, chunk] in registers.
+def load_words(ref, vector: int, interpreted: bool) -> jax.Array:
+    """One set of 512 words of the "fragments" arrangement, int32 [2, 256] in WORDS.
 
     Args:
-        read: from a thread's vectors of 4 words, one sequence for each array, to its registers as
-            words of two bfloat16. Thread 4 a + b of a warp has four of them for every 16 inputs:
-            outputs a and a + 8 at inputs 2 b and 2 b + 1, then both at 8 inputs more.
-        arrays: words [rows, 256] in `words_layout`.
-        chunk: inputs of a piece.
+        ref: [1, 2 N, 256] in shared memory.
+        vector: which of the N sets.
+        interpreted: whether JAX's interpreter runs this.
     """
-    piece = plgpu.ShapeDtypeStruct((OUTPUTS, chunk), jnp.bfloat16, layout=plgpu.Layout.WGMMA)
+    return load(ref.at[0, pl.ds(2 * vector, 2)], WORDS, interpreted)
+
+
+def operand(words: Sequence[jax.Array], interpreted: bool) -> jax.Array:
+    """N sets of words of two bfloat16 as an operand of the tensor cores: bfloat16 [64, 16 N].
+
+    Nothing moves: a thread's four words of a set are its share of 16 columns, the lower bfloat16 of
+    a word in the lower column. Row r of a set is columns 2 r and 2 r + 1.
+    """
+    if interpreted:
+        rows = from_fragments(jnp.stack(words).reshape(1, -1, 512))
+        pairs = jax.lax.bitcast_convert_type(rows, jnp.bfloat16)
+        return pairs.swapaxes(0, 1).reshape(OUTPUTS, -1)
+    shape = (OUTPUTS, 16 * len(words))
 
     @plgpu.inline_mgpu(
-        arg_types=tuple(words_layout(array.shape[0]) for array in arrays),
-        return_type=[piece] * (TILE // chunk),
+        arg_types=(WORDS,) * len(words),
+        return_type=plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, layout=plgpu.Layout.WGMMA),
     )
-    def convert(_, *packed):
+    def convert(_, *sets):
         pair, layout = ir.VectorType.get((2,), ir.BF16Type.get()), mgpu.WGMMA_LAYOUT
-        words = read(*(array.registers.flatten() for array in packed))
-        registers = np.array([mgpu.utils.bitcast(word, pair) for word in words], object)
+        found = [
+            mgpu.utils.bitcast(_element(one.registers.flat[0], position), pair)
+            for one in sets
+            for position in range(4)
+        ]
+        return mgpu.FragmentedArray(
+            _registers=np.array(found, object).reshape(layout.registers_shape(shape)),
+            _layout=layout,
+            _is_signed=None,
+        )
+
+    # The decorator supplies the context and gives an array.
+    return convert(*words)  # pyright: ignore[reportCallIssue, reportReturnType]
+
+
+def words_of(operand: jax.Array, interpreted: bool) -> list[jax.Array]:
+    """The words that `operand` took: bfloat16 [64, 16 N] back to N arrays int32 [2, 256]."""
+    count = operand.shape[1] // 16
+    if interpreted:
+        pairs = operand.reshape(OUTPUTS, -1, 2).swapaxes(0, 1)
+        words = to_fragments(jax.lax.bitcast_convert_type(pairs, jnp.int32))
+        return list(words.reshape(count, 2, 256))
+    one = plgpu.ShapeDtypeStruct((2, 256), jnp.int32, layout=WORDS)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=[one] * count)
+    def convert(_, array):
+        i32 = ir.IntegerType.get_signless(32)
+        words = [mgpu.utils.bitcast(register, i32) for register in array.registers.flat]
+        four = ir.VectorType.get((4,), i32)
+        vectors = [
+            vector_dialect.from_elements(four, words[start : start + 4])
+            for start in range(0, len(words), 4)
+        ]
         return [
             mgpu.FragmentedArray(
-                _registers=part.reshape(layout.registers_shape(piece.shape)),
-                _layout=layout,
-                _is_signed=None,
+                _registers=np.array([vector], object),
+                _layout=mgpu.WGStridedFragLayout((2, 256), vec_size=4),
+                _is_signed=True,
             )
-            for part in np.array_split(registers, TILE // chunk)
+            for vector in vectors
         ]
 
-    # The decorator supplies the context and gives arrays.
-    return convert(*arrays)  # pyright: ignore[reportCallIssue, reportReturnType]
+    # As above.
+    return convert(operand)  # pyright: ignore[reportCallIssue, reportReturnType]
 
 
-def element(vector: ir.Value, position: int) -> ir.Value:
+def _element(vector: ir.Value, position: int) -> ir.Value:
     """One word of a vector."""
     return vector_dialect.extract(
         vector, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([position])

@@ -224,7 +224,8 @@ def _packed(weight: Dense | Quantized, backend: str, sparse: bool) -> KernelWeig
         return _over_layers(partial(sparse_kernels.from_dense, backend=backend), kernel)
     arrays = weight.words[...], weight.scales[...], weight.zeros[...]
     if sparse:
-        return _over_layers(partial(sparse_kernels.from_codes, bits=weight.bits), *arrays)
+        make = partial(sparse_kernels.from_codes, bits=weight.bits, backend=backend)
+        return _over_layers(make, *arrays)
     index = None if weight.group_index is None else weight.group_index[...]
     return kernels.prepare(*arrays, bits=weight.bits, group_index=index, backend=backend)
 

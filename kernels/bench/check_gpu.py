@@ -51,6 +51,14 @@ def main() -> int:
     # Fragments of 2:4 weights come in whole 64 outputs.
     whole = (shape[0], -(-shape[1] // 64) * 64)
     weights.append(("2:4", "sparse24", cases.sparse(key, *whole, order)))
+    weights += [
+        (
+            f"2:4, {bits} bit, group {group}",
+            "sparse24",
+            cases.sparse_codes(key, bits, group, *whole, order),
+        )
+        for bits, group in itertools.product((2, 3, 4, 8), (-1, 32))
+    ]
     failures = 0
     for (name, kernel, weight), rows, dtype in itertools.product(
         weights, (1, 16, 65, 300), TOLERANCE

@@ -25,7 +25,7 @@ from idp_jax.kernels.bench.shapes import all_shapes
 from idp_jax.kernels.quant_matmul import mosaic_gpu as quant_gpu
 from idp_jax.kernels.quant_matmul.layout import repack
 from idp_jax.kernels.sparse24_matmul import mosaic_gpu as sparse_gpu
-from idp_jax.kernels.sparse24_matmul.layout import from_dense
+from idp_jax.kernels.sparse24_matmul.layout import from_codes, from_dense
 from idp_jax.kernels.stack import at
 from jax.experimental import topologies
 
@@ -46,15 +46,21 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-def quantised(bits: int, group_size: int, inputs: int, outputs: int):
-    """A packed weight that has shapes and no values."""
+def _checkpoint(bits: int, group_size: int, inputs: int, outputs: int):
     groups = 1 if group_size == -1 else inputs // group_size
     struct = jax.ShapeDtypeStruct
-    return jax.eval_shape(
-        lambda *arrays: repack(*arrays, bits=bits, arrangement="fragments"),
+    return (
         struct((inputs * bits // 32, outputs), jnp.int32),
         struct((groups, outputs), jnp.float16),
         struct((groups, outputs), jnp.uint8),
+    )
+
+
+def quantised(bits: int, group_size: int, inputs: int, outputs: int):
+    """A packed weight that has shapes and no values."""
+    return jax.eval_shape(
+        functools.partial(repack, bits=bits, arrangement="fragments"),
+        *_checkpoint(bits, group_size, inputs, outputs),
     )
 
 
@@ -62,6 +68,14 @@ def sparse(inputs: int, outputs: int):
     """A 2:4 weight that has shapes and no values."""
     dense = jax.ShapeDtypeStruct((inputs, outputs), jnp.bfloat16)
     return jax.eval_shape(functools.partial(from_dense, arrangement="fragments"), dense)
+
+
+def sparse_codes(bits: int, group_size: int, inputs: int, outputs: int):
+    """A 2:4 weight of quantised values that has shapes and no values."""
+    return jax.eval_shape(
+        functools.partial(from_codes, bits=bits, arrangement="fragments"),
+        *_checkpoint(bits, group_size, inputs, outputs),
+    )
 
 
 def lower(device, multiply, weight, rows: int, dtype):
@@ -104,6 +118,14 @@ def main() -> int:
         for bits, group in itertools.product((2, 3, 4, 8), (-1, 32, 64, 128))
     ]
     kernels.append(("2:4", sparse_gpu.sparse24_matmul, sparse))
+    kernels += [
+        (
+            f"2:4, {bits} bit, group {group}",
+            sparse_gpu.sparse24_matmul,
+            functools.partial(sparse_codes, bits, group),
+        )
+        for bits, group in itertools.product((2, 3, 4, 8), (-1, 32, 64, 128))
+    ]
     shapes = all_shapes()[:1] if arguments.quick else all_shapes()
     for (kernel, multiply, make), (i, o) in itertools.product(kernels, shapes):
         for rows in (1, 16, 64, 200):

@@ -66,16 +66,16 @@ def copies(make, size: int) -> list:
 
 def _kernels(backend: str, shape) -> dict:
     order = cases.arrangement_of(backend)
+    quantised = lambda bits, group, key: cases.quantised(key, bits, group, *shape, order)
+    sparse_codes = lambda bits, group, key: cases.sparse_codes(key, bits, group, *shape, order)
     made: dict[str, tuple] = {
-        f"{bits} bit g{group}": ("quant", functools.partial(_quantised, bits, group, shape, order))
+        f"{bits} bit g{group}": ("quant", functools.partial(quantised, bits, group))
         for bits, group in ((2, 128), (3, -1), (3, 128), (4, 128), (8, 128))
     }
     made["2:4"] = ("sparse24", lambda key: cases.sparse(key, *shape, order))
+    for bits in (2, 3, 4, 8):
+        made[f"2:4 {bits} bit g128"] = ("sparse24", functools.partial(sparse_codes, bits, 128))
     return made
-
-
-def _quantised(bits, group, shape, order, key):
-    return cases.quantised(key, bits, group, *shape, order)
 
 
 def measure(backend: str, shape: tuple[int, int], rows: int, bandwidth: float) -> list[str]:

@@ -39,8 +39,8 @@ def tuned() -> dict[str, dict[str, list[int]]]:
     return json.loads(TABLE.read_text())
 
 
-def key(kernel: str, bits: int, inputs: int, outputs: int, rows: int) -> str:
-    """The name of a shape in the table; kernel is "decode", "prefill" or "gpu"."""
+def key(kernel: str, bits: float, inputs: int, outputs: int, rows: int) -> str:
+    """The name of a shape in the table; kernel is "decode", "prefill", "gpu" or "gpu512"."""
     return f"{kernel} b{bits} {inputs}x{outputs} m{rows}"
 
 
@@ -66,18 +66,21 @@ def prefill_blocks(
     return Blocks(min(m, rows), o, i)
 
 
-def gpu_sizes(device: str, bits: int, inputs: int, outputs: int, rows: int) -> GpuSizes:
-    """Sizes of the Mosaic GPU kernel.
+def gpu_sizes(
+    device: str, bits: float, inputs: int, outputs: int, rows: int, tile: int = 256
+) -> GpuSizes:
+    """Sizes of the Mosaic GPU kernels, for `bits` of the weight per input and tiles of 256 or 512.
 
-    The heuristic: two blocks per processor of an H100, each with at least four tiles of 256 inputs,
-    and up to 8 tiles in flight in 96 KiB, so that both blocks fit. A tile has 256 inputs of x, 64
-    outputs of words and a few rows of the grid.
+    The heuristic: two blocks per processor of an H100, each with at least 1024 inputs, and up to 8
+    tiles in flight in 96 KiB, so that both blocks fit. A tile has that many inputs of x, 64 outputs
+    of words and a few rows of the grid.
     """
-    found = tuned().get(device, {}).get(key("gpu", bits, inputs, outputs, rows))
+    name = "gpu" if tile == 256 else f"gpu{tile}"
+    found = tuned().get(device, {}).get(key(name, bits, inputs, outputs, rows))
     if found:
         return GpuSizes(*found)
     block_rows = min(-(-rows // 8) * 8, _GPU_BLOCK_ROWS)
     blocks = -(-outputs // 64) * -(-rows // block_rows)
     shares = max(1, min(_GPU_BLOCKS // blocks, -(-inputs // 256) // 4))
-    stages = _GPU_SHARED_BYTES // (512 * block_rows + 2048 * bits + 2048)
+    stages = int(_GPU_SHARED_BYTES // (2 * tile * block_rows + 8 * tile * bits + 2048))
     return GpuSizes(block_rows, shares, max(2, min(8, stages)))

@@ -8,21 +8,20 @@ scaled. Many rows and the gradient expand the weight in XLA (config.py).
 """
 
 import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith
 
 from .. import gpu_blocks
-from ..frozen import frozen_product
+from ..frozen import frozen_product, gradient_of
 from ..stack import stacked
 from . import config, xla
-from .layout import TILE, KernelWeight, fields_of, from_fragments, rows_of_set, unpack_tiles
-from .pallas_tpu import scales_and_offsets
+from .layout import TILE, KernelWeight, fields_of, rows_of_set
+from .pallas_tpu import pairs_of_field, scales_and_offsets
 
 
 def unsupported(x: jax.Array, weight: KernelWeight) -> str | None:
@@ -60,23 +59,20 @@ def quant_matmul(x: jax.Array, weight: KernelWeight, *, interpret=None) -> jax.A
 
 def _value(x: jax.Array, weight: KernelWeight, interpret) -> jax.Array:
     chunk = TILE if weight.groups == 1 else min(TILE, weight.group_size)
-    tiles_of_row = max(1, weight.group_size // TILE)
-
-    def grid_block(block, tile):
-        return (0 if weight.groups == 1 else tile // tiles_of_row), block
-
     stack, layer = stacked(weight)
-    words = stack.words.reshape(*stack.words.shape[:2], -1, 256)
-    grid_rows = TILE // chunk if weight.groups > 1 else 1
     return gpu_blocks.product(
         x,
         [
-            gpu_blocks.Operand(
-                words, (1, 2 * weight.bits, 256), lambda block, tile: (block, tile, 0)
-            ),
-            gpu_blocks.Operand(stack.grid, (grid_rows, gpu_blocks.OUTPUTS), grid_block),
+            gpu_blocks.words_operand(stack.words, weight.bits),
+            gpu_blocks.grid_operand(stack.grid, weight.groups, weight.group_size, TILE),
         ],
-        functools.partial(_add_tile, weight=weight, chunk=chunk, interpreted=interpret is not None),
+        functools.partial(
+            add_tile,
+            bits=weight.bits,
+            scale_dtype=weight.scale_dtype,
+            chunk=chunk,
+            interpreted=interpret is not None,
+        ),
         outputs=weight.outputs,
         layer=layer,
         bits=weight.bits,
@@ -85,87 +81,62 @@ def _value(x: jax.Array, weight: KernelWeight, interpret) -> jax.Array:
     )
 
 
-def _gradient(upstream: jax.Array, weight: KernelWeight, interpret) -> jax.Array:
-    del interpret
-    like = jnp.zeros((upstream.shape[0], weight.inputs), upstream.dtype)
-    return jax.vjp(lambda x: xla.multiply(x, weight), like)[1](upstream)[0]
+_product = frozen_product(_value, gradient_of(xla.multiply))
 
 
-_product = frozen_product(_value, _gradient)
-
-
-def _add_tile(
+def add_tile(
     x_smem,
     words_smem,
     grid_smem,
     total: jax.Array,
     *,
-    weight: KernelWeight,
+    bits: int,
+    scale_dtype: str,
     chunk: int,
     interpreted: bool,
+    lay_out: Callable[[jax.Array, int], jax.Array] = lambda centred, _: centred,
 ) -> jax.Array:
-    """total [64, M] and the product of one tile of 256 inputs, `chunk` of them at a time."""
-    words = gpu_blocks.load(words_smem.at[0], gpu_blocks.words_layout(2 * weight.bits), interpreted)
-    pieces = (_codes_interpreted if interpreted else _codes)(words, weight.bits, chunk)
-    for k, codes in enumerate(pieces):
-        grid = gpu_blocks.load(grid_smem.at[k], plgpu.Layout.WGMMA.reduce(1), interpreted)
-        scales, offsets = scales_and_offsets(grid, weight)
+    """The sum so far and the product of one tile, a piece of the tile's 256 codes at a time.
+
+    Args:
+        x_smem: [M, N], the tile's inputs.
+        words_smem: int32 [1, 2 bits, 256].
+        grid_smem: int32 [rows, 64], one row or more for equal runs of the inputs.
+        total: float32 [64, M].
+        bits: of a code.
+        scale_dtype: of the grid.
+        chunk: inputs of a piece.
+        interpreted: whether JAX's interpreter runs this.
+        lay_out: makes the weights [64, chunk] of a piece of its codes less their zeros and of its
+            number; by default those are the weights.
+    """
+    vectors = [gpu_blocks.load_words(words_smem, k, interpreted) for k in range(bits)]
+    pieces, pairs = x_smem.shape[1] // chunk, code_words(vectors, bits)
+    for k in range(pieces):
+        codes = gpu_blocks.operand(list(itertools.islice(pairs, 16 // pieces)), interpreted)
+        row = grid_smem.at[k * grid_smem.shape[0] // pieces]
+        grid = gpu_blocks.load(row, plgpu.Layout.WGMMA.reduce(1), interpreted)
+        scales, offsets = scales_and_offsets(grid, bits, scale_dtype)
         spread = jax.lax.broadcast_in_dim(offsets.astype(jnp.bfloat16), codes.shape, (0,))
         x_part = x_smem.at[:, pl.ds(k * chunk, chunk)]
-        product = gpu_blocks.tensor_core(codes - spread, x_part, interpreted)
+        product = gpu_blocks.tensor_core(lay_out(codes - spread, k), x_part, interpreted)
         total += product * jax.lax.broadcast_in_dim(scales, product.shape, (0,))
+        # LLVM would put off every sum to the end, with the products of all pieces in registers.
+        total = jax.lax.optimization_barrier(total)
     return total
 
 
-def _codes(words: jax.Array, bits: int, chunk: int) -> list[jax.Array]:
-    """One tile of words to bfloat16 codes, 2^bits + q (q with 8 bits), as pieces [64, chunk]."""
-    return gpu_blocks.from_registers(functools.partial(_registers, bits=bits), [words], chunk)
+def code_words(vectors: Sequence[jax.Array], bits: int) -> Iterator[jax.Array]:
+    """One tile of codes as words of two bfloat16, 2^bits + q, or q with 8 bits.
 
+    Args:
+        vectors: the tile's words, `bits` sets int32 [2, 256].
+        bits: of a code.
 
-def _registers(packed, bits: int) -> list[ir.Value]:
-    """Words of two bfloat16, in the order of inputs (16 at a time) and of a thread's share.
-
-    `packed` holds a vector of 4 words for every 8 rows of the tile.
+    Yields:
+        16 such sets, of 16 codes of 64 outputs each, as `gpu_blocks.operand` takes them.
     """
-    i32 = ir.IntegerType.get_signless(32)
-    vectors_of_set = rows_of_set(bits) // 8
-    registers = []
+    of_set = rows_of_set(bits) // 8
     for pieces in fields_of(bits):
-        for vector in range(vectors_of_set):
-            for element in range(4):
-                words = [
-                    gpu_blocks.element(packed[part * vectors_of_set + vector], element)
-                    for part in range(len(packed) // vectors_of_set)
-                ]
-                registers.append(_pair(words, pieces, bits, i32))
-    return registers
-
-
-def _pair(words: list[ir.Value], pieces, bits: int, i32: ir.Type) -> ir.Value:
-    if bits == 8:
-        ((_, shift, mask, _),) = pieces
-        halves = []
-        for place in (shift, shift + 16):
-            field = arith.andi(arith.shrui(words[0], mgpu.c(place, i32)), mgpu.c(mask, i32))
-            exact = mgpu.utils.bitcast(arith.uitofp(ir.F32Type.get(), field), i32)
-            halves.append(exact)
-        low = arith.shrui(halves[0], mgpu.c(16, i32))
-        return arith.ori(low, halves[1])
-    result = mgpu.c(((127 + bits) << 7) * 0x00010001, i32)
-    for part, shift, mask, position in pieces:
-        place = 7 - bits + position
-        word = words[part]
-        if shift > place:
-            word = arith.shrui(word, mgpu.c(shift - place, i32))
-        elif shift < place:
-            word = arith.shli(word, mgpu.c(place - shift, i32))
-        masked = arith.andi(word, mgpu.c((mask << place) * 0x00010001, i32))
-        result = arith.ori(result, masked)
-    return result
-
-
-def _codes_interpreted(words: jax.Array, bits: int, chunk: int) -> list[jax.Array]:
-    """What `_codes` computes, for JAX's interpreter, which knows no registers."""
-    codes = unpack_tiles(from_fragments(words.reshape(1, bits, 512)), bits).astype(jnp.bfloat16)
-    codes = codes + jnp.bfloat16(0 if bits == 8 else 2**bits)
-    return [codes[start : start + chunk].T for start in range(0, TILE, chunk)]
+        for vector in range(of_set):
+            yield pairs_of_field(vectors[vector::of_set], pieces, bits)

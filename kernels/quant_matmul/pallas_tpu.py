@@ -10,6 +10,7 @@ for group g. Eight bits fill the mantissa and are converted.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +96,7 @@ def expand(refs, part: tpu_blocks.Part, dtype, *, weight: KernelWeight) -> jax.A
     words_ref, grid_ref = refs
     codes = unpack_block(words_ref[...], weight.bits).astype(jnp.float32)
     rows = grid_ref[...] if weight.groups == 1 else group_rows(grid_ref, part, weight.group_size)
-    scales, zeros = scales_and_offsets(rows, weight)
+    scales, zeros = scales_and_offsets(rows, weight.bits, weight.scale_dtype)
     grouped = codes.reshape(scales.shape[0], -1, codes.shape[1])
     weights = scales[:, None, :] * (grouped - zeros[:, None, :])
     return weights.reshape(codes.shape).astype(dtype)
@@ -159,7 +160,9 @@ def _decode_body(
     layer_ref, x_ref, words_ref, grid_ref, y_ref, scales_ref, offsets_ref, *, weight: KernelWeight
 ):
     del layer_ref  # the index maps read it
-    scales_ref[...], offsets_ref[...] = scales_and_offsets(grid_ref[...], weight)
+    scales_ref[...], offsets_ref[...] = scales_and_offsets(
+        grid_ref[...], weight.bits, weight.scale_dtype
+    )
     rows = 8 * weight.bits
     tiles = words_ref.shape[0] // rows
     # Within a step the compiler overlaps the tiles, between steps it does not.
@@ -212,22 +215,30 @@ def unpack_block(words: jax.Array, bits: int) -> jax.Array:
     blocks = []
     for tile in range(0, words.shape[0], per_tile):
         sets = [words[tile + part : tile + part + rows] for part in range(0, per_tile, rows)]
-        blocks += [_field(sets, pieces, bits) for pieces in fields_of(bits)]
+        pairs = [pairs_of_field(sets, pieces, bits) for pieces in fields_of(bits)]
+        blocks += [pltpu.bitcast(words, jnp.bfloat16) for words in pairs]
     return jnp.concatenate(blocks, axis=0)
 
 
-def _field(sets, pieces, bits: int) -> jax.Array:
+def pairs_of_field(sets: Sequence[jax.Array], pieces, bits: int) -> jax.Array:
+    """Two codes of every word as two bfloat16 in a word: 2^bits + q, or q with 8 bits.
+
+    Args:
+        sets: words int32 of each set, of one shape, which is that of the result.
+        pieces: a field, from `fields_of`.
+        bits: 2, 3, 4 or 8.
+    """
     if bits == 8:
         ((_, shift, _, _),) = pieces
         low = _bfloat16_bits((sets[0] >> shift) & np.int32(0xFF))
         high = _bfloat16_bits((sets[0] >> (shift + 16)) & np.int32(0xFF))
-        return pltpu.bitcast(jax.lax.shift_right_logical(low, jnp.int32(16)) | high, jnp.bfloat16)
+        return jax.lax.shift_right_logical(low, jnp.int32(16)) | high
     word = jnp.int32((127 + bits) << 7) * jnp.int32(0x00010001)
     for part, shift, mask, position in pieces:
         place = 7 - bits + position
         both = np.uint32(mask << place) * np.uint32(0x00010001)
         word |= _shifted(sets[part], shift - place) & both.astype(np.int32)
-    return pltpu.bitcast(word, jnp.bfloat16)
+    return word
 
 
 def _shifted(words: jax.Array, right: int) -> jax.Array:
@@ -243,16 +254,16 @@ def _bfloat16_bits(codes: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(codes.astype(jnp.float32), jnp.int32)
 
 
-def scales_and_offsets(grid: jax.Array, weight: KernelWeight) -> tuple[jax.Array, jax.Array]:
+def scales_and_offsets(grid: jax.Array, bits: int, scale_dtype: str) -> tuple[jax.Array, jax.Array]:
     """float32 scales and what to subtract from the values of `unpack_block`, from words of `grid`.
 
     float16 has no place in a TPU's registers: it is taken apart, exactly, subnormal numbers too.
     """
-    base = 0 if weight.bits == 8 else 2**weight.bits
+    base = 0 if bits == 8 else 2**bits
     offsets = (jax.lax.shift_right_logical(grid, jnp.int32(16)) + jnp.int32(base)).astype(
         jnp.float32
     )
-    if weight.scale_dtype == "bfloat16":
+    if scale_dtype == "bfloat16":
         return jax.lax.bitcast_convert_type(grid << 16, jnp.float32), offsets
     exponent = (grid >> 10) & jnp.int32(31)
     hidden = jnp.where(exponent > 0, jnp.int32(1 << 10), jnp.int32(0))

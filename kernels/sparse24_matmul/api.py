@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from .. import dispatch
 from . import layout, mosaic_gpu, pallas_tpu, reference, xla
-from .layout import SparseWeight, from_codes, to_codes, to_dense
+from .layout import SparseWeight, to_codes, to_dense
 
 __all__ = ["SparseWeight", "from_codes", "from_dense", "sparse24_matmul", "to_codes", "to_dense"]
 
@@ -25,10 +25,24 @@ def from_dense(weights: jax.Array, *, backend: str = "auto") -> SparseWeight:
         backend: one of `dispatch.BACKENDS` or "auto", which leaves outputs that are no multiple of
             64 to XLA on a GPU.
     """
-    if backend == "auto" and weights.shape[1] % 64 == 0:
+    return layout.from_dense(weights, arrangement=_arrangement(backend, weights.shape[1]))
+
+
+def from_codes(
+    words: jax.Array, scales: jax.Array, zeros: jax.Array, *, bits: int, backend: str = "auto"
+) -> SparseWeight:
+    """Compresses a quantised 2:4 sparse matrix for a backend; can be jitted.
+
+    Args: see `layout.from_codes`; backend is that of `from_dense`.
+    """
+    arrangement = _arrangement(backend, words.shape[1])
+    return layout.from_codes(words, scales, zeros, bits=bits, arrangement=arrangement)
+
+
+def _arrangement(backend: str, outputs: int) -> str:
+    if backend == "auto" and outputs % 64 == 0:
         backend = dispatch.best_backend()
-    arrangement = "fragments" if backend == "mosaic_gpu" else "rows"
-    return layout.from_dense(weights, arrangement=arrangement)
+    return "fragments" if backend == "mosaic_gpu" else "rows"
 
 
 def unsupported(weight: SparseWeight, backend: str) -> str | None:

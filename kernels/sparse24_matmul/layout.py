@@ -11,9 +11,10 @@ Values are bfloat16 (9/16 of the bytes of the dense matrix) or quantised codes. 
 packed by the layout of `quant_matmul`, in tiles of 512 inputs: the first values of their 128
 quads, then the second ones; a group has one scale and zero, and a dropped weight has q = zero.
 
-GPUs read bfloat16 values in another order (`arrangement` "fragments"): the two values of a quad
-share a word, the first one below, and those words [Q, O], like the words of positions, are put in
-the order of `quant_matmul`'s `to_fragments`: what a thread needs of eight rows by 64 outputs is one
+GPUs read another order (`arrangement` "fragments"): the first value of a quad is followed by its
+second one. Two bfloat16 values make a word, the first one below; codes are packed in this order, so
+that two of a quad become such a word. Words of values, like those of positions, are put in the
+order of `quant_matmul`'s `to_fragments`: what a thread needs of eight rows by 64 outputs is one
 vector of four words.
 """
 
@@ -51,14 +52,15 @@ class SparseWeight:
 
     Attributes:
         values: bfloat16 [..., 2, Q, O], Q quads raised to whole tiles; with `bits` words int32
-            [..., Q / 128 * 8 * bits, O]; as "fragments" words int32 [O / 64, Q / 8, 512].
+            [..., Q / 128 * 8 * bits, O]; as "fragments" words int32 [O / 64, Q / 8, 512], or
+            with `bits` [O / 64, Q / 128 * bits, 512].
         positions: int32 [..., Q / 8, O]; as "fragments" [O / 64, Q / 64, 512].
         grid: None, or with `bits` int32 [..., rows, O]: a group's float16 scale in the lower 16
             bits, its zero above; one row, or G rows raised to whole spans of 1024 inputs.
         inputs: I.
         bits: None for bfloat16 values, else 2, 3, 4 or 8.
         groups: G.
-        arrangement: "rows" or, for bfloat16 values, "fragments" (GPU).
+        arrangement: "rows" or "fragments" (GPU).
         layer: int32 scalar or None: the arrays are stacks of layers and this one is meant
             (stack.py).
     """
@@ -96,10 +98,7 @@ def from_dense(weights: jax.Array, *, arrangement: str = "rows") -> SparseWeight
         ValueError: another dtype, inputs that are no multiple of 4, more than two non-zeros, an
             unknown arrangement, or fragments of outputs that are no multiple of 64.
     """
-    if arrangement not in ("rows", "fragments"):
-        raise ValueError(f"arrangement must be rows or fragments, not {arrangement}")
-    if arrangement == "fragments" and weights.shape[1] % 64:
-        raise ValueError(f"{weights.shape[1]} outputs are no multiple of 64: arrange them as rows")
+    _check_arrangement(arrangement, weights.shape[1])
     if weights.dtype != jnp.bfloat16:
         raise ValueError(f"weights are {weights.dtype}: 2:4 values are stored as bfloat16")
     kept, positions = _split_quads(weights, weights != 0)
@@ -111,7 +110,14 @@ def from_dense(weights: jax.Array, *, arrangement: str = "rows") -> SparseWeight
     return SparseWeight(kept, words, None, weights.shape[0], arrangement=arrangement)
 
 
-def from_codes(words: jax.Array, scales: jax.Array, zeros: jax.Array, *, bits: int) -> SparseWeight:
+def from_codes(
+    words: jax.Array,
+    scales: jax.Array,
+    zeros: jax.Array,
+    *,
+    bits: int,
+    arrangement: str = "rows",
+) -> SparseWeight:
     """Compresses a quantised matrix whose dropped weights have the code of zero.
 
     Args:
@@ -119,11 +125,14 @@ def from_codes(words: jax.Array, scales: jax.Array, zeros: jax.Array, *, bits: i
         scales: float16 [G, O].
         zeros: unsigned integers [G, O].
         bits: 2, 3, 4 or 8.
+        arrangement: "rows" or "fragments", see the top of this file.
 
     Raises:
-        ValueError: another dtype of scales, I no multiple of 4 G, or more than two codes in
-            a quad that differ from zero.
+        ValueError: another dtype of scales, I no multiple of 4 G, more than two codes in a quad
+            that differ from zero, an unknown arrangement, or fragments of outputs that are no
+            multiple of 64.
     """
+    _check_arrangement(arrangement, words.shape[1])
     if scales.dtype != jnp.float16:
         raise ValueError(f"scales are {scales.dtype}: the kernels take float16")
     codes = unpack(words, bits)
@@ -133,31 +142,26 @@ def from_codes(words: jax.Array, scales: jax.Array, zeros: jax.Array, *, bits: i
     every = jnp.repeat(zeros.astype(jnp.uint8), inputs // groups, 0)
     kept, positions = _split_quads(codes, codes != every)
     kept = jnp.pad(kept, ((0, 0), (0, -kept.shape[1] % CODED_QUADS), (0, 0)))
-    tiles = kept.reshape(2, -1, CODED_QUADS, kept.shape[-1]).swapaxes(0, 1)
-    return SparseWeight(
-        pack_tiles(tiles.reshape(-1, kept.shape[-1]), bits),
-        _pack_positions(positions, CODED_QUADS),
-        pack_grid(scales, zeros, inputs),
-        inputs,
-        bits,
-        groups,
-    )
+    tile = 1 if arrangement == "fragments" else CODED_QUADS
+    tiles = kept.reshape(2, -1, tile, kept.shape[-1]).swapaxes(0, 1)
+    values = pack_tiles(tiles.reshape(-1, kept.shape[-1]), bits)
+    words = _pack_positions(positions, CODED_QUADS)
+    if arrangement == "fragments":
+        values, words = to_fragments(values), to_fragments(words)
+    grid = pack_grid(scales, zeros, inputs)
+    return SparseWeight(values, words, grid, inputs, bits, groups, arrangement)
 
 
 def to_dense(weight: SparseWeight) -> jax.Array:
     """The matrix [..., I, O]: bfloat16, or float32 for quantised values."""
     if _layers(weight):
         return jax.vmap(to_dense)(weight)
-    if weight.arrangement == "fragments":
-        pairs = jax.lax.bitcast_convert_type(from_fragments(weight.values), jnp.bfloat16)
-        weight = dataclasses.replace(
-            weight,
-            values=jnp.moveaxis(pairs, -1, 0),
-            positions=from_fragments(weight.positions),
-            arrangement="rows",
-        )
     if weight.bits is None:
-        return _join_quads(weight.values, jnp.bfloat16(0), weight)
+        kept = weight.values
+        if weight.arrangement == "fragments":
+            pairs = jax.lax.bitcast_convert_type(from_fragments(kept), jnp.bfloat16)
+            kept = jnp.moveaxis(pairs, -1, 0)
+        return _join_quads(kept, jnp.bfloat16(0), weight)
     words, scales, zeros = to_codes(weight)
     codes = (
         unpack(words, weight.bits).astype(jnp.float32).reshape(weight.groups, -1, weight.outputs)
@@ -172,8 +176,11 @@ def to_codes(weight: SparseWeight) -> tuple[jax.Array, jax.Array, jax.Array]:
         return jax.vmap(to_codes)(weight)
     assert weight.bits is not None and weight.grid is not None
     scales, zeros = unpack_grid(weight.grid[: weight.groups], "float16")
-    codes = unpack_tiles(weight.values, weight.bits)
-    codes = codes.reshape(-1, 2, CODED_QUADS, weight.outputs).swapaxes(0, 1)
+    words, tile = weight.values, CODED_QUADS
+    if weight.arrangement == "fragments":
+        words, tile = from_fragments(words), 1
+    codes = unpack_tiles(words, weight.bits)
+    codes = codes.reshape(-1, 2, tile, weight.outputs).swapaxes(0, 1)
     codes = codes.reshape(2, -1, weight.outputs)
     every = jnp.repeat(zeros, weight.group_size // 4, 0)
     codes = _join_quads(codes, every, weight)
@@ -182,6 +189,13 @@ def to_codes(weight: SparseWeight) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 def _layers(weight: SparseWeight) -> bool:
     return weight.positions.ndim > (3 if weight.arrangement == "fragments" else 2)
+
+
+def _check_arrangement(arrangement: str, outputs: int) -> None:
+    if arrangement not in ("rows", "fragments"):
+        raise ValueError(f"arrangement must be rows or fragments, not {arrangement}")
+    if arrangement == "fragments" and outputs % 64:
+        raise ValueError(f"{outputs} outputs are no multiple of 64: arrange them as rows")
 
 
 def _split_quads(matrix: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -200,7 +214,7 @@ def _split_quads(matrix: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.Arr
 def _join_quads(kept: jax.Array, rest: jax.Array, weight: SparseWeight) -> jax.Array:
     """[2, Q, O] to [I, O], `rest` (a scalar or [quads, O]) where nothing was kept."""
     quads = weight.inputs // 4
-    codes = unpack_positions(weight)[:quads]
+    codes = _unpack_positions(weight)[:quads]
     first, second = codes & 3, codes >> 2
     planes = [
         jnp.where(first == p, kept[0, :quads], jnp.where(second == p, kept[1, :quads], rest))
@@ -219,9 +233,12 @@ def _pack_positions(positions: jax.Array, multiple: int) -> jax.Array:
     return jax.lax.bitcast_convert_type(words, jnp.int32)
 
 
-def unpack_positions(weight: SparseWeight) -> jax.Array:
+def _unpack_positions(weight: SparseWeight) -> jax.Array:
     """Position codes uint8 [Q, O]."""
-    words = jax.lax.bitcast_convert_type(weight.positions, jnp.uint32)
+    words = weight.positions
+    if weight.arrangement == "fragments":
+        words = from_fragments(words)
+    words = jax.lax.bitcast_convert_type(words, jnp.uint32)
     words = words.reshape(-1, 1, 8, weight.outputs)
     fields = words >> (4 * jnp.arange(8, dtype=jnp.uint32)).reshape(1, 8, 1, 1)
     return (fields & 15).astype(jnp.uint8).reshape(-1, weight.outputs)

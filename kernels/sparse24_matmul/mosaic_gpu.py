@@ -1,10 +1,14 @@
 """The product with a 2:4 sparse weight on Hopper GPUs, few rows of x at a time.
 
-Invariant: the dense matrix exists in registers only, 64 outputs by 256 inputs at a time; see
+Invariant: the dense matrix exists in registers only, 64 outputs by up to 256 inputs at a time; see
 gpu_blocks.py for the walk. A thread's words of the "fragments" arrangement are the kept values of
 quads of which it holds all four inputs: thread 4 a + b of a warp has columns 2 b, 2 b + 1, 2 b + 8
-and 2 b + 9 of every 16 columns of an operand, so those four stand for the inputs of quad b, and x
-is put in that order (`reordered`). No value moves between threads.
+and 2 b + 9 of every 16 columns of an operand, so if 16 columns are inputs 0 and 1 of eight quads
+and the next 16 their inputs 2 and 3, it has quads b and b + 4. x is put in that order
+(`reordered`), and no value moves between threads.
+
+Quantised values become bfloat16 codes and lose their zero as in quant_matmul, before they are laid
+out: what was dropped is 0, exactly.
 
 Many rows and the gradient expand the weight in XLA.
 """
@@ -14,33 +18,31 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import pallas as pl
-from jaxlib.mlir import ir
 
 from .. import gpu_blocks
-from ..frozen import frozen_product
+from ..frozen import frozen_product, gradient_of
 from ..quant_matmul import config
-from ..quant_matmul.layout import TILE, from_fragments
+from ..quant_matmul.layout import TILE
+from ..quant_matmul.mosaic_gpu import add_tile
 from ..stack import stacked
 from . import xla
-from .layout import SparseWeight
+from .layout import CODED_QUADS, SparseWeight
 
 _FIELDS = 8
 """Fields of a word of positions: quads of a tile over the rows of its words."""
-_BITS = 9
-"""Per input: half a value of 16 bits and a quarter of a code of 4."""
+_CODED_TILE = 4 * CODED_QUADS
+"""Inputs of a tile of quantised values; a tile of bfloat16 ones has 256."""
 
 
 def unsupported(x: jax.Array, weight: SparseWeight) -> str | None:
     """Why this kernel cannot serve, or None if it can."""
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         return f"x is {x.dtype}: bfloat16 and float32 are supported"
-    if weight.bits is not None:
-        return f"values of {weight.bits} bits: bfloat16 values are supported"
     if weight.arrangement != "fragments":
         return f"the weight is arranged as {weight.arrangement}: compress it for mosaic_gpu"
-    if weight.inputs % 16:
-        return f"{weight.inputs} inputs are no multiple of 16"
+    size = weight.group_size
+    if weight.groups > 1 and size not in (32, 64, 128, 256) and size % _CODED_TILE:
+        return f"group size {size} is not 32, 64, 128, 256 or a multiple of {_CODED_TILE}"
     return None
 
 
@@ -65,49 +67,79 @@ def sparse24_matmul(x: jax.Array, weight: SparseWeight, *, interpret=None) -> ja
 
 def _value(x: jax.Array, weight: SparseWeight, interpret) -> jax.Array:
     stack, layer = stacked(weight)
-    place = lambda block, tile: (block, tile, 0)
-    return gpu_blocks.product(
-        reordered(x),
+    words, grid = gpu_blocks.words_operand, gpu_blocks.grid_operand
+    multiply = functools.partial(
+        gpu_blocks.product, reordered(x), outputs=weight.outputs, layer=layer, interpret=interpret
+    )
+    if weight.grid is None:
+        return multiply(
+            [words(stack.positions, 1), words(stack.values, _FIELDS)],
+            functools.partial(_add_tile, interpreted=interpret is not None),
+            bits=9,  # half a value of 16 bits and a quarter of a code of 4
+        )
+    assert weight.bits is not None and stack.grid is not None
+    chunk = TILE if weight.groups == 1 else min(TILE, weight.group_size)
+    return multiply(
         [
-            gpu_blocks.Operand(_rows_of_256(stack.positions), (1, 2, 256), place),
-            gpu_blocks.Operand(_rows_of_256(stack.values), (1, 2 * _FIELDS, 256), place),
+            words(stack.positions, 2),
+            words(stack.values, weight.bits),
+            grid(stack.grid, weight.groups, weight.group_size, _CODED_TILE),
         ],
-        functools.partial(_add_tile, interpreted=interpret is not None),
-        outputs=weight.outputs,
-        layer=layer,
-        bits=_BITS,
-        interpret=interpret,
+        functools.partial(
+            _add_coded_tile, bits=weight.bits, chunk=chunk, interpreted=interpret is not None
+        ),
+        bits=weight.bits / 2 + 1,
+        chunk=chunk,
+        tile=_CODED_TILE,
     )
 
 
-def _gradient(upstream: jax.Array, weight: SparseWeight, interpret) -> jax.Array:
-    del interpret
-    like = jnp.zeros((upstream.shape[0], weight.inputs), upstream.dtype)
-    return jax.vjp(lambda x: xla.multiply(x, weight), like)[1](upstream)[0]
-
-
-_product = frozen_product(_value, _gradient)
-
-
-def _rows_of_256(fragments: jax.Array) -> jax.Array:
-    return fragments.reshape(*fragments.shape[:2], -1, 256)
+_product = frozen_product(_value, gradient_of(xla.multiply))
 
 
 def reordered(x: jax.Array) -> jax.Array:
-    """x [M, I] in the order of an operand's columns: 8 h + 2 b + e of 16 is input 4 b + 2 h + e."""
-    quads = x.reshape(x.shape[0], -1, 4, 2, 2)
+    """x [M, I] in the order of an operand's columns, raised to whole 32.
+
+    Column 16 h + 2 q + e of 32 is input 4 q + 2 h + e.
+    """
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % 32)))
+    quads = x.reshape(x.shape[0], -1, 8, 2, 2)
     return quads.swapaxes(2, 3).reshape(x.shape)
 
 
 def _add_tile(x_smem, positions_smem, values_smem, total, *, interpreted: bool):
-    layout = gpu_blocks.words_layout(2)
-    codes = gpu_blocks.load(positions_smem.at[0], layout, interpreted)
+    codes = gpu_blocks.load_words(positions_smem, 0, interpreted)
     halves = []
     for field in range(_FIELDS):
-        of_field = values_smem.at[0, pl.ds(2 * field, 2)]
-        halves += expand(gpu_blocks.load(of_field, layout, interpreted), codes, field)
-    make = _operand_interpreted if interpreted else _operand
-    return total + gpu_blocks.tensor_core(make(halves), x_smem, interpreted)
+        halves += expand(gpu_blocks.load_words(values_smem, field, interpreted), codes, field)
+    return total + gpu_blocks.tensor_core(
+        gpu_blocks.operand(halves, interpreted), x_smem, interpreted
+    )
+
+
+def _add_coded_tile(
+    x_smem, positions_smem, values_smem, grid_smem, total, *, bits: int, chunk: int, interpreted
+):
+    """The sum so far and the product of one tile, see quant_matmul."""
+    positions = [gpu_blocks.load_words(positions_smem, k, interpreted) for k in range(2)]
+
+    def lay_out(kept: jax.Array, piece: int) -> jax.Array:
+        halves = []
+        for k, values in enumerate(gpu_blocks.words_of(kept, interpreted), piece * chunk // 32):
+            halves += expand(values, positions[k // _FIELDS], k % _FIELDS)
+        return gpu_blocks.operand(halves, interpreted)
+
+    return add_tile(
+        x_smem,
+        values_smem,
+        grid_smem,
+        total,
+        bits=bits,
+        scale_dtype="float16",
+        chunk=chunk,
+        interpreted=interpreted,
+        lay_out=lay_out,
+    )
 
 
 def expand(values: jax.Array, codes: jax.Array, field: int) -> tuple[jax.Array, jax.Array]:
@@ -131,30 +163,3 @@ def expand(values: jax.Array, codes: jax.Array, field: int) -> tuple[jax.Array, 
     back = jnp.where(bit[1], values, back)
     back = jnp.where(bit[2], back, jax.lax.shift_right_logical(values, jnp.int32(16)))
     return front, back
-
-
-def _operand(halves: list[jax.Array]) -> jax.Array:
-    """What `expand` gave for every field to an operand [64, 256] of the tensor cores."""
-    (operand,) = gpu_blocks.from_registers(registers, halves, TILE)
-    return operand
-
-
-def registers(*halves) -> list[ir.Value]:
-    """Registers of an operand from a thread's vectors of `expand`, one sequence for each."""
-    # A vector holds quad b of outputs a and a + 8, then quad b + 4 of both; see `to_fragments`.
-    return [
-        gpu_blocks.element(half[0], 2 * quad + output)
-        for field in range(_FIELDS)
-        for quad in range(2)
-        for half in halves[2 * field : 2 * field + 2]
-        for output in range(2)
-    ]
-
-
-def _operand_interpreted(halves: list[jax.Array]) -> jax.Array:
-    """What `_operand` makes, for JAX's interpreter, which knows no registers."""
-    words = from_fragments(jnp.stack(halves).reshape(1, -1, 512))
-    pairs = jax.lax.bitcast_convert_type(words, jnp.bfloat16)
-    # [field, half, quad / 4, b, output, e] -> [output, field, quad / 4, half, b, e]
-    pairs = pairs.reshape(_FIELDS, 2, 2, 4, gpu_blocks.OUTPUTS, 2)
-    return pairs.transpose(4, 0, 2, 1, 3, 5).reshape(gpu_blocks.OUTPUTS, TILE)

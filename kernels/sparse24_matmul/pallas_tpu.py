@@ -14,7 +14,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from .. import tpu_blocks
 from ..frozen import frozen_product
-from ..quant_matmul.layout import KernelWeight
 from ..quant_matmul.pallas_tpu import device_kind, group_rows, scales_and_offsets, unpack_block
 from ..stack import stacked
 from . import config
@@ -121,8 +120,7 @@ def _dequantised(values_ref, grid_ref, part: tpu_blocks.Part, weight: SparseWeig
     starts = range(0, codes.shape[0], CODED_QUADS)
     pieces = [codes[start : start + CODED_QUADS] for start in starts]
     rows = grid_ref[...] if weight.groups == 1 else group_rows(grid_ref, part, weight.group_size)
-    like = KernelWeight(rows, rows, None, weight.bits, 0, 1, "float16")
-    scales, offsets = scales_and_offsets(rows, like)
+    scales, offsets = scales_and_offsets(rows, weight.bits, "float16")
     kept = []
     for plane in range(2):
         values = jnp.concatenate(pieces[plane::2], axis=0)

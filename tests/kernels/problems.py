@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from idp_jax.kernels.quant_matmul.packing import pack
+from jax.experimental.mosaic import gpu as mgpu
 
 # Of the largest entry. bfloat16 keeps 8 bits: the weight and the result are each rounded by up to
 # 2^-9. float32 sums a few hundred products, the codes' offset adding two bits.
@@ -86,3 +87,28 @@ def assert_near(ours, exact, dtype: str) -> None:
         assert array.dtype == dtype
         error = np.abs(np.asarray(array, np.float64) - wanted).max() / np.abs(wanted).max()
         assert error <= _TOLERANCE[dtype], error
+
+
+def places_in_registers(columns: int) -> tuple[np.ndarray, ...]:
+    """Where Mosaic's description of a tensor core operand [64, columns] puts its entries.
+
+    Returns:
+        Thread of the warpgroup, register of the thread and half of the register, all [64, columns].
+    """
+    layout = mgpu.WGMMA_LAYOUT
+    index = list(layout.tiling.tile_indices(tuple(np.indices((64, columns)))))
+    lane = 4 * index[layout.lane_dims[0]] + index[layout.lane_dims[1]]
+    thread, half = 32 * index[layout.warp_dims[0]] + lane, index[layout.vector_dim]
+    for dimension in (*layout.lane_dims, *layout.warp_dims, layout.vector_dim):
+        index[dimension] = np.zeros_like(lane)
+    register = np.ravel_multi_index(index, layout.registers_shape((64, columns)))
+    return thread, register, half
+
+
+def halves_of_registers(sets) -> np.ndarray:
+    """What threads hold of sets of words int32 [2, 256]: float32 [128 threads, registers, 2].
+
+    Thread t has words 4 t .. 4 t + 3 of every set, in the order of the sets.
+    """
+    words = jnp.stack(list(sets)).reshape(-1, 128, 4).swapaxes(0, 1).reshape(128, -1)
+    return np.asarray(jax.lax.bitcast_convert_type(words, jnp.bfloat16), np.float32)

@@ -1,7 +1,8 @@
-"""The GPU kernel for packed weights: its walk over the matrix interpreted on the CPU, and where
-registers hold what, against Mosaic's own description of a tensor core operand.
+"""The GPU kernel for packed weights on the CPU: its walk over the matrix interpreted, and every
+thread's registers, made by the kernel's own arithmetic from the words that the thread reads, at the
+places that Mosaic's description of a tensor core operand names.
 
-What a thread does with its words needs a GPU: kernels/bench/check_gpu.py runs it there.
+What Mosaic makes of that arithmetic needs a GPU: kernels/bench/check_gpu.py runs it there.
 """
 
 import functools
@@ -12,9 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from idp_jax.kernels.quant_matmul import config, mosaic_gpu, reference
-from idp_jax.kernels.quant_matmul.layout import repack
+from idp_jax.kernels.quant_matmul.layout import TILE, pack_tiles, repack, to_fragments
+from idp_jax.kernels.quant_matmul.packing import BIT_WIDTHS
 
-from tests.kernels.problems import assert_near, checkpoint, groups_of
+from idp_jax.kernels import gpu_blocks
+from tests.kernels.problems import (
+    assert_near,
+    checkpoint,
+    groups_of,
+    halves_of_registers,
+    places_in_registers,
+)
 
 params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
 
@@ -45,23 +54,22 @@ def test_interpreted(bits, inputs, outputs, group_size, rows, dtype):
 
 
 def test_registers_are_those_of_a_tensor_core_operand():
-    layouts = pytest.importorskip("jax.experimental.mosaic.gpu.fragmented_array")
-    layout, inputs = layouts.WGMMA_LAYOUT, 32
-    for output, place in np.ndindex(64, inputs):
-        index = layout.tiling.tile_indices((output, place))
-        warp = index[layout.warp_dims[0]]
-        lane = 4 * index[layout.lane_dims[0]] + index[layout.lane_dims[1]]
-        # A thread's share of 16 inputs is one vector of four words, as `to_fragments` orders it.
-        element = 2 * (place % 16 // 8) + output % 16 // 8
-        assert 32 * warp + lane == 32 * (output // 16) + 4 * (output % 8) + place % 8 // 2
-        assert index[layout.vector_dim] == place % 2
-        registers = layout.registers_shape((64, inputs))
-        inner = tuple(layout.lane_dims) + tuple(layout.warp_dims) + (layout.vector_dim,)
-        kept = list(index)
-        for dimension in inner:
-            kept[dimension] = 0
-        flat = np.ravel_multi_index(kept, registers)
-        assert flat == 4 * (place // 16) + element
+    words = np.random.default_rng(0).integers(0, 2**14, (3, 2, 256)).astype(np.int32)
+    sets = list(jnp.asarray(words * 2**16 + words[::-1]))
+    operand = gpu_blocks.operand(sets, interpreted=True)
+    found = halves_of_registers(sets)[places_in_registers(48)]
+    np.testing.assert_array_equal(found, np.asarray(operand, np.float32))
+    for before, after in zip(sets, gpu_blocks.words_of(operand, interpreted=True), strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+@pytest.mark.parametrize("bits", BIT_WIDTHS)
+def test_every_register_holds_its_two_codes(bits):
+    codes = np.random.default_rng(bits).integers(0, 2**bits, (TILE, 64))
+    words = to_fragments(pack_tiles(jnp.asarray(codes), bits)).reshape(bits, 2, 256)
+    sets = mosaic_gpu.code_words(list(words), bits)
+    found = halves_of_registers(sets)[places_in_registers(TILE)]
+    np.testing.assert_array_equal(found, codes.T + (0 if bits == 8 else 2**bits))
 
 
 def test_what_it_cannot_serve_is_named():
@@ -85,6 +93,7 @@ def test_sizes_fill_the_machine_and_fit():
         block_rows, _, stages = sizes(bits, 4096, 4096, rows)
         assert 2 <= stages <= 8
         assert stages * (512 * block_rows + 2048 * bits + 2048) <= 110 * 2**10
+    assert sizes(3.0, 4096, 4096, 1, 512) == (8, 4, 4)
 
 
 def test_the_table_comes_first(monkeypatch):

@@ -39,6 +39,10 @@ def _weights():
         "sparse": (sparse24_matmul, from_dense(dense)),
         "sparse fragments": (sparse24_matmul, from_dense(dense, backend="mosaic_gpu")),
         "sparse codes": (sparse24_matmul, from_codes(*arrays, bits=3)),
+        "sparse code fragments": (
+            sparse24_matmul,
+            from_codes(*arrays, bits=3, backend="mosaic_gpu"),
+        ),
     }
 
 

@@ -5,26 +5,39 @@ against the dense matrix at the places that Mosaic's description of a tensor cor
 What Mosaic makes of that arithmetic needs a GPU: kernels/bench/check_gpu.py runs it there.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from idp_jax.kernels.quant_matmul.mosaic_gpu import code_words
+from idp_jax.kernels.quant_matmul.packing import BIT_WIDTHS
 from idp_jax.kernels.sparse24_matmul import layout, mosaic_gpu, reference
-from idp_jax.kernels.sparse24_matmul.api import from_dense, sparse24_matmul
+from idp_jax.kernels.sparse24_matmul.api import from_codes, from_dense, sparse24_matmul
 
-from tests.kernels.problems import assert_near, sparse_matrix
+from idp_jax.kernels import gpu_blocks
+from tests.kernels.problems import (
+    assert_near,
+    checkpoint,
+    groups_of,
+    halves_of_registers,
+    places_in_registers,
+    sparse_mask,
+    sparse_matrix,
+)
 
 params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
 
 
-@pytest.mark.parametrize(
-    "inputs, outputs, rows, dtype",
-    [(512, 128, 1, "bfloat16"), (1200, 64, 5, "bfloat16"), (320, 64, 3, "float32")],
-)
-def test_interpreted(inputs, outputs, rows, dtype):
-    weight = from_dense(sparse_matrix(inputs, outputs), backend="mosaic_gpu")
+def _quantised(bits, inputs, outputs, group_size):
+    kept = sparse_mask(inputs, outputs)
+    return checkpoint(bits, inputs, outputs, groups_of(inputs, group_size), kept=kept)
+
+
+def _check_interpreted(weight, rows, dtype):
     rng = np.random.default_rng(rows)
-    x = jnp.asarray(rng.normal(size=(rows, inputs)), dtype)
+    x = jnp.asarray(rng.normal(size=(rows, weight.inputs)), dtype)
     interpret = params.InterpretGPUParams()
     multiply = lambda x: mosaic_gpu.sparse24_matmul(x, weight, interpret=interpret)
     y, pull_back = jax.vjp(multiply, x)
@@ -33,36 +46,63 @@ def test_interpreted(inputs, outputs, rows, dtype):
     assert_near((y, gradient), exact, dtype)
 
 
-def _registers_of_threads(weight):
-    """What the kernel computes of one tile: words [128 threads, 64 registers]."""
-    positions = weight.positions.reshape(-1, 2, 256)[0]
-    values = weight.values.reshape(-1, 2, 256)
-    halves = [h for f in range(8) for h in mosaic_gpu.expand(values[f], positions, f)]
-    # In `words_layout` thread t has one vector, words 4 t to 4 t + 3.
-    halves = np.asarray(jnp.stack(halves)).reshape(16, 128, 4)
-    return [mosaic_gpu.registers(*halves[:, thread, None]) for thread in range(128)]
+@pytest.mark.parametrize(
+    "inputs, outputs, rows, dtype",
+    [(512, 128, 1, "bfloat16"), (1200, 64, 5, "bfloat16"), (332, 64, 3, "float32")],
+)
+def test_interpreted(inputs, outputs, rows, dtype):
+    weight = from_dense(sparse_matrix(inputs, outputs), backend="mosaic_gpu")
+    _check_interpreted(weight, rows, dtype)
 
 
-def test_every_register_holds_its_two_weights(monkeypatch):
-    layouts = pytest.importorskip("jax.experimental.mosaic.gpu.fragmented_array")
-    monkeypatch.setattr(mosaic_gpu.gpu_blocks, "element", lambda vector, position: vector[position])
+@pytest.mark.parametrize(
+    "bits, inputs, outputs, group_size, rows, dtype",
+    [
+        (2, 1024, 64, 512, 1, "bfloat16"),
+        (3, 416, 64, 32, 3, "float32"),
+        (4, 552, 128, -1, 5, "bfloat16"),
+        (8, 640, 64, 128, 3, "float32"),
+    ],
+)
+def test_interpreted_codes(bits, inputs, outputs, group_size, rows, dtype):
+    words, scales, zeros = _quantised(bits, inputs, outputs, group_size)
+    if group_size > 0:
+        scales = scales.at[0].set(0)
+    weight = from_codes(words, scales, zeros, bits=bits, backend="mosaic_gpu")
+    _check_interpreted(weight, rows, dtype)
+
+
+def _weights_in_registers(halves):
+    """Words of `expand` for one operand, as weights [64, columns]."""
+    return halves_of_registers(halves)[places_in_registers(16 * len(halves))]
+
+
+def _columns(matrix):
+    """What an operand holds of a matrix [I, 64]."""
+    order = mosaic_gpu.reordered(jnp.arange(matrix.shape[0], dtype=jnp.float32)[None])[0]
+    return np.asarray(matrix, np.float32).T[:, order.astype(int)]
+
+
+def test_every_register_holds_its_two_weights():
     matrix = sparse_matrix(256, 64)
     weight = from_dense(matrix, backend="mosaic_gpu")
-    words = np.array(_registers_of_threads(weight), np.int32)
-    found = np.asarray(jax.lax.bitcast_convert_type(jnp.asarray(words), jnp.bfloat16), np.float32)
-    operand = layouts.WGMMA_LAYOUT
-    inner = (*operand.lane_dims, *operand.warp_dims, operand.vector_dim)
-    columns = mosaic_gpu.reordered(jnp.arange(256, dtype=jnp.float32)[None])[0].astype(int)
-    expected = np.asarray(matrix, np.float32).T[:, columns]
-    for output, column in np.ndindex(64, 256):
-        index = list(operand.tiling.tile_indices((output, column)))
-        warp = index[operand.warp_dims[0]]
-        thread = 32 * warp + 4 * index[operand.lane_dims[0]] + index[operand.lane_dims[1]]
-        half = index[operand.vector_dim]
-        for dimension in inner:
-            index[dimension] = 0
-        register = np.ravel_multi_index(index, operand.registers_shape((64, 256)))
-        assert found[thread, register, half] == expected[output, column]
+    positions, values = weight.positions.reshape(2, 256), weight.values.reshape(8, 2, 256)
+    halves = [h for f in range(8) for h in mosaic_gpu.expand(values[f], positions, f)]
+    np.testing.assert_array_equal(_weights_in_registers(halves), _columns(matrix))
+
+
+@pytest.mark.parametrize("bits", BIT_WIDTHS)
+def test_every_register_holds_its_two_codes_less_zero(bits):
+    words, scales, zeros = _quantised(bits, 512, 64, -1)
+    weight = from_codes(words, jnp.ones_like(scales), zeros, bits=bits, backend="mosaic_gpu")
+    positions = weight.positions.reshape(2, 2, 256)
+    sets = list(code_words(list(weight.values.reshape(bits, 2, 256)), bits))
+    offset = jnp.bfloat16(0 if bits == 8 else 2**bits) + zeros[0].astype(jnp.bfloat16)
+    kept = gpu_blocks.operand(sets, interpreted=True) - offset[:, None]
+    values = gpu_blocks.words_of(kept, interpreted=True)
+    halves = [h for f in range(16) for h in mosaic_gpu.expand(values[f], positions[f // 8], f % 8)]
+    expected = _columns(layout.to_dense(weight))
+    np.testing.assert_array_equal(_weights_in_registers(halves), expected)
 
 
 @pytest.mark.parametrize("inputs", [8, 256, 300])
@@ -74,6 +114,19 @@ def test_round_trip(inputs):
     assert weight.outputs == 128
     assert weight.values.shape == (2, tiles * 8, 512)
     assert weight.positions.shape == (2, tiles, 512)
+
+
+@pytest.mark.parametrize("bits", BIT_WIDTHS)
+@pytest.mark.parametrize("group_size", [-1, 32])
+def test_round_trip_of_codes(bits, group_size):
+    packed = _quantised(bits, 608, 64, group_size)
+    compress = functools.partial(from_codes, bits=bits, backend="mosaic_gpu")
+    weight = jax.jit(compress)(*packed)
+    assert weight.outputs == 64
+    assert weight.values.shape == (1, 2 * bits, 512)
+    for before, after in zip(packed, jax.jit(layout.to_codes)(weight), strict=True):
+        assert before.dtype == after.dtype
+        np.testing.assert_array_equal(before, after)
 
 
 def test_xla_multiplies_fragments():
@@ -92,22 +145,16 @@ def test_what_it_cannot_serve_is_named():
     assert "x is float16" in str(mosaic_gpu.unsupported(x.astype(jnp.float16), weight))
     rows = from_dense(sparse_matrix(64, 64), backend="xla")
     assert "compress it for mosaic_gpu" in str(mosaic_gpu.unsupported(x, rows))
-    codes = layout.from_codes(
-        jnp.zeros((8, 64), jnp.int32),
-        jnp.ones((1, 64), jnp.float16),
-        jnp.zeros((1, 64), jnp.uint8),
-        bits=4,
-    )
-    assert "values of 4 bits" in str(mosaic_gpu.unsupported(x, codes))
-    with pytest.raises(ValueError, match="72 inputs are no multiple of 16"):
-        mosaic_gpu.sparse24_matmul(
-            jnp.ones((1, 72), jnp.bfloat16), from_dense(sparse_matrix(72, 64), backend="mosaic_gpu")
-        )
+    codes = from_codes(*_quantised(4, 192, 64, 96), bits=4, backend="mosaic_gpu")
+    with pytest.raises(ValueError, match="group size 96 is not 32, 64, 128, 256 or a multiple of"):
+        mosaic_gpu.sparse24_matmul(jnp.ones((1, 192), jnp.bfloat16), codes)
     with pytest.raises(ValueError, match="cannot serve: it needs a TPU"):
         sparse24_matmul(x, weight, backend="pallas_tpu")
     with pytest.raises(ValueError, match="cannot serve: the weight is arranged as fragments"):
         sparse24_matmul(x, weight, backend="pallas_tpu", interpret=True)
     with pytest.raises(ValueError, match="5 outputs are no multiple of 64"):
         from_dense(sparse_matrix(8, 5), backend="mosaic_gpu")
+    with pytest.raises(ValueError, match="5 outputs are no multiple of 64"):
+        from_codes(*_quantised(4, 64, 5, -1), bits=4, backend="mosaic_gpu")
     with pytest.raises(ValueError, match="arrangement must be rows or fragments, not columns"):
         layout.from_dense(sparse_matrix(8, 5), arrangement="columns")

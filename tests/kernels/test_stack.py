@@ -30,9 +30,8 @@ def _stack(kind: str, backend: str):
     kept = sparse_mask(1024, 128) if kind == "sparse codes" else None
     packed = checkpoint(4, 1024, 128, 8, layers=(_LAYERS,), kept=kept)
     if kind == "sparse codes":
-        return sparse.sparse24_matmul, jax.vmap(functools.partial(sparse.from_codes, bits=4))(
-            *packed
-        )
+        make = functools.partial(sparse.from_codes, bits=4, backend=backend)
+        return sparse.sparse24_matmul, jax.vmap(make)(*packed)
     index = None
     if kind == "act-order":
         groups = np.arange(1024, dtype=np.int32) // 128
@@ -69,7 +68,7 @@ def test_a_layer_in_its_stack(kind, options, rows):
             np.testing.assert_array_equal(array, wanted)
 
 
-@pytest.mark.parametrize("kind", ["quantised", "sparse"])
+@pytest.mark.parametrize("kind", ["quantised", "sparse", "sparse codes"])
 def test_a_layer_in_its_stack_on_a_gpu(kind):
     params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
     _, stack = _stack(kind, "mosaic_gpu")
