@@ -58,8 +58,8 @@ class Train:
     weights: str = "auto"
     """packed, dense (expanded once) or auto (dense on a CPU that has the memory)."""
     kernel: str = "auto"
-    """What multiplies by packed weights: pallas_tpu, mosaic_gpu, xla, or auto for the best that the
-    machine has."""
+    """What multiplies by packed and 2:4 sparse matrices: pallas_tpu, mosaic_gpu, xla (sparse ones
+    as dense ones), or auto for the best that the machine has."""
     dtype: str = "float32"
     """Of activations and dense weights; auto keeps the checkpoint's."""
     seed: int = 0
@@ -188,8 +188,8 @@ class Evaluate:
     weights: str = "auto"
     """packed, dense (expanded once) or auto (dense on a CPU that has the memory)."""
     kernel: str = "auto"
-    """What multiplies by packed weights: pallas_tpu, mosaic_gpu, xla, or auto for the best that the
-    machine has."""
+    """What multiplies by packed and 2:4 sparse matrices: pallas_tpu, mosaic_gpu, xla (sparse ones
+    as dense ones), or auto for the best that the machine has."""
     dtype: str = "float32"
     seed: int = 0
 

@@ -53,8 +53,9 @@ def load_model(
         dtype: of dense weights and activations; "auto" keeps the file's own.
         weights: "packed" keeps packed matrices packed; "dense" expands them once (more memory,
             faster on a CPU); "auto" is dense on a CPU that has the memory, and packed elsewhere.
-        kernel: what multiplies by packed matrices: "pallas_tpu", "mosaic_gpu", "xla" (they are
-            expanded inside every product), or "auto", the best that this machine has.
+        kernel: what multiplies by packed and 2:4 sparse matrices: "pallas_tpu", "mosaic_gpu", "xla"
+            (packed ones are expanded inside every product, sparse ones dense), or "auto", the best
+            that this machine has.
         mesh: where to place the parameters, see `idp_jax.sharding.make_mesh`.
         progress: wraps the iteration over layers, for a progress bar.
 
