@@ -29,6 +29,7 @@ from idp_jax.kernels.quant_matmul import pallas_tpu as quant_tpu
 from idp_jax.kernels.sparse24_matmul import layout as sparse_layout
 from idp_jax.kernels.sparse24_matmul import pallas_tpu as sparse_tpu
 from idp_jax.kernels.stack import at
+from jax.experimental import pallas as pl
 from jax.experimental import topologies
 from jax.extend.core import Var
 
@@ -159,7 +160,8 @@ def _moved(mapping) -> int:
         axes = {variable: axis for axis, variable in enumerate(index_map.invars)}
         last = max((axes.get(v, -1) for v in index_map.outvars if isinstance(v, Var)), default=-1)
         steps = math.prod(mapping.grid[: last + 1])
-        sizes = [int(getattr(size, "block_size", size)) for size in block.block_shape]
+        kept = (size for size in block.block_shape if not isinstance(size, pl.Squeezed))
+        sizes = [int(getattr(size, "block_size", size)) for size in kept]
         total += steps * math.prod(sizes) * block.array_aval.dtype.itemsize
     return total
 
