@@ -29,7 +29,7 @@ AXES = {
     "samples": (256, 512, 1024, 2048),  # 1024 are the papers' 262,144 tokens
 }
 START = {"width": 128, "layers": 2, "samples": 16}
-# Below 1 is what a run costs whatever its size.
+# Growth below proportion is no fault; far below, the measure would be wrong.
 BARS = {"layers": ("all", 0.8, 1.1), "samples": ("text", 0.8, 1.1)}
 LENGTH, BATCH = 256, 8
 KINDS = {"all": "all", "text": "forward, Hessians", "core": "cores"}

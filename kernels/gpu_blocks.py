@@ -64,6 +64,11 @@ def grid_operand(grid: jax.Array, groups: int, group_size: int, tile: int) -> Op
     return Operand(grid, (rows, OUTPUTS), index)
 
 
+def chunk_of(groups: int, group_size: int) -> int:
+    """Inputs of a product on the tensor cores, all of one group."""
+    return TILE if groups == 1 else min(TILE, group_size)
+
+
 def product(
     x: jax.Array,
     operands: Sequence[Operand],

@@ -21,6 +21,7 @@ from idp_jax.compress.rules import allowed_worse, settings_by_name
 from idp_jax.config import Compression, ConfigError
 from idp_jax.environment import release_memory
 from idp_jax.formats.names import matrix_shapes, module_names
+from idp_jax.formats.prepared import restore
 from idp_jax.formats.quantization import PACKED_FORMS
 from idp_jax.formats.stack import stack
 from idp_jax.models.block import STAGES, Block, layer_slice
@@ -82,6 +83,7 @@ def compress(
         ConfigError: a group size, pattern or rule that does not fit the model.
         CompressionError: a matrix without a usable Hessian, or worse than its baseline.
     """
+    model = restore(model)
     names = model.layers.weight_names
     packed = [n for n in names if not isinstance(getattr(model.layers, n), Dense)]
     if packed:

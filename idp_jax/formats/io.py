@@ -26,7 +26,7 @@ from idp_jax.kernels.dispatch import machine_backend
 from idp_jax.models.block import Block, layer_slice
 from idp_jax.models.decoder import Decoder
 from idp_jax.sharding import shard
-from idp_jax.weights import Dense, Quantized
+from idp_jax.weights import Dense, Prepared, Quantized
 
 _logger = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ def load_model(
     dtype: str = "float32",
     weights: str = "packed",
     kernel: str = "auto",
+    sparse: bool = True,
     mesh: jax.sharding.Mesh | None = None,
     progress: Callable = iter,
 ) -> Decoder:
@@ -56,6 +57,8 @@ def load_model(
         kernel: what multiplies by packed and 2:4 sparse matrices: "pallas_tpu", "mosaic_gpu", "xla"
             (packed ones are expanded inside every product, sparse ones dense), or "auto", the best
             that this machine has.
+        sparse: whether 2:4 matrices that are bfloat16 numbers go to a 2:4 kernel, which reads fewer
+            bytes; dense ones need no expanding where many rows meet them, as in training.
         mesh: where to place the parameters, see `idp_jax.sharding.make_mesh`.
         progress: wraps the iteration over layers, for a progress bar.
 
@@ -74,13 +77,15 @@ def load_model(
         return expand(model)
     if backend == "xla":
         return model
-    model = prepare(model, kernel, mesh)
+    model = prepare(model, kernel, mesh, sparse=sparse)
     wrong = wrong_products(model, mesh)
     if wrong and kernel != "auto":
         raise ValueError(f"{kernel} multiplies wrongly by {wrong[0]} on this machine; use xla")
     if wrong:
         _logger.warning("%s multiplies wrongly by %s here; using xla", backend, wrong[0])
-    return restore(model) if wrong else model
+    if not wrong:
+        return model
+    return restore(model) if mesh is None else shard(restore(model), mesh)
 
 
 def _better_dense(model: Decoder) -> bool:
@@ -115,11 +120,9 @@ def _expand_layers(layers: Block, like: jax.Array) -> Block:
 
 
 def expand(model: Decoder) -> Decoder:
-    """The same function with every packed matrix written out."""
-    packed = [
-        n for n in model.layers.weight_names if isinstance(getattr(model.layers, n), Quantized)
-    ]
-    if not packed:
+    """The same function with every matrix written out."""
+    named = (getattr(model.layers, name) for name in model.layers.weight_names)
+    if not any(isinstance(weight, Quantized | Prepared) for weight in named):
         return model
     return model.with_layers(_expand_layers(model.layers, model.embedding[...]))
 

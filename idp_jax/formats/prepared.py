@@ -1,7 +1,7 @@
 """Packed and 2:4 sparse matrices of a model in the layout of the kernels, and back.
 
 The invariant: the model computes the same function, and `restore` gives back what was read bit for
-bit (scales in 16 bits, where they were such numbers in 32).
+bit (scales in 16 bits, where they were such numbers in 32; zeros of a 2:4 matrix without a sign).
 """
 
 import logging
@@ -13,7 +13,9 @@ import jax.numpy as jnp
 
 from idp_jax.kernels.dispatch import best_backend
 from idp_jax.kernels.quant_matmul.packing import unpack
+from idp_jax.kernels.sharded import unsplittable
 from idp_jax.kernels.sparse24_matmul import api as sparse24
+from idp_jax.kernels.stack import at
 from idp_jax.models.block import layer_slice
 from idp_jax.models.decoder import Decoder
 from idp_jax.weights import Dense, Prepared, Quantized, for_kernels
@@ -24,7 +26,9 @@ _logger = logging.getLogger(__name__)
 _LARGEST_DIFFERENCE = 0.05
 
 
-def prepare(model: Decoder, kernel: str, mesh: jax.sharding.Mesh | None = None) -> Decoder:
+def prepare(
+    model: Decoder, kernel: str, mesh: jax.sharding.Mesh | None = None, *, sparse: bool = True
+) -> Decoder:
     """The same function with packed and 2:4 sparse matrices in the layout of the kernels.
 
     A packed matrix that is 2:4 sparse too is stored as both: fewer bytes are read. Where no kernel
@@ -33,9 +37,11 @@ def prepare(model: Decoder, kernel: str, mesh: jax.sharding.Mesh | None = None) 
     Args:
         kernel: see `load_model`.
         mesh: where the model lies.
+        sparse: see `load_model`.
 
     Raises:
-        ValueError: a matrix that the named kernel does not take; with "auto" it stays as it is.
+        ValueError: a packed matrix that the named kernel does not take; with "auto" it stays as it
+            is, and so does a dense one.
     """
     with jax.set_mesh(mesh) if mesh is not None else nullcontext():
         for name in model.layers.weight_names:
@@ -48,12 +54,14 @@ def prepare(model: Decoder, kernel: str, mesh: jax.sharding.Mesh | None = None) 
             if reason is not None:
                 _logger.warning("%s: no kernel multiplies by it (%s); using xla", name, reason)
                 continue
-            sparse = _sparse_kernel(name, weight, kernel)
             if isinstance(weight, Dense) and not sparse:
                 continue
             # The model axis cuts what these read.
-            split = "inputs" if name in ("o", "down") else "outputs"
-            prepared = _for_kernels(weight, backend=kernel, split=split, sparse=sparse)
+            options = {"backend": kernel, "split": "inputs" if name in ("o", "down") else "outputs"}
+            is_sparse = _sparse_kernel(name, weight, model.embedding.dtype.name, **options)
+            if isinstance(weight, Dense) and not is_sparse:
+                continue
+            prepared = _for_kernels(weight, **options, sparse=is_sparse)
             model = model.with_layers(model.layers.replace(**{name: prepared}))
     return model
 
@@ -61,27 +69,40 @@ def prepare(model: Decoder, kernel: str, mesh: jax.sharding.Mesh | None = None) 
 _for_kernels = jax.jit(for_kernels, static_argnames=("backend", "split", "sparse"))
 
 
-def _sparse_kernel(name: str, weight: Dense | Quantized, kernel: str) -> bool:
+def _sparse_kernel(
+    name: str, weight: Dense | Quantized, dtype: str, backend: str, split: str
+) -> bool:
     """Whether a 2:4 kernel multiplies by a matrix; says why not where the matrix is 2:4 sparse."""
-    backend = best_backend() if kernel == "auto" else kernel
+    backend = best_backend() if backend == "auto" else backend
     if backend == "xla" or getattr(weight, "group_index", None) is not None:
         return False
     is_sparse, exact = jax.tree.map(bool, _pattern(weight))
     if not is_sparse:
         return False
-    reason = _no_sparse_kernel(weight, backend) if exact else "its values are no bfloat16 numbers"
+    reason = "its values are no bfloat16 numbers"
+    if exact:
+        reason = _no_sparse_kernel(weight, dtype, backend, split)
     if reason is not None and isinstance(weight, Dense):
         _logger.warning("%s: no 2:4 kernel multiplies by it (%s); it stays dense", name, reason)
     return reason is None
 
 
-def _no_sparse_kernel(weight: Dense | Quantized, backend: str) -> str | None:
+def _no_sparse_kernel(
+    weight: Dense | Quantized, dtype: str, backend: str, split: str
+) -> str | None:
+    mesh = jax.sharding.get_abstract_mesh()
+    if isinstance(weight, Dense) and not mesh.empty and mesh.shape["fsdp"] > 1:
+        return "fsdp cuts it finer as a dense one"
     make = partial(for_kernels, backend=backend, sparse=True)
     try:
         prepared = jax.eval_shape(lambda weight: make(layer_slice(weight, 0)), weight)
     except ValueError as error:
         return str(error)
-    return sparse24.unsupported(prepared.packed.get_value(), backend)
+    packed = prepared.packed.get_value()
+    reason = sparse24.unsupported(packed, backend, dtype)
+    if reason is None and not mesh.empty:
+        reason = unsplittable(packed, split, mesh.shape["model"])
+    return reason
 
 
 @jax.jit
@@ -139,7 +160,7 @@ def wrong_products(model: Decoder, mesh: jax.sharding.Mesh | None = None) -> lis
         for name in model.layers.weight_names:
             weight = getattr(model.layers, name)
             if isinstance(weight, Prepared):
-                off = _difference(layer_slice(weight, 0), model.embedding.dtype.name)
+                off = _difference(weight, model.embedding.dtype.name)
                 if off > _LARGEST_DIFFERENCE:
                     wrong.append(name)
     return wrong
@@ -147,8 +168,14 @@ def wrong_products(model: Decoder, mesh: jax.sharding.Mesh | None = None) -> lis
 
 @partial(jax.jit, static_argnames="dtype")
 def _difference(weight: Prepared, dtype: str) -> jax.Array:
-    """Between both products, relative to the largest."""
-    dense = Dense(weight.dense(dtype), None if weight.bias is None else weight.bias[...])
+    """Between both products with the last layer, relative to the largest."""
+    last = jax.tree.leaves(weight)[0].shape[0] - 1
+    alone = layer_slice(weight, last)
+    bias = None if alone.bias is None else alone.bias[...]
+    dense = Dense(alone.dense(dtype), bias)
+    # As the model has it: where it lies in the stack.
+    here = at(weight.packed.get_value(), jnp.int32(last))
+    weight = Prepared(here, bias=bias, backend=weight.backend, split=weight.split)
     largest = jnp.float32(0)
     for rows in (1, 128):  # few and many may be different kernels
         x = jax.random.normal(jax.random.key(0), (rows, dense.kernel[...].shape[0]), dtype)
@@ -160,7 +187,7 @@ def _difference(weight: Prepared, dtype: str) -> jax.Array:
 
 
 def restore(model: Decoder) -> Decoder:
-    """The same model with packed matrices in the layout of the files again."""
+    """The same model with packed and sparse matrices in the layout of the files again."""
     named = {name: getattr(model.layers, name) for name in model.layers.weight_names}
     back = {name: w.restored() for name, w in named.items() if isinstance(w, Prepared)}
     return model.with_layers(model.layers.replace(**back)) if back else model

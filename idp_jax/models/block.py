@@ -42,7 +42,7 @@ class Context(struct.PyTreeNode):
 
 
 class Block(nnx.Module):
-    """Attention and MLP of one layer (or of all of them, stacked, before `lax.scan` takes one).
+    """Attention and MLP of one layer (or of all of them, stacked, before `scan_layers`).
 
     Weights `q k v o up down` and, in gated MLPs, `gate` are modules of `idp_jax.weights`.
     """

@@ -63,6 +63,7 @@ def _train(config: Train, out: Path, mesh) -> dict[str, Any]:
         dtype=config.dtype,
         weights=config.weights,
         kernel=config.kernel,
+        sparse=False,
         mesh=mesh,
         progress=tracker("loading"),
     )

@@ -23,6 +23,7 @@ from idp_jax.kernels.quant_matmul.layout import KernelWeight
 from idp_jax.kernels.sharded import partition, sharded_matmul, unsplittable
 from idp_jax.kernels.sparse24_matmul import api as sparse_kernels
 from idp_jax.kernels.sparse24_matmul.layout import SparseWeight
+from idp_jax.kernels.stack import alone
 
 Array = jax.Array | np.ndarray  # a model read from disk holds numpy arrays until it is placed
 
@@ -153,8 +154,8 @@ class Prepared(nnx.Module):
         return self.restored().dense(dtype)
 
     def restored(self) -> Dense | Quantized:
-        """The weight in the checkpoint's layout, bit for bit."""
-        packed, group_index = self.packed.get_value(), None
+        """The weight in the checkpoint's layout, bit for bit but for the signs of zeros."""
+        packed, group_index = alone(self.packed.get_value()), None
         bias = None if self.bias is None else self.bias[...]
         if isinstance(packed, KernelWeight):
             words, scales, zeros, group_index = kernels.restore(packed)
@@ -231,7 +232,8 @@ def _packed(weight: Dense | Quantized, backend: str, sparse: bool) -> KernelWeig
 
 
 def _over_layers(make, *arrays: jax.Array):
-    return jax.vmap(make)(*arrays) if arrays[0].ndim > 2 else make(*arrays)
+    # One layer at a time: taking quads apart needs several times the memory of what they hold.
+    return jax.lax.map(lambda own: make(*own), arrays) if arrays[0].ndim > 2 else make(*arrays)
 
 
 class Lora(nnx.Module):

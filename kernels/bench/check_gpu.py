@@ -16,6 +16,7 @@ import numpy as np
 from idp_jax.kernels.bench import cases
 from idp_jax.kernels.quant_matmul import reference as quant_reference
 from idp_jax.kernels.sparse24_matmul import reference as sparse_reference
+from idp_jax.kernels.stack import at
 
 # bfloat16 keeps 8 bits, and the gradient's weights are rounded too; float32 sums differ in order.
 TOLERANCE = {"bfloat16": 2**-7, "float32": 1e-5}
@@ -23,7 +24,9 @@ TOLERANCE = {"bfloat16": 2**-7, "float32": 1e-5}
 
 def worst_error(multiply, reference, product, x, upstream, weight) -> float:
     """Largest error of value and gradient, each over the largest entry."""
-    y, pull_back = jax.vjp(lambda x: multiply(x, weight), x)
+    # As a model has it: a layer of a stack.
+    stack = jax.tree.map(lambda array: jnp.stack([jnp.zeros_like(array), array]), weight)
+    y, pull_back = jax.vjp(lambda x: multiply(x, at(stack, jnp.int32(1))), x)
     (gradient,) = pull_back(upstream)
     pairs = ((y, product(x, weight)), (gradient, reference.gradient(upstream, weight)))
     return max(

@@ -95,7 +95,8 @@ def sliced_by_a_walk(device, multiply, weight) -> int:
 
     program = lower(device, walk, stack, 1, jnp.bfloat16).compile().as_text() or ""
     shapes = re.findall(r"= \w+\[([\d,]*)\]\S* dynamic-slice\(", program)
-    return max(math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes)
+    sizes = (math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes)
+    return max(sizes, default=0)
 
 
 def main() -> int:

@@ -58,7 +58,7 @@ def quant_matmul(x: jax.Array, weight: KernelWeight, *, interpret=None) -> jax.A
 
 
 def _value(x: jax.Array, weight: KernelWeight, interpret) -> jax.Array:
-    chunk = TILE if weight.groups == 1 else min(TILE, weight.group_size)
+    chunk = gpu_blocks.chunk_of(weight.groups, weight.group_size)
     stack, layer = stacked(weight)
     return gpu_blocks.product(
         x,

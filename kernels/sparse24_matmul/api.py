@@ -45,13 +45,15 @@ def _arrangement(backend: str, outputs: int) -> str:
     return "fragments" if backend == "mosaic_gpu" else "rows"
 
 
-def unsupported(weight: SparseWeight, backend: str) -> str | None:
+def unsupported(weight: SparseWeight, backend: str, dtype: str) -> str | None:
     """Why the kernel "pallas_tpu" or "mosaic_gpu" cannot multiply by a weight, or None if it can.
 
     Args:
         weight: of which shapes and types are enough.
+        backend: whose kernel.
+        dtype: of x.
     """
-    x = jax.ShapeDtypeStruct((1, weight.inputs), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((1, weight.inputs), jnp.dtype(dtype))
     return _MODULES[backend].unsupported(x, weight)
 
 

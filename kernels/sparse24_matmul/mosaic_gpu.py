@@ -22,7 +22,6 @@ import numpy as np
 from .. import gpu_blocks
 from ..frozen import frozen_product, gradient_of
 from ..quant_matmul import config
-from ..quant_matmul.layout import TILE
 from ..quant_matmul.mosaic_gpu import add_tile
 from ..stack import stacked
 from . import xla
@@ -78,7 +77,7 @@ def _value(x: jax.Array, weight: SparseWeight, interpret) -> jax.Array:
             bits=9,  # half a value of 16 bits and a quarter of a code of 4
         )
     assert weight.bits is not None and stack.grid is not None
-    chunk = TILE if weight.groups == 1 else min(TILE, weight.group_size)
+    chunk = gpu_blocks.chunk_of(weight.groups, weight.group_size)
     return multiply(
         [
             words(stack.positions, 2),
