@@ -1,6 +1,6 @@
 """Measures block sizes on the accelerator of this machine and writes the best ones to tuned.json.
 
-    python kernels/bench/tune.py --model LLaMA-7B --bits 3,4
+    python kernels/bench/tune.py --model LLaMA-7B --kernels quant --bits 3,4
 
 Kernels only ever look the table up. A size that does not fit the device's memory is skipped.
 """
@@ -19,39 +19,62 @@ from idp_jax.kernels.dispatch import best_backend
 from idp_jax.kernels.quant_matmul import config
 
 
-def candidates(kernel: str, rows: int) -> list[list[int]]:
-    """Sizes to try, in the form of the table."""
+def table_key(backend: str, kernel: str, bits: int | None, shape, rows: int) -> str:
+    """Where the sizes of a kernel at a shape stand in the table.
+
+    Args:
+        backend: "pallas_tpu" or "mosaic_gpu".
+        kernel: "quant" or "sparse24".
+        bits: None for 2:4 with bfloat16 values.
+        shape: inputs and outputs.
+        rows: of x.
+    """
+    few = rows <= config.DECODE_ROWS
+    name, taken = {
+        ("pallas_tpu", "quant"): ("decode" if few else "prefill", bits),
+        ("pallas_tpu", "sparse24"): ("sparse24", bits or 16),
+        ("mosaic_gpu", "quant"): ("gpu", bits),
+        # For every input half a value and half a position of 2 bits.
+        ("mosaic_gpu", "sparse24"): ("gpu", 9) if bits is None else ("gpu512", bits / 2 + 1),
+    }[backend, kernel]
+    return config.key(name, taken, *shape, rows)
+
+
+def candidates(name: str, rows: int) -> list[list[int]]:
+    """Sizes to try for a key of the table, in its form."""
+    kernel = name.split()[0]
     if kernel == "decode":
         return [[outputs] for outputs in (128, 256, 512, 1024, 2048)]
-    if kernel == "prefill":
+    if kernel in ("prefill", "sparse24"):
         rows_of_block = sorted({min(rows, m) for m in (256, 512, 1024)})
         return [list(b) for b in itertools.product(rows_of_block, (256, 512, 1024), (512, 1024))]
     block_rows = sorted({min(-(-rows // 8) * 8, m) for m in (16, 64, 128)})
     return [list(s) for s in itertools.product(block_rows, (1, 2, 4, 8), (2, 4, 8))]
 
 
-def kernel_of(backend: str, rows: int) -> str:
-    """The table's name of the kernel that serves this many rows."""
-    if backend == "mosaic_gpu":
-        return "gpu"
-    return "decode" if rows <= config.DECODE_ROWS else "prefill"
+def weight_of(kernel: str, bits: int | None, shape: tuple[int, int], order: str, key: jax.Array):
+    """A random weight, quantised ones in groups of 128."""
+    if bits is None:
+        return cases.sparse(key, *shape, order)
+    make = cases.quantised if kernel == "quant" else cases.sparse_codes
+    return make(key, bits, 128, *shape, order)
 
 
-def best_sizes(backend: str, bits: int, shape: tuple[int, int], rows: int) -> list[int]:
+def best_sizes(
+    backend: str, kernel: str, bits: int | None, shape: tuple[int, int], rows: int
+) -> list[int]:
     """The fastest candidate, measured."""
     kind = jax.devices()[0].device_kind
-    kernel = kernel_of(backend, rows)
     table = config.tuned().setdefault(kind, {})
-    name = config.key(kernel, bits, *shape, rows)
-    order = cases.arrangement_of(backend)
-    make = lambda key: cases.quantised(key, bits, 128, *shape, order)
+    name = table_key(backend, kernel, bits, shape, rows)
+    make = functools.partial(weight_of, kernel, bits, shape, cases.arrangement_of(backend))
     weights = copies(make, cases.stored_bytes(make(jax.random.key(0))))
     x = jax.random.normal(jax.random.key(1), (rows, shape[0]), jnp.bfloat16)
     times = {}
-    for sizes in candidates(kernel, rows):
+    for sizes in candidates(name, rows):
         table[name] = sizes
         # A new function object, or jit would remember the sizes before.
-        multiply = functools.partial(cases.multiply("quant", backend))
+        multiply = functools.partial(cases.multiply(kernel, backend))
         try:
             times[tuple(sizes)] = seconds_per_call(multiply, x, weights)
         except (jax.errors.JaxRuntimeError, ValueError) as error:
@@ -71,6 +94,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="LLaMA-7B", choices=sorted(SHAPES))
+    parser.add_argument("--kernels", default="quant,sparse24", help="with commas")
     parser.add_argument("--bits", default="2,3,4,8", help="with commas")
     parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="rows of x, with commas")
     arguments = parser.parse_args()
@@ -79,11 +103,12 @@ def main() -> None:
         parser.error("there is nothing to tune on a CPU: run this where a TPU or a GPU is")
     numbers = lambda text: list(map(int, text.split(",")))
     rows_served = config.GPU_ROWS if backend == "mosaic_gpu" else max(ROWS)
-    for bits in numbers(arguments.bits):
-        for shape in SHAPES[arguments.model]:
-            for rows in filter(lambda m: m <= rows_served, numbers(arguments.rows)):
-                best_sizes(backend, bits, shape, rows)
-                _write()
+    rows = [m for m in numbers(arguments.rows) if m <= rows_served]
+    for kernel in arguments.kernels.split(","):
+        values = [None] * (kernel == "sparse24") + numbers(arguments.bits)
+        for case in itertools.product(values, SHAPES[arguments.model], rows):
+            best_sizes(backend, kernel, *case)
+            _write()
 
 
 def _write() -> None:

@@ -40,7 +40,12 @@ def tuned() -> dict[str, dict[str, list[int]]]:
 
 
 def key(kernel: str, bits: float, inputs: int, outputs: int, rows: int) -> str:
-    """The name of a shape in the table; kernel is "decode", "prefill", "gpu" or "gpu512"."""
+    """The name of a shape in the table, of bfloat16 x.
+
+    Args:
+        kernel: "decode", "prefill" or "sparse24" (TPU), "gpu" or "gpu512" (its tiles).
+        bits: of a code, 16 for bfloat16 values; of the GPU's 2:4 kernels what an input takes.
+    """
     return f"{kernel} b{bits} {inputs}x{outputs} m{rows}"
 
 
@@ -58,7 +63,7 @@ def prefill_blocks(
 ) -> Blocks:
     """Blocks of the TPU kernels that expand the weight."""
     found = tuned().get(device, {}).get(key("prefill", bits, inputs, outputs, rows))
-    if found:
+    if found and dtype_bytes == 2:
         return Blocks(*found)
     m, o, i = _PREFILL_BLOCKS
     if dtype_bytes == 4:

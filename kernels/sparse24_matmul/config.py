@@ -1,28 +1,18 @@
 """How large the blocks of the TPU kernel are.
 
-Invariant: looking a size up never measures anything; see quant_matmul/config.py.
+Invariant: looking a size up never measures anything; the table is that of quant_matmul/config.py.
 """
 
-import functools
-import json
-from pathlib import Path
-
+from ..quant_matmul.config import key, tuned
 from ..tpu_blocks import Blocks
-
-_TABLE = Path(__file__).with_name("tuned.json")
-
-
-@functools.cache
-def _tuned() -> dict[str, dict[str, list[int]]]:
-    return json.loads(_TABLE.read_text())
 
 
 def blocks(
     device: str, bits: int | None, inputs: int, outputs: int, rows: int, dtype_bytes: int
 ) -> Blocks:
     """Blocks for x [rows, inputs]; inputs come in multiples of 512."""
-    found = _tuned().get(device, {}).get(f"b{bits or 16} {inputs}x{outputs} m{rows}")
-    if found:
+    found = tuned().get(device, {}).get(key("sparse24", bits or 16, inputs, outputs, rows))
+    if found and dtype_bytes == 2:
         return Blocks(*found)
     # Few rows leave room for wide blocks, whose transfers hide the cost of a step.
     outputs_of_block = 1024 if rows <= 64 and dtype_bytes == 2 else 512

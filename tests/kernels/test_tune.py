@@ -1,0 +1,42 @@
+"""The sizes that tuning writes are those that the kernels look up."""
+
+import jax
+import pytest
+from idp_jax.kernels.bench import tune
+from idp_jax.kernels.quant_matmul import config
+from idp_jax.kernels.sparse24_matmul import config as sparse_config
+
+_SHAPE = (512, 128)
+
+
+@pytest.mark.parametrize(
+    "backend, kernel, bits, rows",
+    [
+        ("pallas_tpu", "quant", 3, 1),
+        ("pallas_tpu", "quant", 3, 512),
+        ("pallas_tpu", "sparse24", None, 8),
+        ("pallas_tpu", "sparse24", 4, 8),
+        ("mosaic_gpu", "quant", 3, 8),
+        ("mosaic_gpu", "sparse24", None, 8),
+        ("mosaic_gpu", "sparse24", 4, 8),
+    ],
+)
+def test_kernels_find_what_was_measured(backend, kernel, bits, rows, monkeypatch):
+    table = {}
+    monkeypatch.setattr(config, "tuned", lambda: table)
+    monkeypatch.setattr(sparse_config, "tuned", lambda: table)
+    # Each candidate is faster than the one before.
+    seconds = iter(range(1000, 0, -1))
+    monkeypatch.setattr(tune, "seconds_per_call", lambda *_: next(seconds))
+    best = tune.best_sizes(backend, kernel, bits, _SHAPE, rows)
+    kind = jax.devices()[0].device_kind
+    if backend == "mosaic_gpu":
+        taken, tile = (bits, 256) if kernel == "quant" else (9, 256) if bits is None else (3.0, 512)
+        found = config.gpu_sizes(kind, taken, *_SHAPE, rows, tile)
+    elif kernel == "sparse24":
+        found = sparse_config.blocks(kind, bits, *_SHAPE, rows, 2)
+    elif rows <= config.DECODE_ROWS:
+        found = (config.decode_outputs(kind, bits, *_SHAPE, rows),)
+    else:
+        found = config.prefill_blocks(kind, bits, *_SHAPE, rows, 2)
+    assert list(found) == best
