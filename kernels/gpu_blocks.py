@@ -98,48 +98,13 @@ def product(
     Returns:
         [M, O] of x's dtype.
     """
-    multiply = functools.partial(
-        _blocked,
-        operands=operands,
-        add_tile=add_tile,
-        outputs=outputs,
-        layer=layer,
-        bits=bits,
-        chunk=chunk,
-        tile=tile,
-        interpret=interpret,
-    )
-    if x.dtype == jnp.bfloat16:
-        return multiply(x).astype(x.dtype)
-    parts, rest = [], x
-    for _ in range(3):
-        # Not `astype` twice, which XLA may take for nothing.
-        parts.append(jax.lax.reduce_precision(rest, 8, 7))
-        rest = rest - parts[-1]
-    stacked = jnp.concatenate(parts).astype(jnp.bfloat16)
-    y = multiply(stacked)
-    return y.reshape(3, x.shape[0], outputs).sum(0)
-
-
-def _blocked(
-    x: jax.Array,
-    *,
-    operands: Sequence[Operand],
-    add_tile: Callable,
-    outputs: int,
-    layer: jax.Array,
-    bits: float,
-    chunk: int,
-    tile: int,
-    interpret,
-) -> jax.Array:
-    """x bfloat16 [M, I] times the weight: float32 [M, O]."""
-    (count, inputs), blocks = x.shape, -(-outputs // OUTPUTS)
+    parts = _parts(x)
+    (count, inputs), blocks = parts.shape, -(-outputs // OUTPUTS)
     rows, shares, stages = config.gpu_sizes(device_kind(), bits, inputs, outputs, count, tile)
     row_blocks, steps = -(-count // rows), -(-inputs // (tile * shares))
     if interpret is not None:
         # Outside an array the hardware reads zeros (or another layer), the interpreter fails.
-        x = _pad_to(x, (row_blocks * rows, steps * shares * tile))
+        parts = _pad_to(parts, (row_blocks * rows, steps * shares * tile))
         operands = [_padded(o, o.index(blocks - 1, steps * shares - 1)) for o in operands]
     transposed = plgpu.kernel(
         functools.partial(
@@ -157,8 +122,21 @@ def _blocked(
         grid_names=("outputs", "rows", "share"),
         scratch_types=[plgpu.SMEM((OUTPUTS, rows), jnp.float32)],
         interpret=interpret,
-    )(layer, x, *(o.array.reshape(-1, *o.array.shape[2:]) for o in operands))
-    return transposed.sum(0)[:outputs, :count].T
+    )(layer, parts, *(o.array.reshape(-1, *o.array.shape[2:]) for o in operands))
+    y = transposed.sum(0)[:outputs, :count].T
+    return y.reshape(-1, x.shape[0], outputs).sum(0).astype(x.dtype)
+
+
+def _parts(x: jax.Array) -> jax.Array:
+    """Rows bfloat16 whose sum is x [M, I]: x, or three times M rows for float32."""
+    if x.dtype == jnp.bfloat16:
+        return x
+    parts, rest = [], x
+    for _ in range(3):
+        # Not `astype` twice, which XLA may take for nothing.
+        parts.append(jax.lax.reduce_precision(rest, 8, 7))
+        rest = rest - parts[-1]
+    return jnp.concatenate(parts).astype(jnp.bfloat16)
 
 
 def _body(

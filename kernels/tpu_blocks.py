@@ -19,6 +19,11 @@ VMEM_LIMIT = 15 * 2**20
 """Bytes of VMEM a kernel may use: a v4 core has 16 MiB, the later ones more."""
 
 
+_COMPILER = pltpu.CompilerParams(
+    dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+)
+
+
 class Blocks(NamedTuple):
     """Sizes of a block: rows of x, outputs, inputs."""
 
@@ -84,6 +89,8 @@ def product(
     kept, summed = (inputs, outputs) if transposed else (outputs, inputs)
     kept_block, summed_block = (blocks.i, blocks.o) if transposed else (blocks.o, blocks.i)
     grid = (pl.cdiv(x.shape[0], blocks.m), pl.cdiv(kept, kept_block), pl.cdiv(summed, summed_block))
+    x_spec = pl.BlockSpec((blocks.m, summed_block), lambda m, n, k, layer: (m, k))
+    weight_specs = [_weight_spec(operand, blocks.o, transposed) for operand in operands]
     body = functools.partial(
         _body,
         expand=expand,
@@ -99,17 +106,11 @@ def product(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=grid,
-            in_specs=[
-                pl.BlockSpec((blocks.m, summed_block), lambda m, n, k, layer: (m, k)),
-                *(_weight_spec(operand, blocks.o, transposed) for operand in operands),
-            ],
+            in_specs=[x_spec, *weight_specs],
             out_specs=pl.BlockSpec((blocks.m, kept_block), lambda m, n, k, layer: (m, n)),
             scratch_shapes=[pltpu.VMEM((blocks.m, kept_block), jnp.float32), *scratch],
         ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=VMEM_LIMIT,
-        ),
+        compiler_params=_COMPILER,
         cost_estimate=_cost(x, operands, kept),
         interpret=interpret,
         name=name,

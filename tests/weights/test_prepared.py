@@ -90,12 +90,12 @@ def test_a_whole_model(mesh, act_order):
         assert close(jax.jit(lambda model, ids: model(ids))(placed, ids), expected, 1e-4)
 
 
-def _sparse(model, dtype="float32"):
+def _sparse(model):
     """The model with its first two of every four inputs only, as bfloat16 numbers."""
     kept = lambda kernel: jnp.arange(kernel.shape[1])[:, None] % 4 < 2
     round_off = lambda kernel: jnp.where(kept(kernel), kernel, 0).astype(jnp.bfloat16)
     weights = {
-        name: Dense(round_off(weight.kernel[...]).astype(dtype), weight.bias)
+        name: Dense(round_off(weight.kernel[...]).astype(jnp.float32), weight.bias)
         for name in model.layers.weight_names
         for weight in [getattr(model.layers, name)]
     }
