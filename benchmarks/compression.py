@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from idp_jax import commands, config
-from idp_jax.environment import describe
+from idp_jax.jobs.machine import describe
 
 MODEL = "smollm2-135m"
 SAMPLES, LENGTH, BITS, GROUP_SIZE = 32, 512, 3, 64

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from idp_jax.compress.driver import StageTimes, compress
 from idp_jax.config import Compression
-from idp_jax.environment import describe
+from idp_jax.jobs.machine import describe
 
 AXES = {
     "width": (64, 128, 256, 512),

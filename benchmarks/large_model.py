@@ -19,7 +19,7 @@ from random_model import opt_config, start, write_model, write_text
 from rich.console import Console
 from rich.table import Table
 
-from idp_jax.environment import describe
+from idp_jax.jobs.machine import describe
 
 BAR = 2.5e9
 

@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from idp_jax import load_model, save_model
-from idp_jax.progress import tracker
+from idp_jax.jobs.progress import Bars
 
 MODEL = "smollm2-135m"
 LENGTH = 512
@@ -43,7 +43,9 @@ def windows(tokenizer, path: Path, field: str, count: int) -> torch.Tensor:
 
 def perplexity(model, held_out: torch.Tensor) -> float:
     """Of windows [N, 512], each alone."""
-    losses = [model(w[None], labels=w[None]).loss for w in tracker("perplexity")(list(held_out))]
+    losses = [
+        model(w[None], labels=w[None]).loss for w in Bars().tracker("perplexity")(list(held_out))
+    ]
     return float(torch.stack(losses).mean().exp())
 
 
@@ -89,7 +91,7 @@ def compress(model, calibration: torch.Tensor, **settings) -> None:
         "position_embeddings": model.model.rotary_emb(hidden[0], positions),
         "attention_mask": torch.full((LENGTH, LENGTH), float("-inf")).triu(1)[None, None],
     }
-    for block in tracker("layers")(list(model.model.layers)):
+    for block in Bars().tracker("layers")(list(model.model.layers)):
         run = lambda block=block, own=hidden: [block(window, **shared) for window in own]
         compress_block(block, run, **settings)
         hidden = [out[0] if isinstance(out, tuple) else out for out in run()]

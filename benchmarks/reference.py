@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from idp_jax import commands, config
-from idp_jax.compress.run import compress
-from idp_jax.progress import console
+from idp_jax.compress.job import compress
+from idp_jax.jobs.progress import console
 
 # What the public implementations do.
 _PLAIN = {"method": "gptq", "act_order": "none", "grid": "minmax"}

@@ -21,9 +21,9 @@ import transformers
 from peft import PromptTuningConfig, get_peft_model
 
 from idp_jax import load_model
-from idp_jax.environment import describe
-from idp_jax.evaluation.generation import generate
 from idp_jax.formats import resolve
+from idp_jax.inference.generation import generate
+from idp_jax.jobs.machine import describe
 from idp_jax.recover import SoftPrompt
 from idp_jax.training.step import TrainState, make_train_step
 

@@ -13,7 +13,8 @@ _EXPORTS = {
     "load_model": "idp_jax.formats",
     "load_tokenizer": "idp_jax.formats",
     "save_model": "idp_jax.formats",
-    "load_adapter": "idp_jax.recover",
+    "load_adapter": "idp_jax.formats",
+    "save_adapter": "idp_jax.formats",
 }
 __all__ = sorted(_EXPORTS)
 

@@ -8,6 +8,7 @@ checked once. An error is one line and a non-zero exit.
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
 import io
 import itertools
@@ -15,50 +16,18 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable
 from typing import Any
 
-from idp_jax import config, config_files
+from idp_jax import config
+from idp_jax.config.files import from_yaml
 
-
-def _compress(settings: config.Compress) -> None:
-    from idp_jax.compress.run import compress
-
-    compress(settings)
-
-
-def _convert(settings: config.Convert) -> None:
-    from idp_jax.convert import convert
-
-    convert(settings)
-
-
-def _evaluate(settings: config.Evaluate) -> None:
-    from idp_jax.commands import evaluate
-
-    evaluate(settings)
-
-
-def _train(settings: config.Train) -> None:
-    from idp_jax.commands import train
-
-    train(settings)
-
-
-def _demo(settings: config.Demo) -> None:
-    from idp_jax.demo import run
-
-    run(settings)
-
-
-COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
-    "demo": (config.Demo, _demo),
-    "compress": (config.Compress, _compress),
-    "convert": (config.Convert, _convert),
-    "train": (config.Train, _train),
-    "eval": (config.Evaluate, _evaluate),
+COMMANDS: dict[str, type] = {
+    "demo": config.Demo,
+    "compress": config.Compress,
+    "convert": config.Convert,
+    "train": config.Train,
+    "eval": config.Evaluate,
 }
-
 
 # What libraries print on their own account; our bars and tables say the same.
 _QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
@@ -78,10 +47,10 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     for variable, value in _QUIET.items():
         os.environ.setdefault(variable, value)
-    _hide_torch()
-    kind, run = COMMANDS[name]
     try:
-        run(parse(kind, rest, f"idp-jax {name}"))
+        settings = parse(COMMANDS[name], rest, f"idp-jax {name}")
+        _hide_torch()
+        importlib.import_module(f"idp_jax.commands.{name}").run(settings)
     except ValueError as error:  # our own errors, and those of files and settings in general
         if os.environ.get("IDP_JAX_TRACEBACK"):
             raise
@@ -160,7 +129,7 @@ def _first_paragraph(box: str, program: str) -> str:
 def _with_missing(kind: type, path: str, required: dict[str, Any]) -> Any:
     """The file's settings, with tyro's mark for required ones that are still to come."""
     placeholders = dict.fromkeys(required, "")
-    settings = config_files.from_yaml(kind, path, **placeholders)
+    settings = from_yaml(kind, path, **placeholders)
     missing = {
         name: mark for name, mark in required.items() if str(getattr(settings, name)) in ("", ".")
     }
@@ -185,7 +154,7 @@ def _config_path(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 def _usage() -> str:
     rows = "\n".join(
-        f"  {name:9} {(kind.__doc__ or '').splitlines()[0]}" for name, (kind, _) in COMMANDS.items()
+        f"  {name:9} {(kind.__doc__ or '').splitlines()[0]}" for name, kind in COMMANDS.items()
     )
     return (
         "usage: idp-jax COMMAND [options]\n\n"

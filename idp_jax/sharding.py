@@ -5,16 +5,11 @@ Parameters, packed words and activations all name their axes by what they mean (
 cuts which of them. On one device, or outside `jax.set_mesh`, every function here does nothing.
 """
 
-import os
-from collections.abc import Callable
-
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "model")
-_LONGEST_LINE = 1000  # bytes of an error that is told to other processes
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
@@ -78,77 +73,6 @@ def make_mesh(shape: dict[str, int] | None = None, devices=None) -> jax.sharding
             "its sizes must multiply to that number"
         )
     return jax.make_mesh(sizes, MESH_AXES, (AxisType.Auto,) * 3, devices=devices)
-
-
-def mesh_of(config) -> jax.sharding.Mesh | None:
-    """The mesh that a `config.Mesh` asks for, or None for one device.
-
-    Joins the other processes of the job first, where that is asked for or the launcher is
-    recognised;
-    several processes without a mesh of their own share the batch.
-    """
-    if (config.distributed or _launched_together()) and not jax.distributed.is_initialized():
-        # A launcher that JAX knows (SLURM, Open MPI, TPU pods) fills these in by itself.
-        jax.distributed.initialize(
-            num_processes=_number("JAX_NUM_PROCESSES"), process_id=_number("JAX_PROCESS_ID")
-        )
-    shape = {axis: getattr(config, axis) for axis in MESH_AXES}
-    if all(size == 1 for size in shape.values()):
-        return make_mesh() if jax.process_count() > 1 else None
-    return make_mesh(shape)
-
-
-def _number(variable: str) -> int | None:
-    return int(os.environ[variable]) if variable in os.environ else None
-
-
-def _launched_together() -> bool:
-    """Whether a launcher started this process as one of several."""
-    counts = ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-    several = any((_number(name) or 1) > 1 for name in counts)
-    return several or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-
-
-def first_process(action: Callable[[], None], name: str) -> None:
-    """Runs `action` (writing a file, say) on process 0 while the others of the job wait.
-
-    Args:
-        name: of the meeting point, the same in every process.
-
-    Raises:
-        Exception: what `action` raised, on process 0.
-        ValueError: the same in words, on the other processes, which would wait for ever otherwise.
-    """
-    if jax.process_count() == 1:
-        return action()
-    failure = None
-    if jax.process_index() == 0:
-        try:
-            action()
-        except Exception as error:
-            failure = error
-    multihost_utils.sync_global_devices(name)
-    said = _told_by_first("" if failure is None else str(failure) or repr(failure))
-    if failure is not None:
-        raise failure
-    if said:
-        raise ValueError(f"process 0 failed: {' '.join(said.split())}")
-
-
-def _told_by_first(text: str) -> str:
-    """Process 0's text, on every process; what is too long is cut off."""
-    line = np.zeros(_LONGEST_LINE, np.uint8)
-    encoded = np.frombuffer(text.encode()[:_LONGEST_LINE], np.uint8)
-    line[: encoded.size] = encoded
-    told = np.asarray(multihost_utils.broadcast_one_to_all(line))
-    return told.tobytes().rstrip(b"\0").decode(errors="ignore")
-
-
-def gather(tree):
-    """Whole arrays on every process, for writing what the devices of several processes hold."""
-    if jax.process_count() == 1:
-        return tree
-    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> PartitionSpec:

@@ -12,7 +12,8 @@ import pytest
 
 from idp_jax import load_adapter, load_model
 from idp_jax.cli import main
-from idp_jax.recover import SoftPrompt, save_adapter
+from idp_jax.formats import save_adapter
+from idp_jax.recover import SoftPrompt
 from idp_jax.weights import Quantized
 from tests.helpers import tiny_decoder, tiny_folder, tiny_ids
 
@@ -290,12 +291,10 @@ def test_help_is_not_an_error(arguments, capsys):
     ],
 )
 def test_failures_inside_a_command(monkeypatch, capsys, error, code, message):
-    from idp_jax import cli
-
     def fail(settings):
         raise error
 
-    monkeypatch.setitem(cli.COMMANDS, "compress", (cli.config.Compress, fail))
+    monkeypatch.setattr("idp_jax.commands.compress.run", fail)
     with pytest.raises(SystemExit) as stop:
         run("compress", "m", "--out", "o")
     assert stop.value.code == code

@@ -19,14 +19,14 @@ from idp_jax.compress.flow import Flow
 from idp_jax.compress.matrices import compress_matrices
 from idp_jax.compress.rules import allowed_worse, settings_by_name
 from idp_jax.config import Compression, ConfigError
-from idp_jax.environment import release_memory
 from idp_jax.formats.names import matrix_shapes, module_names
-from idp_jax.formats.prepared import restore
 from idp_jax.formats.quantization import PACKED_FORMS
 from idp_jax.formats.stack import stack
+from idp_jax.jobs.machine import release_memory
 from idp_jax.models.block import STAGES, Block, layer_slice
 from idp_jax.models.config import ModelConfig
 from idp_jax.models.decoder import Decoder
+from idp_jax.models.storage import restore
 from idp_jax.weights import Dense, Quantized
 
 # What float32 sums may differ by between two equally good results.

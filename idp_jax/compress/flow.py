@@ -12,7 +12,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from idp_jax.compress.hessian import accumulate, empty_state
+from idp_jax.compress.cores.hessian import accumulate, empty_state
 from idp_jax.models.block import Block
 from idp_jax.models.decoder import Decoder
 from idp_jax.sharding import batch_parts, constrain, shard, shard_batch

@@ -11,6 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,22 @@ from idp_jax.compress.driver import (
 from idp_jax.compress.flow import Flow, pass_through
 from idp_jax.compress.report import draw
 from idp_jax.config import Compress, Compression, ConfigError
-from idp_jax.data import SELF, documents, sample_documents, take_windows
-from idp_jax.files import fingerprint, write_file, write_text
+from idp_jax.config.files import to_dict
+from idp_jax.data.self_text import sample_documents
+from idp_jax.data.sources import SELF, documents
+from idp_jax.data.windows import take_windows
 from idp_jax.formats import hf
-from idp_jax.formats.io import write_settings
 from idp_jax.formats.names import module_names
 from idp_jax.formats.quantization import Packing, write_config
 from idp_jax.formats.source import open_source, part_of
+from idp_jax.formats.write import write_settings
+from idp_jax.jobs.files import fingerprint, write_file, write_text
+from idp_jax.jobs.folder import check_absent, claim
+from idp_jax.jobs.machine import describe, peak_memory
+from idp_jax.jobs.progress import SILENT, Progress
 from idp_jax.models.block import Block
-from idp_jax.progress import bar
-from idp_jax.runs import claim
-from idp_jax.sharding import first_process, gather, make_mesh, shard
+from idp_jax.processes import first_process, gather, mesh_of
+from idp_jax.sharding import make_mesh, shard
 
 # What may change between two calls that work on the same job.
 _FREE = ("out", "overwrite", "plan", "allow_worse")
@@ -86,7 +92,7 @@ class Job:
                 shutil.rmtree(self.folder)  # killed between the last rename and the clearing up
 
         first_process(clear, "compress: clear")
-        formats.check_absent(self.out, overwrite=self.settings.overwrite)
+        check_absent(self.out, overwrite=self.settings.overwrite)
         model = fingerprint(self.source.path)
 
         def prepare() -> None:
@@ -96,7 +102,7 @@ class Job:
         first_process(prepare, "compress: start")
         return sum(self._shard(layer).is_file() for layer in range(self.config.num_layers))
 
-    def prepare(self, times: StageTimes) -> None:
+    def prepare(self, times: StageTimes, *, progress: Progress = SILENT) -> None:
         """Gathers the calibration text.
 
         Raises:
@@ -104,9 +110,9 @@ class Job:
         """
         if needs_data(self.by_name):
             with times.measure("calibration text"):
-                self._tokens()
+                self._tokens(progress)
 
-    def run(self, times: StageTimes, *, progress: Callable = iter) -> list[dict[str, Any]]:
+    def run(self, times: StageTimes, *, progress: Progress = SILENT) -> list[dict[str, Any]]:
         """Compresses what is not yet compressed; returns the report, a row for every matrix.
 
         Raises:
@@ -118,7 +124,9 @@ class Job:
                 outer = hf.Reader(self.source, self.settings.dtype).without_layers()
                 flow = Flow(outer, self._tokens(), self.settings.batch_size, self.mesh)
                 del outer
-        for layer in progress(range(self.config.num_layers)):
+        for layer in progress.track(
+            range(self.config.num_layers), f"compressing ({self.settings.method})"
+        ):
             if self._shard(layer).is_file():
                 with times.measure("forward"):
                     if flow is not None:
@@ -161,13 +169,13 @@ class Job:
 
         first_process(write, "compress: finish")
 
-    def _tokens(self) -> np.ndarray:
+    def _tokens(self, progress: Progress = SILENT) -> np.ndarray:
         """int32 [samples, T]; kept in the folder, so that a job that goes on reads the same."""
         file = self.folder / "calibration.npy"
 
         def write() -> None:
             if not file.is_file():
-                tokens = np.asarray(calibration_tokens(self.settings), np.int32)
+                tokens = np.asarray(calibration_tokens(self.settings, progress=progress), np.int32)
                 write_file(file, lambda path: _save_array(path, tokens))
 
         # Asked inside: other processes may look for the file when it is already there.
@@ -245,7 +253,48 @@ def _announced(
     return write_config(settings.form, packings, damping=settings.damping)
 
 
-def calibration_tokens(settings: Compress) -> np.ndarray:
+def compress(
+    settings: Compress,
+    *,
+    progress: Progress = SILENT,
+    begin: Callable[[Job, int], None] = lambda job, finished: None,
+) -> dict[str, Any]:
+    """Compresses a model into a folder.
+
+    Args:
+        begin: called with the job and the number of blocks that an earlier call has finished, when
+            the text is there and the first block is next.
+
+    Returns:
+        The report, which is also `compression.json` in the folder.
+
+    Raises:
+        ValueError: settings that do not fit the model, too little calibration text, or a folder
+            that exists or holds another job.
+    """
+    times, mesh = StageTimes(), mesh_of(settings.mesh)
+    with jax.set_mesh(mesh) if mesh is not None else nullcontext():
+        job = Job(settings, mesh)
+        finished = job.start()
+        try:
+            job.prepare(times, progress=progress)
+            begin(job, finished)
+            rows = job.run(times, progress=progress)
+        except (ValueError, OSError):
+            job.withdraw()
+            raise
+        report = {
+            "config": to_dict(settings),
+            "environment": describe(),
+            "matrices": rows,
+            "seconds": dict(times.seconds),
+            "peak_memory": peak_memory(),
+        }
+        job.finish(report)
+    return report
+
+
+def calibration_tokens(settings: Compress, *, progress: Progress = SILENT) -> np.ndarray:
     """The calibration windows that the settings ask for, int [samples, T].
 
     Raises:
@@ -256,7 +305,7 @@ def calibration_tokens(settings: Compress) -> np.ndarray:
     if settings.calibration == SELF:
         # One process samples while the others wait: on a device of its own, not on their mesh.
         own = make_mesh({}, jax.local_devices()[:1])
-        with jax.set_mesh(own), bar("sampling calibration text", "tokens") as update:
+        with jax.set_mesh(own), progress.bar("sampling calibration text", "tokens") as update:
             texts = sample_documents(
                 formats.load_model(settings.model, dtype=settings.dtype),
                 tokenizer,

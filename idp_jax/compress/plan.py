@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from rich.table import Table
 
+from idp_jax.compress.cores.gptq import gptq
+from idp_jax.compress.cores.hessian import accumulate, empty_state, inverse_factor
 from idp_jax.compress.flow import KEPT_BYTES
-from idp_jax.compress.gptq import gptq
-from idp_jax.compress.hessian import accumulate, empty_state, inverse_factor
 from idp_jax.config import Compress, Compression
 from idp_jax.formats.names import matrix_shapes
 from idp_jax.models.block import STAGES

@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from idp_jax.config import Compression, ConfigError
-from idp_jax.config_files import from_dict
+from idp_jax.config.files import from_dict
 
 # What may differ from matrix to matrix; the rest belongs to the run.
 SETTINGS = (

@@ -24,11 +24,11 @@ from lm_eval.models.utils import (
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from idp_jax.evaluation.buckets import bucket
-from idp_jax.evaluation.generation import generate
 from idp_jax.evaluation.requests import Request, Score, score_requests
+from idp_jax.inference.buckets import bucket
+from idp_jax.inference.generation import generate
+from idp_jax.jobs.progress import SILENT, Progress
 from idp_jax.models import Decoder
-from idp_jax.progress import tracker
 from idp_jax.recover import Repaired
 
 MAX_NEW_TOKENS = 256  # the harness's default where a task says nothing
@@ -51,7 +51,7 @@ class HarnessLM(TemplateLM):
         *,
         add_bos_token: bool | None = None,
         seed: int = 0,
-        verbose: bool = False,
+        progress: Progress = SILENT,
     ):
         """Args:
             tokenizer: a transformers tokenizer.
@@ -59,7 +59,7 @@ class HarnessLM(TemplateLM):
             max_length: text tokens of a row at most; default is what the model's positions allow.
             add_bos_token: None leaves special tokens to the tokenizer.
             seed: of sampled answers.
-            verbose: show progress bars.
+            progress: of scoring and generation.
 
         Raises:
             ValueError: a size below 1, or more tokens than learned positions.
@@ -73,7 +73,7 @@ class HarnessLM(TemplateLM):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.add_bos_token = add_bos_token
         self.seed = seed
-        self.verbose = verbose
+        self.progress = progress
         self.choices: dict[str, list[int]] = {}
         self._vocabulary: list[str] | None = None
 
@@ -266,7 +266,7 @@ class HarnessLM(TemplateLM):
         return score_requests(self.repaired, requests, self.batch_size, self.max_length, progress)
 
     def _progress(self, description: str) -> Callable:
-        return tracker(description) if self.verbose else iter
+        return self.progress.tracker(description)
 
     def _record(self, keys: list, choices: list[int | None]) -> None:
         """Keeps one choice per question: all answers of one share it."""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from idp_jax.evaluation.generation import decode_step, prefill
+from idp_jax.inference.generation import decode_step, prefill
 from idp_jax.models import Decoder
 from idp_jax.recover import Repaired
 from idp_jax.weights import Lora

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from idp_jax.evaluation.scoring import token_scores
 from idp_jax.models import Decoder
+from idp_jax.models.likelihood import token_scores
 from idp_jax.recover import Repaired
 
 

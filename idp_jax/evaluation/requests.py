@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from idp_jax.evaluation.buckets import bucket
-from idp_jax.evaluation.scoring import token_scores
+from idp_jax.inference.buckets import bucket
+from idp_jax.models.likelihood import token_scores
 from idp_jax.recover import Repaired
 
 MERGED_TOKENS = (

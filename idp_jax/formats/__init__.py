@@ -1,16 +1,19 @@
-"""Reading and writing models as others do: Hugging Face folders (plain, GPTQ, compressed-tensors)
-and GGUF files.
+"""Reading and writing what others do: Hugging Face folders (plain, GPTQ, compressed-tensors), GGUF
+files, and PEFT adapters.
 """
 
-from idp_jax.formats.io import check_absent, load_model, load_tokenizer, save_model
+from idp_jax.formats.load import load_model, load_tokenizer
+from idp_jax.formats.peft import load_adapter, save_adapter
 from idp_jax.formats.source import CheckpointError, open_source, resolve
+from idp_jax.formats.write import save_model
 
 __all__ = [
     "CheckpointError",
-    "check_absent",
+    "load_adapter",
     "load_model",
     "load_tokenizer",
     "open_source",
     "resolve",
+    "save_adapter",
     "save_model",
 ]

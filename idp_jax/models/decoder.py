@@ -20,7 +20,7 @@ from idp_jax.models.config import ModelConfig
 from idp_jax.models.layers import Norm, rope_frequencies, rotation, visibility
 from idp_jax.sharding import constrain
 from idp_jax.weights import Dense
-from idp_jax.weights.base import Array
+from idp_jax.weights.dense import Array
 
 OPT_POSITION_OFFSET = 2  # the first two rows of OPT's position table are never used
 

@@ -1,17 +1,12 @@
-"""Repairs: small trained parts that are put beside a frozen model. Each `adapter.repair(decoder)`
-gives a `Repaired`, which is called like
-the model itself."""
+"""Repairs: small trained parts that are put beside a frozen model.
 
-from idp_jax.recover.adapters import LoraAdapter, Pool, PrefixAdapter, SoftPrompt
-from idp_jax.recover.peft import load_adapter, save_adapter
+Each `adapter.repair(decoder)` gives a `Repaired`, which is called like the model itself.
+"""
+
+from idp_jax.recover.lora import LoraAdapter
+from idp_jax.recover.pool import Pool
+from idp_jax.recover.prefix import PrefixAdapter
+from idp_jax.recover.prompt import SoftPrompt
 from idp_jax.recover.repaired import Repaired
 
-__all__ = [
-    "LoraAdapter",
-    "Pool",
-    "PrefixAdapter",
-    "Repaired",
-    "SoftPrompt",
-    "load_adapter",
-    "save_adapter",
-]
+__all__ = ["LoraAdapter", "Pool", "PrefixAdapter", "Repaired", "SoftPrompt"]

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from idp_jax.config import Train
-from idp_jax.data import TrainingText
+from idp_jax.data.stream import TrainingText
 from idp_jax.models.decoder import Decoder
-from idp_jax.sharding import first_process, shard, shard_batch
+from idp_jax.processes import first_process
+from idp_jax.sharding import shard, shard_batch
 from idp_jax.training.step import (
     TrainState,
     evaluate_step,

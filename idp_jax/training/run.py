@@ -16,21 +16,24 @@ import jax
 
 from idp_jax import formats
 from idp_jax.config import Train
-from idp_jax.config_files import to_dict
-from idp_jax.data import SELF, TrainingText, sample_documents
-from idp_jax.environment import describe
-from idp_jax.files import write_text
+from idp_jax.config.files import to_dict
+from idp_jax.data.self_text import sample_documents
+from idp_jax.data.sources import SELF
+from idp_jax.data.stream import TrainingText
+from idp_jax.formats import save_adapter
+from idp_jax.jobs.files import write_text
+from idp_jax.jobs.folder import claim, release
+from idp_jax.jobs.machine import describe
+from idp_jax.jobs.progress import SILENT, Progress
 from idp_jax.models.decoder import Decoder
-from idp_jax.progress import bar, tracker
-from idp_jax.recover import LoraAdapter, Pool, PrefixAdapter, SoftPrompt, save_adapter
-from idp_jax.recover.adapters import parameter_count
+from idp_jax.processes import first_process, gather, mesh_of
+from idp_jax.recover import LoraAdapter, Pool, PrefixAdapter, SoftPrompt
+from idp_jax.recover.methods import parameter_count
 from idp_jax.recover.selectors import selector
-from idp_jax.runs import claim, release
-from idp_jax.sharding import first_process, gather, mesh_of
 from idp_jax.training.loop import fit
 
 
-def train(config: Train) -> dict[str, Any]:
+def train(config: Train, *, progress: Progress = SILENT) -> dict[str, Any]:
     """Trains what the configuration asks for.
 
     Returns:
@@ -49,14 +52,14 @@ def train(config: Train) -> dict[str, Any]:
         return json.loads(done.read_text())
     try:
         with jax.set_mesh(mesh) if mesh is not None else nullcontext():
-            return _train(config, out, mesh)
+            return _train(config, out, mesh, progress)
     except ValueError:
         if jax.process_index() == 0:
             release(out)
         raise
 
 
-def _train(config: Train, out: Path, mesh) -> dict[str, Any]:
+def _train(config: Train, out: Path, mesh, progress: Progress) -> dict[str, Any]:
     selector(config.selector)
     decoder = formats.load_model(
         config.model,
@@ -65,11 +68,11 @@ def _train(config: Train, out: Path, mesh) -> dict[str, Any]:
         kernel=config.kernel,
         sparse=False,
         mesh=mesh,
-        progress=tracker("loading"),
+        progress=progress.tracker("loading"),
     )
     tokenizer = formats.load_tokenizer(config.model)
     text = TrainingText.open(
-        _source(config, out, decoder, tokenizer),
+        _source(config, out, decoder, tokenizer, progress),
         tokenizer,
         config.data.sequence_length,
         validation=config.data.validation,
@@ -84,7 +87,7 @@ def _train(config: Train, out: Path, mesh) -> dict[str, Any]:
         start = _start(
             config, decoder, length, jax.random.fold_in(jax.random.key(config.seed), number)
         )
-        with bar(f"training {name}") as update:
+        with progress.bar(f"training {name}") as update:
             adapter, summary = fit(start, decoder, text, config, folder, mesh=mesh, progress=update)
         trained.append(adapter)
         summaries.append(summary)
@@ -121,7 +124,7 @@ def _start(config: Train, decoder: Decoder, length: int, key: jax.Array):
     return kind.init(decoder, length, key)
 
 
-def _source(config: Train, out: Path, decoder: Decoder, tokenizer) -> str:
+def _source(config: Train, out: Path, decoder: Decoder, tokenizer, progress: Progress) -> str:
     """The training source; text of the model's own is written once and then read like any other."""
     if config.data.train != SELF:
         return config.data.train
@@ -137,7 +140,7 @@ def _source(config: Train, out: Path, decoder: Decoder, tokenizer) -> str:
             )
         held_out = 0 if config.data.validation else config.data.validation_windows
         wanted = config.tokens + (held_out + 1) * config.data.sequence_length
-        with bar("sampling text from the model", "tokens") as update:
+        with progress.bar("sampling text from the model", "tokens") as update:
             texts = sample_documents(
                 teacher,
                 tokenizer,

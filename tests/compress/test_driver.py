@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from idp_jax.compress import driver, matrices
+from idp_jax.compress.cores.gptq import gptq
 from idp_jax.compress.driver import CompressionError, StageTimes, compress, resolve_settings
 from idp_jax.compress.flow import Flow
-from idp_jax.compress.gptq import gptq
 from idp_jax.config import Compression, ConfigError
-from idp_jax.formats.io import expand
 from idp_jax.models.block import STAGES, layer_slice
+from idp_jax.models.storage import expand
 from idp_jax.sharding import make_mesh, shard
 from idp_jax.weights import Dense, Quantized
 from tests.helpers import close, quantize_decoder, tiny_config, tiny_decoder, tiny_ids

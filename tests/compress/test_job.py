@@ -13,10 +13,9 @@ from safetensors.numpy import load_file
 
 from idp_jax import load_model
 from idp_jax.compress import job as job_module
-from idp_jax.compress import run
 from idp_jax.compress.driver import CompressionError
 from idp_jax.compress.driver import compress as compress_in_memory
-from idp_jax.compress.job import Job, calibration_tokens
+from idp_jax.compress.job import Job, calibration_tokens, compress
 from idp_jax.config import Compress, ConfigError
 from idp_jax.formats.quantization import read_config
 from idp_jax.models.block import layer_slice
@@ -65,7 +64,7 @@ def settings_of(files: Path, out: Path, **other) -> Compress:
 def finished(files: Path, folder: Path, **other) -> Path:
     """The folder of a job that ran in one go."""
     settings = settings_of(files, folder / "whole", **other)
-    run.compress(settings)
+    compress(settings)
     return settings.out
 
 
@@ -84,7 +83,7 @@ def test_the_folder_is_what_memory_gives(files, tmp_path):
     settings = settings_of(
         files, tmp_path / "out", rules=("layers.0.*up_proj method=rtn bits=4", "k_proj skip")
     )
-    report = run.compress(settings)
+    report = compress(settings)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert {path.name for path in settings.out.iterdir()} == FILES | {"quantize_config.json"}
     model = load_model(files / "model")
@@ -126,7 +125,7 @@ def test_forms(files, tmp_path, form, other):
     """Methods that need no text: the text that is named does not exist."""
     settings = settings_of(files, tmp_path / "out", calibration="none.txt", **other)
     assert settings.form == form
-    run.compress(settings)
+    compress(settings)
     assert not (settings.out / "compression.png").exists()
     expected, _ = compress_in_memory(load_model(files / "model"), settings)
     loaded = load_model(settings.out)
@@ -149,7 +148,7 @@ def test_forms(files, tmp_path, form, other):
 )
 def test_what_is_not_packed_keeps_its_dtype(files, tmp_path, other):
     settings = settings_of(files, tmp_path / "out", model=str(files / "half"), **other)
-    run.compress(settings)
+    compress(settings)
     assert json.loads((settings.out / "config.json").read_text())["dtype"] == "bfloat16"
     dtypes = {}
     for path in settings.out.glob("*.safetensors"):
@@ -208,10 +207,10 @@ def test_a_job_that_was_stopped_goes_on(files, whole, tmp_path, monkeypatch, pla
     with monkeypatch.context() as patch:
         stop_at(patch, place, call)
         with pytest.raises(Stopped):
-            run.compress(settings)
+            compress(settings)
     assert not settings.out.exists() and (tmp_path / "out.partial" / "model").is_dir()
     # What may end worse is the one thing that may change on the way.
-    run.compress(replace(settings, allow_worse=("down",)))
+    compress(replace(settings, allow_worse=("down",)))
     assert content(settings.out) == whole
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -237,8 +236,8 @@ def test_other_jobs_go_on_too(files, tmp_path, monkeypatch, other):
     with monkeypatch.context() as patch:
         stop_at(patch, "Job._write", 1)
         with pytest.raises(Stopped):
-            run.compress(settings)
-    run.compress(settings)
+            compress(settings)
+    compress(settings)
     assert content(settings.out) == expected
 
 
@@ -254,9 +253,9 @@ def test_a_matrix_that_is_worse_can_be_allowed_later(files, tmp_path, monkeypatc
     seen = []
     monkeypatch.setattr(driver, "_numbers", lambda row: (numbers(row), seen.append(0))[0])
     with pytest.raises(CompressionError, match="--allow-worse 'model.layers.1.self_attn.v_proj'"):
-        run.compress(settings)
+        compress(settings)
     monkeypatch.undo()
-    run.compress(replace(settings, allow_worse=(r"layers.1.self_attn.v_proj",)))
+    compress(replace(settings, allow_worse=(r"layers.1.self_attn.v_proj",)))
     assert content(settings.out) == whole
 
 
@@ -270,7 +269,7 @@ def stopped(files, tmp_path, monkeypatch) -> Compress:
     with monkeypatch.context() as patch:
         stop_at(patch, "Job._write", 1)
         with pytest.raises(Stopped):
-            run.compress(settings)
+            compress(settings)
     return settings
 
 
@@ -285,7 +284,7 @@ def stopped(files, tmp_path, monkeypatch) -> Compress:
 )
 def test_another_job_in_the_same_folder(stopped, other, message):
     with pytest.raises(ConfigError, match=message) as error:
-        run.compress(replace(stopped, **other))
+        compress(replace(stopped, **other))
     assert "\n" not in str(error.value)
 
 
@@ -295,23 +294,23 @@ def test_another_model_under_the_same_name(stopped):
     data[-5] ^= 1
     file.write_bytes(data)
     with pytest.raises(ConfigError, match=r"out.partial holds a run with model_fingerprint = "):
-        run.compress(stopped)
+        compress(stopped)
 
 
 def test_a_result_is_not_replaced_unasked(files, tmp_path, monkeypatch):
     settings = settings_of(files, tmp_path / "out", method="rtn")
-    run.compress(settings)
+    compress(settings)
     before = content(settings.out)
     with pytest.raises(ValueError, match="out exists; give another folder, or --overwrite"):
-        run.compress(settings)
+        compress(settings)
     again = replace(settings, bits=4, overwrite=True)
     for place, call in (("Job._write", 1), ("Job.finish", 0)):
         with monkeypatch.context() as patch:
             stop_at(patch, place, call)
             with pytest.raises(Stopped):
-                run.compress(again)
+                compress(again)
         assert content(settings.out) == before
-    run.compress(again)
+    compress(again)
     assert load_model(settings.out).layers.q.bits == 4
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -321,11 +320,11 @@ def test_what_a_kill_after_the_last_rename_leaves(files, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(job_module.shutil, "rmtree", lambda path: (_ for _ in ()).throw(Stopped))
         with pytest.raises(Stopped):
-            run.compress(settings)
+            compress(settings)
     before = content(settings.out)
     assert (tmp_path / "out.partial").is_dir()
     with pytest.raises(ValueError, match="out exists"):
-        run.compress(settings)
+        compress(settings)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert content(settings.out) == before
 
@@ -336,16 +335,16 @@ def test_a_folder_of_somebody_else_stays(files, tmp_path):
     (tmp_path / "out.partial" / "letter.txt").write_text("dear")
     settings = settings_of(files, tmp_path / "out", method="rtn", overwrite=True)
     with pytest.raises(ConfigError, match="out.partial exists and holds no run of this kind"):
-        run.compress(settings)
+        compress(settings)
     assert (tmp_path / "out.partial" / "letter.txt").read_text() == "dear"
 
 
 def test_a_packed_model_is_refused(files, tmp_path):
     settings = settings_of(files, tmp_path / "out", method="rtn")
-    run.compress(settings)
+    compress(settings)
     again = replace(settings, model=str(settings.out), out=tmp_path / "again")
     with pytest.raises(ConfigError, match="out is packed already; compress the original model"):
-        run.compress(again)
+        compress(again)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -358,7 +357,7 @@ def test_fewer_bits_in_a_form_without_them(files, tmp_path, form):
     said = f"layers.1.mlp.up_proj gets fewer bits .rtn., which --format {own} cannot store"
     for wanted in (settings, replace(settings, plan=True)):
         with pytest.raises(ConfigError, match=said) as error:
-            run.compress(wanted)
+            compress(wanted)
         assert "--method rtn" in str(error.value) and "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
 
@@ -372,7 +371,7 @@ def test_zeros_alone_stay_dense_among_packed_matrices(files, tmp_path):
         method="rtn",
         rules=(f"{rules[0]} bits=4", rules[1]),
     )
-    run.compress(settings)
+    compress(settings)
     tensors = {}
     for file in settings.out.glob("*.safetensors"):
         tensors |= load_file(file)
@@ -383,13 +382,13 @@ def test_zeros_alone_stay_dense_among_packed_matrices(files, tmp_path):
 
 def test_out_is_asked_for(files):
     with pytest.raises(ConfigError, match="--out is missing: give the folder"):
-        run.compress(settings_of(files, None))
+        compress(settings_of(files, None))
 
 
 def test_zeros_without_any_error(files, tmp_path):
     """A layer whose output does not change at all can be drawn, too."""
     settings = settings_of(files, tmp_path / "out", method="wanda", sparsity="0.0")
-    run.compress(settings)
+    compress(settings)
     kept = load_model(settings.out).layers
     for name in kept.weight_names:
         weight = layer_slice(kept, 0)

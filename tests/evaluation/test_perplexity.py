@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from idp_jax.evaluation import scoring
 from idp_jax.evaluation.perplexity import _window_losses, perplexity, windows_from_text
+from idp_jax.models import likelihood as scoring
 from idp_jax.recover import Pool, SoftPrompt
-from tests.data import DATA, needs_data
+from tests.datasets import DATA, needs_data
 from tests.helpers import needs_smollm2, tiny_decoder, tiny_ids, tiny_tokenizer
 
 
@@ -77,7 +77,7 @@ def test_ids_outside_the_vocabulary_are_refused():
 def test_smollm2_on_wikitext():
     """transformers gives 28.712 on the same windows of the dequantised model."""
     from idp_jax import load_model, load_tokenizer
-    from idp_jax.text import read_text
+    from idp_jax.data.text import read_text
 
     text = read_text(DATA / "wikitext2" / "test.jsonl")
     windows = windows_from_text(load_tokenizer("smollm2-135m"), text, 512, 40)

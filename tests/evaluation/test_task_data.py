@@ -7,7 +7,7 @@ import pytest
 from lm_eval.api.group import Group
 
 from idp_jax.evaluation.task_data import PAPER_TASKS, local_tasks, task_manager
-from tests.data import DATA, needs_data
+from tests.datasets import DATA, needs_data
 
 ROW = {
     "question": "Is it?",

@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from idp_jax import load_model, load_tokenizer, save_model
-from idp_jax.formats import CheckpointError, io
+from idp_jax.formats import CheckpointError, write
 from idp_jax.formats.quantization import Packing, write_config
 from tests.helpers import quantize_decoder, tiny_decoder, write_folder
 
@@ -298,7 +298,7 @@ class TestOutput:
         def disk_full(*_):
             raise OSError("no space left on device")
 
-        monkeypatch.setattr(io.Shards, "close", disk_full)
+        monkeypatch.setattr(write.Shards, "close", disk_full)
         with pytest.raises(OSError, match="no space"):
             save_model(load_model(folder), out, like=folder, overwrite=True)
         assert out.exists() == existing

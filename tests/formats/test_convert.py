@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 from idp_jax import load_model, load_tokenizer
 from idp_jax.cli import main
 from idp_jax.config import Convert
-from idp_jax.convert import convert
-from idp_jax.formats import io
+from idp_jax.formats import write
+from idp_jax.formats.convert import convert
 from idp_jax.formats.hf import Reader
 from idp_jax.formats.quantization import PACKED_FORMS, Packing, write_config
 from idp_jax.formats.source import open_source
@@ -150,9 +150,9 @@ def test_scales_in_bfloat16_are_read_as_they_are(tmp_path):
 def test_one_block_is_held_at_a_time(tmp_path, monkeypatch):
     """A shard is written before the next block is read, and the shards are complete."""
     source, model = packed_folder(tmp_path / "model")
-    monkeypatch.setattr(io, "MAX_SHARD_BYTES", 10_000)
+    monkeypatch.setattr(write, "MAX_SHARD_BYTES", 10_000)
     written, events = [], []
-    flush, block = io.Shards._flush, Reader.block
+    flush, block = write.Shards._flush, Reader.block
 
     def flushed(self):
         written.extend(self._held)
@@ -162,7 +162,7 @@ def test_one_block_is_held_at_a_time(tmp_path, monkeypatch):
         events.append((layer, sum("layers." in name for name in written)))
         return block(self, layer)
 
-    monkeypatch.setattr(io.Shards, "_flush", flushed)
+    monkeypatch.setattr(write.Shards, "_flush", flushed)
     monkeypatch.setattr(Reader, "block", read)
     out = convert(Convert(model=str(source), out=tmp_path / "out", to="pack-quantized"))
     assert events[0] == (0, 0) and events[1][0] == 1 and events[1][1] > 15

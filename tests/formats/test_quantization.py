@@ -110,7 +110,7 @@ def test_sparse(form):
 def test_what_says_nothing_of_packing():
     assert read_config(None) is None and write_config("dense", {NAMES[0]: None}) is None
     assert read_config({"quant_method": "compressed-tensors"}) is None
-    assert config.FORMS == FORMS
+    assert config.commands.FORMS == FORMS
 
 
 def changed(**changes) -> dict:

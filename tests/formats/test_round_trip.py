@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from idp_jax import load_model, load_tokenizer, save_model
-from idp_jax.formats import gptq, io
+from idp_jax.formats import gptq, write
 from idp_jax.formats.quantization import BITS, GPTQ_FORMS, Packing, write_config
 from idp_jax.weights import Dense, Quantized
 from tests.helpers import (
@@ -93,7 +93,7 @@ def test_tokenizer_report_and_dtype_are_saved(tmp_path):
 
 
 def test_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(io, "MAX_SHARD_BYTES", 50_000)
+    monkeypatch.setattr(write, "MAX_SHARD_BYTES", 50_000)
     model = tiny_decoder("llama")
     source = write_folder(model, tmp_path / "source")
     save_model(model, tmp_path / "saved", like=source)

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 from idp_jax import load_model, load_tokenizer
 from idp_jax.evaluation.harness import HarnessLM
 from idp_jax.evaluation.task_data import local_tasks, task_manager
-from tests.data import DATA, needs_data
+from tests.datasets import DATA, needs_data
 from tests.helpers import tiny_folder
 
 TASKS = [

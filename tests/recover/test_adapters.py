@@ -12,7 +12,8 @@ from idp_jax.models.block import Block
 from idp_jax.models.decoder import Decoder
 from idp_jax.models.layers import Norm
 from idp_jax.recover import LoraAdapter, Pool, PrefixAdapter, Repaired, SoftPrompt
-from idp_jax.recover.adapters import matrix_shape, parameter_count
+from idp_jax.recover.lora import matrix_shape
+from idp_jax.recover.methods import parameter_count
 from idp_jax.weights import Dense
 from tests.helpers import close, quantize_decoder, tiny_config, tiny_decoder, tiny_ids
 

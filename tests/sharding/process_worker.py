@@ -15,7 +15,7 @@ if MESH:
 
 from pathlib import Path
 
-from idp_jax.compress.run import compress
+from idp_jax.commands.compress import compress
 from idp_jax.config import Compress, Data, Mesh, Optimizer, Train
 from idp_jax.training import train
 

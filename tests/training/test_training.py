@@ -11,10 +11,10 @@ import optax
 import pytest
 
 from idp_jax.config import ConfigError, Data, Lora, Optimizer, Train
-from idp_jax.data import TrainingText
-from idp_jax.formats.io import expand
+from idp_jax.data.stream import TrainingText
+from idp_jax.jobs.folder import claim
+from idp_jax.models.storage import expand
 from idp_jax.recover import LoraAdapter, PrefixAdapter, SoftPrompt
-from idp_jax.runs import claim
 from idp_jax.sharding import make_mesh, shard, shard_batch
 from idp_jax.training import fit, loop, train
 from idp_jax.training.step import (

@@ -10,9 +10,9 @@ from idp_jax.kernels.quant_matmul.packing import pack, unpack
 from idp_jax.kernels.sparse24_matmul.layout import SparseWeight
 
 from idp_jax import load_model, save_model
-from idp_jax.formats import io
-from idp_jax.formats.prepared import prepare, restore, wrong_products
 from idp_jax.formats.quantization import Packing, write_config
+from idp_jax.models import storage
+from idp_jax.models.storage import prepare, restore, wrong_products
 from idp_jax.sharding import make_mesh, shard
 from idp_jax.weights import Dense, Prepared, Quantized, for_kernels
 from tests.helpers import close, quantize_decoder, tiny_decoder, tiny_ids, write_folder
@@ -194,7 +194,7 @@ def test_what_no_kernel_takes_stays_or_is_refused(caplog):
 def test_a_cpu_without_the_memory_keeps_matrices_packed(tmp_path, monkeypatch, caplog):
     source = _folder(quantize_decoder(tiny_decoder("llama"), 4), tmp_path / "source")
     assert isinstance(load_model(source, weights="auto").layers.q, Dense)
-    monkeypatch.setattr(io, "available_memory", lambda: 1000)
+    monkeypatch.setattr(storage, "available_memory", lambda: 1000)
     assert isinstance(load_model(source, weights="auto").layers.q, Quantized)
     assert "stay packed" in caplog.text
     assert isinstance(load_model(source, weights="dense").layers.q, Dense)

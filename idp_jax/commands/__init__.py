@@ -1,0 +1,1 @@
+"""The commands of `idp-jax`, one file each: the only rooms that print."""

@@ -1,0 +1,41 @@
+"""`idp-jax compress`: plans the job, runs it, and says what came of it."""
+
+import time
+
+from idp_jax import config
+from idp_jax.compress import plan, report
+from idp_jax.compress.driver import resolve_settings
+from idp_jax.compress.job import Job, compress
+from idp_jax.formats.source import open_config
+from idp_jax.jobs.progress import Bars, console
+from idp_jax.models.config import from_hf
+
+
+def run(settings: config.Compress) -> None:
+    """Compresses a model and prints one table, or plans it and prints the plan."""
+    if settings.plan:
+        return _plan(settings)
+    started = time.perf_counter()
+    result = compress(settings, progress=Bars(), begin=_begin)
+    wall = time.perf_counter() - started
+    console.print(report.table(f"{settings.model}: {settings.method}", result["matrices"]))
+    stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result["seconds"].items())
+    console.print(f"seconds: {stages}; in all {wall:.1f} (compilation included)", highlight=False)
+    peaks = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in result["peak_memory"].items())
+    console.print(f"most memory held: {peaks}", highlight=False)
+    console.print(f"written to {settings.out}", highlight=False)
+
+
+def _begin(job: Job, finished: int) -> None:
+    counted = plan.plan(job.config, job.settings, job.by_name)
+    console.print(plan.table(counted, f"{job.settings.model}: memory"))
+    if finished:
+        console.print(f"going on behind layer {finished - 1}", highlight=False)
+
+
+def _plan(settings: config.Compress) -> None:
+    """Prints what the job would take, at the rates of this machine's first device."""
+    model = from_hf(open_config(settings.model))
+    counted = plan.plan(model, settings, resolve_settings(model, settings, settings.form))
+    console.print("measuring this machine", highlight=False)
+    console.print(plan.table(counted, f"{settings.model}: plan", plan.rates()))

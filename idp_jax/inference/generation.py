@@ -1,0 +1,166 @@
+"""Decoding: one compiled prefill and one loop of decode steps that never leaves the device.
+
+The input's keys and values are put into a cache with room for the new tokens, and every step writes
+one slot of it in place. Prompt lengths are rounded up to a few buckets (by padding on the left), so
+that a whole evaluation compiles a handful of times.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from idp_jax.inference.buckets import bucket
+from idp_jax.models import KV, Decoder
+from idp_jax.models.cache import concatenate
+from idp_jax.recover import Repaired
+
+
+def generate(
+    repaired: Repaired | Decoder,
+    input_ids,
+    attention_mask=None,
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int] = (),
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Continues every prompt.
+
+    Args:
+        input_ids: int [B, T]; shorter prompts are padded on the left.
+        attention_mask: int [B, T], 1 for text and 0 for padding; default all 1.
+        max_new_tokens: tokens to add, unless all rows stop before.
+        stop_ids: tokens that end a row.
+        temperature: 0 takes the likeliest token; above 0 samples, and needs a key.
+        top_k: sample among the k likeliest tokens only.
+        key: a `jax.random` key; the same key gives the same tokens.
+
+    Returns:
+        int32 [B, max_new_tokens]; the stop token that ended a row is repeated to the row's end.
+
+    Raises:
+        ValueError: an empty prompt, a bad setting, an id outside the vocabulary, or more tokens
+          than learned positions.
+    """
+    repaired = Repaired.of(repaired)
+    ids = np.asarray(input_ids, np.int32)
+    mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask, np.int32)
+    _check_input(repaired, ids, mask, max_new_tokens)
+    _check_settings(repaired.decoder.config.vocab_size, stop_ids, temperature, top_k, key)
+    if max_new_tokens == 0:
+        return jnp.zeros((ids.shape[0], 0), jnp.int32)
+    ids, mask = _pad_left(ids, mask)
+    stop = np.zeros(repaired.decoder.config.vocab_size, bool)
+    stop[list(stop_ids)] = True
+    key = jax.random.key(0) if key is None else key
+    greedy = temperature == 0
+    settings = {
+        "slots": bucket(max_new_tokens),
+        "top_k": None if greedy else top_k,
+        "greedy": greedy,
+    }
+    limit, scale = np.int32(max_new_tokens), np.float32(temperature)
+    return _generate(repaired, ids, mask, stop, limit, scale, key, **settings)[:, :max_new_tokens]
+
+
+def _check_input(
+    repaired: Repaired, ids: np.ndarray, mask: np.ndarray, max_new_tokens: int
+) -> None:
+    config = repaired.decoder.config
+    if ids.ndim != 2 or mask.shape != ids.shape:
+        raise ValueError(
+            f"input_ids and attention_mask must be one [B, T], got {ids.shape} and {mask.shape}"
+        )
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
+    if ids.size == 0 or not mask[:, -1].all():
+        raise ValueError(
+            "every prompt needs a last token: give text, and pad shorter prompts on the left"
+        )
+    # A column, because only the ids are checked here: padding does not count as length.
+    repaired.decoder.check(ids.reshape(-1, 1))
+    before = 0 if repaired.prefix is None else int(repaired.prefix.next_position.max())
+    end = before + int((mask > 0).sum(1).max()) + max_new_tokens
+    if config.rope is None and end > config.max_positions:
+        raise ValueError(
+            f"{end} tokens (prompt and new ones included) exceed the {config.max_positions} "
+            "learned positions; shorten the input or ask for fewer"
+        )
+
+
+def _check_settings(vocabulary: int, stop_ids, temperature, top_k, key) -> None:
+    if temperature < 0 or (temperature > 0 and key is None):
+        raise ValueError(f"temperature {temperature} needs to be 0, or positive with a random key")
+    if top_k is not None and not 1 <= top_k <= vocabulary:
+        raise ValueError(f"top_k must be between 1 and the vocabulary of {vocabulary}, got {top_k}")
+    bad = [token for token in stop_ids if not 0 <= token < vocabulary]
+    if bad:
+        raise ValueError(f"stop token {bad[0]} is outside the vocabulary of {vocabulary}")
+
+
+def _pad_left(ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    spare = [(0, 0), (bucket(ids.shape[1]) - ids.shape[1], 0)]
+    return np.pad(ids, spare), np.pad(mask, spare)
+
+
+def prefill(repaired: Repaired, input_ids, attention_mask, slots: int) -> tuple[jax.Array, KV]:
+    """Reads the prompts (traceable).
+
+    Returns:
+        float32 [B, V] logits of the first new token, and a cache [prefix, prompt, `slots` empty
+        slots].
+    """
+    decoder = repaired.decoder
+    past = repaired.past(input_ids, attention_mask)
+    hidden, cache = decoder.hidden(input_ids, attention_mask, past=past, keep=True)
+    cache = cache if past is None else concatenate(past, cache)
+    return decoder.logits(hidden[:, -1]), cache.reserve(slots)
+
+
+def decode_step(decoder: Decoder, tokens: jax.Array, cache: KV, slot) -> tuple[jax.Array, KV]:
+    """Reads one token per row, int32 [B], into the cache at `slot`: logits [B, V] of the next, and
+    the cache (traceable).
+    """
+    hidden, new = decoder.hidden(tokens[:, None], past=cache, keep=True)
+    return decoder.logits(hidden[:, 0]), cache.write(new, slot)
+
+
+def _pick(logits, key, temperature, *, greedy: bool, top_k: int | None) -> jax.Array:
+    if greedy:
+        return logits.argmax(-1).astype(jnp.int32)
+    if top_k is None:
+        return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
+    values, index = jax.lax.top_k(logits, top_k)
+    chosen = jax.random.categorical(key, values / temperature)
+    return jnp.take_along_axis(index, chosen[:, None], -1)[:, 0].astype(jnp.int32)
+
+
+@partial(jax.jit, static_argnames=("slots", "top_k", "greedy"))
+def _generate(repaired, ids, mask, stop, limit, temperature, key, *, slots, top_k, greedy):
+    pick = partial(_pick, temperature=temperature, greedy=greedy, top_k=top_k)
+    logits, cache = prefill(repaired, ids, mask, slots)
+    start = cache.length - slots
+    first = pick(logits, jax.random.fold_in(key, 0))
+    tokens = jnp.zeros((ids.shape[0], slots), jnp.int32).at[:, 0].set(first)
+
+    def unfinished(state):
+        step, _, _, last = state
+        return (step < limit) & ~stop[last].all()
+
+    def advance(state):
+        step, tokens, cache, last = state
+        logits, cache = decode_step(repaired.decoder, last, cache, start + step - 1)
+        new = pick(logits, jax.random.fold_in(key, step))
+        new = jnp.where(stop[last], last, new)
+        tokens = jax.lax.dynamic_update_slice(tokens, new[:, None], (jnp.int32(0), step))
+        return step + 1, tokens, cache, new
+
+    step, tokens, _, last = jax.lax.while_loop(
+        unfinished, advance, (jnp.int32(1), tokens, cache, first)
+    )
+    return jnp.where(jnp.arange(slots) < step, tokens, last[:, None])

@@ -1,0 +1,1 @@
+"""What every long job needs: folders, files, the machine, progress."""

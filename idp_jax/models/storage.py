@@ -1,0 +1,237 @@
+"""Packed and 2:4 sparse matrices of a model in the layout of the kernels, and back.
+
+The invariant: the model computes the same function, and `restore` gives back what was read bit for
+bit (scales in 16 bits, where they were such numbers in 32; zeros of a 2:4 matrix without a sign).
+"""
+
+import logging
+from contextlib import nullcontext
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from idp_jax.jobs.machine import available_memory
+from idp_jax.kernels.dispatch import best_backend
+from idp_jax.kernels.quant_matmul.packing import unpack
+from idp_jax.kernels.sharded import unsplittable
+from idp_jax.kernels.sparse24_matmul import api as sparse24
+from idp_jax.kernels.stack import at
+from idp_jax.models.block import Block, layer_slice
+from idp_jax.models.decoder import Decoder
+from idp_jax.weights import Dense, Prepared, Quantized, for_kernels
+
+_logger = logging.getLogger(__name__)
+
+# Between two orders of summing in bfloat16; a wrong place or bit gives numbers of order 1.
+_LARGEST_DIFFERENCE = 0.05
+
+
+def prepare(
+    model: Decoder, kernel: str, mesh: jax.sharding.Mesh | None = None, *, sparse: bool = True
+) -> Decoder:
+    """The same function with packed and 2:4 sparse matrices in the layout of the kernels.
+
+    A packed matrix that is 2:4 sparse too is stored as both: fewer bytes are read. Where no kernel
+    multiplies by that, it is a packed one.
+
+    Args:
+        kernel: see `load_model`.
+        mesh: where the model lies.
+        sparse: see `load_model`.
+
+    Raises:
+        ValueError: a packed matrix that the named kernel does not take; with "auto" it stays as it
+            is, and so does a dense one.
+    """
+    with jax.set_mesh(mesh) if mesh is not None else nullcontext():
+        for name in model.layers.weight_names:
+            weight, reason = getattr(model.layers, name), None
+            if isinstance(weight, Quantized):
+                weight = _narrowed(weight)
+                reason = _no_kernel(weight)
+            if reason is not None and kernel != "auto":
+                raise ValueError(f"{name}: {kernel} cannot multiply by it: {reason}")
+            if reason is not None:
+                _logger.warning("%s: no kernel multiplies by it (%s); using xla", name, reason)
+                continue
+            if isinstance(weight, Dense) and not sparse:
+                continue
+            # The model axis cuts what these read.
+            options = {"backend": kernel, "split": "inputs" if name in ("o", "down") else "outputs"}
+            is_sparse = _sparse_kernel(name, weight, model.embedding.dtype.name, **options)
+            if isinstance(weight, Dense) and not is_sparse:
+                continue
+            prepared = _for_kernels(weight, **options, sparse=is_sparse)
+            model = model.with_layers(model.layers.replace(**{name: prepared}))
+    return model
+
+
+_for_kernels = jax.jit(for_kernels, static_argnames=("backend", "split", "sparse"))
+
+
+def _sparse_kernel(
+    name: str, weight: Dense | Quantized, dtype: str, backend: str, split: str
+) -> bool:
+    """Whether a 2:4 kernel multiplies by a matrix; says why not where the matrix is 2:4 sparse."""
+    backend = best_backend() if backend == "auto" else backend
+    if backend == "xla" or getattr(weight, "group_index", None) is not None:
+        return False
+    is_sparse, exact = jax.tree.map(bool, _pattern(weight))
+    if not is_sparse:
+        return False
+    reason = "its values are no bfloat16 numbers"
+    if exact:
+        reason = _no_sparse_kernel(weight, dtype, backend, split)
+    if reason is not None and isinstance(weight, Dense):
+        _logger.warning("%s: no 2:4 kernel multiplies by it (%s); it stays dense", name, reason)
+    return reason is None
+
+
+def _no_sparse_kernel(
+    weight: Dense | Quantized, dtype: str, backend: str, split: str
+) -> str | None:
+    mesh = jax.sharding.get_abstract_mesh()
+    if isinstance(weight, Dense) and not mesh.empty and mesh.shape["fsdp"] > 1:
+        return "fsdp cuts it finer as a dense one"
+    make = partial(for_kernels, backend=backend, sparse=True)
+    try:
+        prepared = jax.eval_shape(lambda weight: make(layer_slice(weight, 0)), weight)
+    except ValueError as error:
+        return str(error)
+    packed = prepared.packed.get_value()
+    reason = sparse24.unsupported(packed, backend, dtype)
+    if reason is None and not mesh.empty:
+        reason = unsplittable(packed, split, mesh.shape["model"])
+    return reason
+
+
+@jax.jit
+def _pattern(weight: Dense | Quantized) -> tuple[jax.Array, jax.Array]:
+    """Whether at most two of every four inputs are not zero, and all are bfloat16 numbers."""
+
+    def of_layer(layer: Dense | Quantized) -> tuple[jax.Array, jax.Array]:
+        if isinstance(layer, Dense):
+            matrix = layer.kernel[...]
+            kept, exact = matrix != 0, matrix.astype(jnp.bfloat16).astype(matrix.dtype) == matrix
+        else:
+            codes, zeros = unpack(layer.words[...], layer.bits), layer.zeros[...]
+            every = jnp.repeat(zeros, codes.shape[0] // zeros.shape[0], 0)
+            kept, exact = codes != every, jnp.bool_(True)
+        kept = jnp.pad(kept, ((0, -kept.shape[0] % 4), (0, 0))).reshape(-1, 4, kept.shape[1])
+        return (kept.sum(1, dtype=jnp.int32) <= 2).all(), exact.all()
+
+    # One layer at a time, for the memory that its codes take.
+    return jax.tree.map(jnp.all, jax.lax.map(of_layer, weight))
+
+
+def _narrowed(weight: Quantized) -> Quantized:
+    """The weight with its scales in 16 bits, where they are such numbers."""
+    scales = weight.scales[...]
+    for dtype in (jnp.float16, jnp.bfloat16):
+        narrow = scales.astype(dtype)
+        if scales.dtype == jnp.float32 and jnp.array_equal(narrow.astype(scales.dtype), scales):
+            scales = narrow
+    index = None if weight.group_index is None else weight.group_index[...]
+    bias = None if weight.bias is None else weight.bias[...]
+    words, zeros = weight.words[...], weight.zeros[...]
+    return Quantized(words, scales, zeros, bits=weight.bits, group_index=index, bias=bias)
+
+
+def _no_kernel(weight: Quantized) -> str | None:
+    """Why a weight has no place in the layout of the kernels, or None."""
+    groups = weight.zeros.shape[-2]
+    if weight.scales.dtype not in (jnp.float16, jnp.bfloat16):
+        return f"its scales are {weight.scales.dtype}, and no 16-bit numbers"
+    if weight.group_index is None:
+        return None
+    members = (weight.group_index[...][..., None] == jnp.arange(groups)).sum(-2)
+    even = bool((members == members.max()).all())
+    return None if even else "its groups have different sizes"
+
+
+def wrong_products(model: Decoder, mesh: jax.sharding.Mesh | None = None) -> list[str]:
+    """The matrices whose kernel does not give what the matrix written out gives.
+
+    A new device or compiler may break a kernel in silence; one layer of each matrix, with a row and
+    with a batch of them, costs milliseconds at load.
+    """
+    wrong = []
+    with jax.set_mesh(mesh) if mesh is not None else nullcontext():
+        for name in model.layers.weight_names:
+            weight = getattr(model.layers, name)
+            if isinstance(weight, Prepared):
+                off = _difference(weight, model.embedding.dtype.name)
+                if off > _LARGEST_DIFFERENCE:
+                    wrong.append(name)
+    return wrong
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _difference(weight: Prepared, dtype: str) -> jax.Array:
+    """Between both products with the last layer, relative to the largest."""
+    last = jax.tree.leaves(weight)[0].shape[0] - 1
+    alone = layer_slice(weight, last)
+    bias = None if alone.bias is None else alone.bias[...]
+    dense = Dense(alone.dense(dtype), bias)
+    # As the model has it: where it lies in the stack.
+    here = at(weight.packed.get_value(), jnp.int32(last))
+    weight = Prepared(here, bias=bias, backend=weight.backend, split=weight.split)
+    largest = jnp.float32(0)
+    for rows in (1, 128):  # few and many may be different kernels
+        x = jax.random.normal(jax.random.key(0), (rows, dense.kernel[...].shape[0]), dtype)
+        y, expected = weight(x).astype(jnp.float32), dense(x).astype(jnp.float32)
+        off = jnp.abs(y - expected).max() / jnp.abs(expected).max()
+        # A maximum over devices may drop NaN.
+        largest = jnp.maximum(largest, jnp.where(jnp.isfinite(y).all(), off, jnp.inf))
+    return largest
+
+
+def restore(model: Decoder) -> Decoder:
+    """The same model with packed and sparse matrices in the layout of the files again."""
+    named = {name: getattr(model.layers, name) for name in model.layers.weight_names}
+    back = {name: w.restored() for name, w in named.items() if isinstance(w, Prepared)}
+    return model.with_layers(model.layers.replace(**back)) if back else model
+
+
+# Of the free memory, what written-out matrices may take: they are made beside the packed ones.
+_MOST_OF_MEMORY = 0.6
+
+
+def better_dense(model: Decoder) -> bool:
+    """Whether packed matrices are faster written out, and there is room for them."""
+    if jax.default_backend() != "cpu":
+        return False
+    named = {name: getattr(model.layers, name) for name in model.layers.weight_names}
+    wanted = sum(
+        weight.words.size * 32 // weight.bits * model.embedding.dtype.itemsize
+        for weight in named.values()
+        if isinstance(weight, Quantized)
+    )
+    free = available_memory()
+    if free is None or wanted < _MOST_OF_MEMORY * free:
+        return True
+    _logger.warning(
+        "the packed matrices stay packed: written out they would take %.1f GB, %.1f GB are free",
+        wanted / 1e9,
+        free / 1e9,
+    )
+    return False
+
+
+@jax.jit
+def _expand_layers(layers: Block, like: jax.Array) -> Block:
+    dense = {}
+    for name in layers.weight_names:
+        weight = getattr(layers, name)
+        bias = None if weight.bias is None else weight.bias[...]
+        dense[name] = Dense(weight.dense(like.dtype), bias)
+    return layers.replace(**dense)
+
+
+def expand(model: Decoder) -> Decoder:
+    """The same function with every matrix written out."""
+    named = (getattr(model.layers, name) for name in model.layers.weight_names)
+    if not any(isinstance(weight, Quantized | Prepared) for weight in named):
+        return model
+    return model.with_layers(_expand_layers(model.layers, model.embedding[...]))

@@ -1,0 +1,29 @@
+"""Inference-time dynamic prompting: a pool of prompts, one chosen per input."""
+
+from flax import nnx
+
+from idp_jax.models.decoder import Decoder
+from idp_jax.recover.prompt import SoftPrompt
+from idp_jax.recover.repaired import Repaired, encode_prompts
+from idp_jax.recover.selectors import Selector, attention_scores
+
+
+class Pool(nnx.Module):
+    """Inference-time dynamic prompting: several soft prompts, one chosen per input.
+
+    Source: arXiv 2310.00867; what is ours of it is said in `selectors`.
+    """
+
+    def __init__(self, prompts: list[SoftPrompt], selector: Selector = attention_scores):
+        self.prompts = nnx.List(prompts)
+        self.selector = selector
+
+    @property
+    def lengths(self) -> list[int]:
+        """The number of tokens of every prompt."""
+        return [prompt.length for prompt in self.prompts]
+
+    def repair(self, decoder: Decoder) -> Repaired:
+        """The model with the pool's prefixes stored, one row each."""
+        prefix = encode_prompts(decoder, [prompt.embeddings[...] for prompt in self.prompts])
+        return Repaired(decoder, prefix, self.selector)

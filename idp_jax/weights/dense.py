@@ -1,0 +1,38 @@
+"""A plain matrix, and what every kind of weight multiplies by."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+Array = jax.Array | np.ndarray  # a model read from disk holds numpy arrays until it is placed
+
+
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    y = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+    return y.astype(x.dtype)
+
+
+def add_bias(y: jax.Array, bias: nnx.Param | None) -> jax.Array:
+    return y if bias is None else y + bias[...].astype(y.dtype)
+
+
+class Dense(nnx.Module):
+    """A plain matrix, pruned ones included (their zeros are stored).
+
+    Attributes:
+        kernel: [..., I, O] floating point.
+        bias: [..., O] or None.
+    """
+
+    def __init__(self, kernel: Array, bias: Array | None = None):
+        self.kernel = nnx.Param(kernel)
+        self.bias = None if bias is None else nnx.Param(bias)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Multiplies x [..., I]: [..., O] in the dtype of x, summed in float32."""
+        return add_bias(product(x, self.kernel[...]), self.bias)
+
+    def dense(self, dtype=jnp.float32) -> jax.Array:
+        """The matrix [..., I, O]."""
+        return self.kernel[...].astype(dtype)

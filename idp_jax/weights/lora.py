@@ -1,0 +1,45 @@
+"""A frozen weight with a low-rank update beside it."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from idp_jax.weights.dense import Dense, product
+from idp_jax.weights.prepared import Prepared
+from idp_jax.weights.quantized import Quantized
+
+
+class Lora(nnx.Module):
+    """A frozen weight with a low-rank update beside it: y = base(x) + scale * (x @ a) @ b.
+
+    Source: "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1.
+
+    Attributes:
+        base: any other kind of weight.
+        a: [..., I, r]; b: [..., r, O].
+        scale: alpha / r.
+    """
+
+    def __init__(
+        self, base: "Dense | Quantized | Prepared", a: jax.Array, b: jax.Array, scale: float
+    ):
+        self.base = base
+        self.a = nnx.Param(a)
+        self.b = nnx.Param(b)
+        self.scale = scale
+
+    @property
+    def bias(self) -> nnx.Param | None:
+        """The bias of the frozen weight."""
+        return self.base.bias
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Multiplies x [..., I]: [..., O] in the dtype of x."""
+        update = product(product(x, self.a[...]), self.b[...])
+        return self.base(x) + update * jnp.asarray(self.scale, x.dtype)
+
+    def dense(self, dtype=jnp.float32) -> jax.Array:
+        """The merged matrix [..., I, O]."""
+        update = jnp.matmul(self.a[...], self.b[...], precision=jax.lax.Precision.HIGHEST)
+        merged = self.base.dense(jnp.float32) + update.astype(jnp.float32) * jnp.float32(self.scale)
+        return merged.astype(dtype)

@@ -1,0 +1,230 @@
+"""Windows of text: no gaps, the same for the same seed, never both held out and trained on."""
+
+from itertools import islice
+
+import datasets
+import numpy as np
+import pytest
+
+from idp_jax.data.self_text import sample_documents
+from idp_jax.data.sources import documents
+from idp_jax.data.stream import TrainingText
+from idp_jax.data.windows import take_windows, windows
+from tests.helpers import tiny_decoder
+
+LENGTH = 8
+
+
+class Letters:
+    """A tokenizer of one id per character, with one token before every text."""
+
+    all_special_ids = (0, 1, 2)
+
+    def __call__(self, text, verbose=True):
+        return {"input_ids": [1] + [3 + ord(character) % 125 for character in text]}
+
+    def decode(self, ids, skip_special_tokens=False):
+        return "".join(chr(i - 3) for i in ids if i > 2)
+
+
+def ids_of(text: str) -> list[int]:
+    """What a text becomes, without the token before it."""
+    return Letters()(text)["input_ids"][1:]
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    """Documents of several lengths, no two alike."""
+    rng = np.random.default_rng(seed)
+    letters = list("abcdefghijklmnopqrstuvwxyz")
+    return ["".join(rng.choice(letters, rng.integers(1, 40))) for _ in range(count)]
+
+
+def write(path, rows) -> str:
+    """A .jsonl file of documents."""
+    from json import dumps
+
+    path.write_text("".join(dumps({"text": text}) + "\n" for text in rows))
+    return str(path)
+
+
+def test_windows_have_no_gaps():
+    found = np.concatenate(list(windows(iter(texts(40)), Letters(), LENGTH)))
+    whole = Letters()("\n\n".join(texts(40)) + "\n\n")["input_ids"]
+    assert found.tolist() == whole[: len(whole) // LENGTH * LENGTH]
+    assert found.dtype == np.int32
+
+
+def test_windows_run_on_over_chunks_of_documents():
+    rows = texts(600)  # more than two chunks, each tokenised by itself
+    found = np.concatenate(list(windows(iter(rows), Letters(), LENGTH)))
+    whole = []
+    for first in range(0, 600, 256):
+        text = "\n\n".join(rows[first : first + 256]) + "\n\n"
+        whole += Letters()(text)["input_ids"]
+    assert found.tolist() == whole[: len(whole) // LENGTH * LENGTH]
+    assert len(whole) - len(found) < LENGTH
+
+
+def test_too_few_windows_are_refused():
+    with pytest.raises(ValueError, match=r"the text gives 1 of the 9 windows of 8 tokens .*fewer"):
+        take_windows(iter(["abcdefghi"]), Letters(), LENGTH, 9, "the text")
+    assert take_windows(iter(texts(40)), Letters(), LENGTH, 3, "").shape == (3, LENGTH)
+
+
+def test_documents_of_a_file(tmp_path):
+    source = write(tmp_path / "a.jsonl", texts(30))
+    assert list(documents(source)) == texts(30)
+    shuffled = list(documents(source, seed=1, shuffle=True))
+    assert shuffled != texts(30) and sorted(shuffled) == sorted(texts(30))
+    assert shuffled == list(documents(source, seed=1, shuffle=True))
+    assert shuffled != list(documents(source, seed=2, shuffle=True))
+    with pytest.raises(ValueError, match=r"no text file /no/such\.txt"):
+        list(documents("/no/such.txt"))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub with one streamed dataset; what was asked for is recorded."""
+    asked = []
+
+    def load_dataset(name, config=None, *, split, streaming):
+        asked.append((name, config, split, streaming))
+        if name == "no/such":
+            raise FileNotFoundError("Dataset 'no/such' doesn't exist\non the Hub")
+        field = "page" if name == "other/field" else "text"
+        count = {"some/tiny": 1, "some/small": 12}.get(name, 60)
+        rows = datasets.Dataset.from_dict({field: texts(count)})
+        return rows.to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+def test_documents_of_the_hub(hub):
+    assert list(documents("hub:some/data")) == texts(60)
+    assert hub == [("some/data", None, "train", True)]
+    assert list(islice(documents("hub:allenai/c4:en"), 2)) == texts(60)[:2]
+    assert hub[1] == ("allenai/c4", "en", "train", True)
+    shuffled = list(documents("hub:some/data", seed=3, shuffle=True))
+    assert shuffled != texts(60) and sorted(shuffled) == sorted(texts(60))
+    assert shuffled == list(documents("hub:some/data", seed=3, shuffle=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no/such", r"dataset no/such cannot be read .*doesn't exist\).*local \.jsonl"),
+        ("other/field", "dataset other/field has no field 'text'"),
+    ],
+)
+def test_datasets_that_cannot_be_read(hub, name, message):
+    with pytest.raises(ValueError, match=message) as error:
+        list(documents(f"hub:{name}"))
+    assert "\n" not in str(error.value)
+
+
+def opened(source: str, seed: int = 0, validation=None, held_out: int = 4) -> TrainingText:
+    """Training text of `LENGTH` tokens a window."""
+    return TrainingText.open(
+        source, Letters(), LENGTH, validation=validation, validation_windows=held_out, seed=seed
+    )
+
+
+def first_batches(text: TrainingText, count: int, skip: int = 0) -> list[list]:
+    """Batches of three windows as lists."""
+    return [batch.tolist() for batch in islice(text.batches(3, skip=skip), count)]
+
+
+@pytest.fixture(params=["file", "hub"])
+def source(request, tmp_path, hub):
+    """Where text comes from."""
+    return write(tmp_path / "a.jsonl", texts(60)) if request.param == "file" else "hub:some/data"
+
+
+def test_batches_follow_the_seed(source):
+    batches = first_batches(opened(source), 60)
+    assert np.shape(batches) == (60, 3, LENGTH)
+    assert batches == first_batches(opened(source), 60)
+    assert batches != first_batches(opened(source, seed=1), 60)
+
+
+def test_skipping_drops_batches(source):
+    """Over the end of an epoch too: 60 documents give about 50 batches."""
+    batches = first_batches(opened(source), 120)
+    for skip in (1, 7, 70):
+        assert first_batches(opened(source), 50, skip) == batches[skip : skip + 50]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_held_out_windows_are_never_trained_on(source, seed):
+    text = opened(source, seed)
+    held_out = {tuple(window) for window in text.validation.tolist()}
+    trained = {tuple(window) for batch in first_batches(text, 150) for window in batch}
+    assert len(held_out) == 4 and not held_out & trained
+    everything = sum(len(ids_of(t)) + 2 for t in texts(60)) // LENGTH
+    assert len(trained) >= everything - 4 - 2
+    # Not in other windows either, that a later epoch cuts elsewhere.
+    kept = [Letters().decode(window)[1:7] for window in text.validation.tolist()]
+    later = " ".join(Letters().decode(window) for window in trained)
+    assert not any(fragment in later for fragment in kept if fragment.isalpha())
+    assert any(fragment.isalpha() for fragment in kept)
+
+
+def test_a_validation_text_of_its_own(source, tmp_path):
+    other = write(tmp_path / "b.jsonl", texts(60, seed=9))
+    text = opened(source, validation=other, held_out=2)
+    assert (text.validation == list(islice(windows(documents(other), Letters(), LENGTH), 2))).all()
+    alone = {tuple(w) for batch in first_batches(text, 150) for w in batch}
+    everything = sum(len(ids_of(t)) + 2 for t in texts(60)) // LENGTH
+    assert len(alone) >= everything - 1
+
+
+def test_a_local_epoch_holds_every_window_once(tmp_path):
+    text = opened(write(tmp_path / "a.jsonl", texts(60)))
+    count = len(text.local)
+    stream = islice(text.batches(1), 2 * count)
+    order = [tuple(batch[0].tolist()) for batch in stream]
+    assert set(order[:count]) == set(order[count:]) == {tuple(w) for w in text.local.tolist()}
+    assert order[:count] != order[count:]
+
+
+@pytest.mark.parametrize(
+    ("rows", "held_out", "message"),
+    [
+        (["abcdefgh" * 4], 4, "gives 4 windows of 8 tokens, too few to train on when 4 are held"),
+        (["abc"], 1, "gives 0 windows of 8 tokens, too few"),
+    ],
+)
+def test_a_text_that_is_too_short(tmp_path, rows, held_out, message):
+    with pytest.raises(ValueError, match=message):
+        opened(write(tmp_path / "a.jsonl", rows), held_out=held_out)
+
+
+def test_a_text_shorter_than_one_window(tmp_path):
+    source, other = tmp_path / "a.txt", tmp_path / "b.txt"
+    source.write_text("abc")
+    other.write_text("abcdefgh" * 9)
+    with pytest.raises(ValueError, match="shorter than one window of 8 tokens; give more text"):
+        opened(str(source), validation=str(other))
+
+
+def test_a_stream_that_is_too_short(hub, tmp_path):
+    """Refused instead of read over and over without end."""
+    available = len(list(windows(iter(texts(12)), Letters(), LENGTH)))
+    with pytest.raises(ValueError, match=r"some/small gives no window .* to train on"):
+        first_batches(opened("hub:some/small", held_out=available), 1)
+    with pytest.raises(ValueError, match=r"some/tiny gives .* of the 20 windows of 8"):
+        opened("hub:some/tiny", held_out=20)
+
+
+def test_text_of_the_models_own():
+    model = tiny_decoder("llama", num_layers=1, max_positions=24)
+    calls = []
+    progress = lambda done, total: calls.append((done, total))
+    found = sample_documents(model, Letters(), 2000, seed=3, progress=progress)
+    assert found == sample_documents(model, Letters(), 2000, seed=3)
+    assert found != sample_documents(model, Letters(), 2000, seed=4)
+    assert len(set(found)) > 60  # every document starts by itself
+    assert 2000 <= sum(len(ids_of(text)) for text in found) < 2000 + 64 * 24
+    assert all(len(text) <= 24 for text in found)
+    assert calls[-1] == (2000, 2000) and [done for done, _ in calls] == sorted(d for d, _ in calls)
