@@ -1,5 +1,6 @@
-"""SmolLM2 scored by the harness's Hugging Face backend and by ours, on the same items: differences
-and time.
+"""SmolLM2 scored by the harness's Hugging Face backend and by ours: differences and time.
+
+Both score the same items.
 
     python benchmarks/lm_eval_parity.py --data ../shared/data --limit 8
 

@@ -1,5 +1,6 @@
-"""The public GPTQ implementation on SmolLM2 by the protocol of reference.py: how far rounding alone
-moves its own figures.
+"""The public GPTQ implementation on SmolLM2: how far rounding alone moves its own figures.
+
+By the protocol of reference.py:
 
     git clone https://github.com/IST-DASLab/gptq
     python benchmarks/public_gptq.py --repository gptq --data DATA --order 1 --half-scales

@@ -1,5 +1,6 @@
-"""Whether a change of the code changes what the commands write: python benchmarks/same_behaviour.py
---before REVISION.
+"""Whether a change of the code changes what the commands write.
+
+    python benchmarks/same_behaviour.py --before REVISION
 
 Compresses two layers of SmolLM2 in five ways, trains every method for 20 steps on the result and
 scores each adapter on 54 questions and a text, once with the code of REVISION (in a git worktree)

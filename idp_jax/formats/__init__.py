@@ -1,5 +1,6 @@
-"""Reading and writing what others do: Hugging Face folders (plain, GPTQ, compressed-tensors), GGUF
-files, and PEFT adapters.
+"""Files that others read and write, and nothing else.
+
+Hugging Face folders (plain, GPTQ, compressed-tensors), GGUF files, and PEFT adapters.
 """
 
 from idp_jax.formats.load import load_model, load_tokenizer

@@ -1,9 +1,9 @@
-"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): quantise column by column, later columns make up
-for the rounding of earlier ones; with a mask as in SparseGPT, zeros and fewer bits in one pass.
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): later columns make up for the rounding of earlier.
 
 Minimises tr((W - Q) H (W - Q)^T) over Q on the grid, greedily: columns are visited in order; column
 i is rounded to its grid, its error spread over the columns to come by the optimal brain surgeon
 update (sweep.py). The order is the same for all rows, so that one factor U of H^-1 serves them all.
+With a mask as in SparseGPT, zeros and fewer bits are made in one pass.
 
 A mask is chosen by what a zero costs once the later columns have made up for it, w^2 / U_ii^2. The
 search for a grid weighs errors by H_ii instead, what they cost before that: the error comes out a
@@ -113,8 +113,9 @@ def gptq(
 
 
 class _Tiling(NamedTuple):
-    """Columns of a group, of one decision, and between lazy updates; the segment divides the tile,
-    and the runs of a pattern divide the segment.
+    """Columns of a group, of one decision (segment), and between lazy updates (tile).
+
+    The segment divides the tile, and the runs of a pattern divide the segment.
     """
 
     group: int

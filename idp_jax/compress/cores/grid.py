@@ -1,5 +1,4 @@
-"""Quantisation grids: where the levels of a row (or of one group of a row) lie, and rounding to
-them.
+"""Quantisation grids: where the levels of a row, or of a group of it, lie, and rounding to them.
 
 Invariant: every scale is a float16 number from the start, because that is what a checkpoint stores:
 what the algorithms optimise is bit for bit what a reader of the file gets. Conventions are those of

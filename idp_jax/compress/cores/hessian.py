@@ -1,5 +1,4 @@
-"""Second-order information of a linear layer: the Hessian H = 2/n X^T X of its output error, and
-the factor that GPTQ and SparseGPT walk along.
+"""The Hessian H = 2/n X^T X of a layer's output error, and the factor that the walks follow.
 
 Invariant: float32 with precision=HIGHEST throughout; a column that never saw an input (dead) is
 decoupled from all others.
@@ -47,8 +46,14 @@ class Diagnostics(NamedTuple):
 
 
 class InverseFactor(NamedTuple):
-    """Upper Cholesky factor of H^-1 [I, I], the columns that are dead (bool [I]), and the damping
-    that was needed.
+    """Upper Cholesky factor of H^-1 and how it was come by.
+
+    Attributes:
+      factor: float32 [I, I].
+      dead: bool [I], columns that never saw an input.
+      damping_used: float32 scalar, the fraction of the mean diagonal that was needed; NaN where
+        none was enough.
+      retries: int32 scalar.
     """
 
     factor: jax.Array
@@ -155,8 +160,7 @@ def inverse_factor(
 def relative_output_error(
     weights: jax.Array, compressed: jax.Array, hessian: jax.Array
 ) -> jax.Array:
-    """Squared output error of compressed weights relative to the output itself, over the
-    calibration tokens.
+    """Squared output error of compressed weights over the squared output, on calibration tokens.
 
     Args:
       weights: float32 [O, I], before.

@@ -1,6 +1,4 @@
-"""Magnitude pruning: drop the smallest weights of a layer, no data needed. The baseline of all
-pruning.
-"""
+"""Magnitude pruning, the baseline of all pruning: drop the smallest weights; no data needed."""
 
 import functools
 

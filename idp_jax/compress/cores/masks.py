@@ -1,5 +1,4 @@
-"""Which weights to prune, given their scores: the rules of selection that all pruning methods
-share.
+"""Which weights to prune, given their scores: the selection that all pruning methods share.
 
 Invariant: counts are exact. Equal scores are pruned in the order of their index, never all or none.
 A mask is True where the weight is pruned.
@@ -66,8 +65,9 @@ def smallest(scores: jax.Array, count: int | jax.Array) -> jax.Array:
 def _largest_with_fewer_below(
     keys: jax.Array, among: jax.Array, count: jax.Array, bits: int
 ) -> jax.Array:
-    """The largest number of `bits` bits that has fewer than `count` of the chosen keys below it:
-    the count-th smallest.
+    """The count-th smallest of the chosen keys.
+
+    It is the largest number of `bits` bits that has fewer than `count` of them below it.
     """
 
     def try_bit(step: jax.Array, found: jax.Array) -> jax.Array:

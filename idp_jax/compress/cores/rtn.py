@@ -1,6 +1,4 @@
-"""Round to nearest: every weight to the nearest level of its own grid, no data needed. The baseline
-of all quantisation.
-"""
+"""Round to nearest, the baseline of all quantisation; no data needed."""
 
 import functools
 

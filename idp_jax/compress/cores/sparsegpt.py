@@ -1,5 +1,4 @@
-"""SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774): prune column by column, the weights left
-make up for those removed.
+"""SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774): later columns make up for the pruned.
 
 Removing weight w_ij costs w_ij^2 / U_jj^2 in output error, with U the factor of H^-1 (hessian.py):
 that is its score. The mask is chosen from the updated weights, per block of columns (unstructured,

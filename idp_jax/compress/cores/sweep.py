@@ -1,5 +1,4 @@
-"""The walk over columns that GPTQ and SparseGPT share: change one column, spread its error over the
-columns not yet reached.
+"""The walk over columns that GPTQ and SparseGPT share: change one, spread its error over the rest.
 
 With U the upper Cholesky factor of H^-1 (hessian.py), the optimal brain surgeon update after column
 i moved from w_i to q_i is W[:, j] -= e_i U[i, j] for j > i, with e_i = (w_i - q_i) / U[i, i]. So

@@ -1,8 +1,8 @@
-"""Wanda (Sun et al. 2023, arXiv 2306.11695): drop the weights that move the output least, one by
-one, and leave the others as they are.
+"""Wanda (Sun et al. 2023, arXiv 2306.11695): drop the weights that move the output least.
 
-The score of a weight is |w_ij| times the root mean square of input j. The invariant: weights are
-compared within their row (within their run, for n:m), never between outputs.
+The others stay as they are. The score of a weight is |w_ij| times the root mean square of input j.
+The invariant: weights are compared within their row (within their run, for n:m), never between
+outputs.
 """
 
 import functools

@@ -132,8 +132,9 @@ def _visits(importance: np.ndarray, act_order: str, group: int, run: int = 1) ->
 
 
 def _ordered_loop(W, H, exact_factor, bits, group, act_order):
-    """Codes in file order: static grids from the original weights, others from those at the first
-    visit of the group.
+    """Codes in file order.
+
+    Static grids are made from the original weights, others from those at the group's first visit.
     """
     order = _visits(np.diag(H), act_order, group)
     U = exact_factor(H[np.ix_(order, order)], 0.01)
