@@ -124,17 +124,17 @@ def resolve_settings(
     shapes = matrix_shapes(config)
     resolved = {}
     for (layer, name), module in modules.items():
-        own = by_module[module]
-        if own is not None:
-            _check_fit(module, shapes[name], own)
-            _check_form(module, own, form)
-        resolved[layer, name] = own
+        chosen = by_module[module]
+        if chosen is not None:
+            _check_fit(module, shapes[name], chosen)
+            _check_form(module, chosen, form)
+        resolved[layer, name] = chosen
     return resolved
 
 
 def needs_data(by_name: Mapping[Any, Compression | None]) -> bool:
     """Whether any matrix needs calibration text."""
-    return any(own is not None and own.needs_data for own in by_name.values())
+    return any(chosen is not None and chosen.needs_data for chosen in by_name.values())
 
 
 def _check_fit(module: str, shape: tuple[int, int], settings: Compression) -> None:
@@ -194,22 +194,22 @@ def compress_block(
     modules = module_names(block.config)
     for stage, names in enumerate(STAGES):
         names = tuple(name for name in names if getattr(block, name) is not None)
-        own = {name: by_name[layer, name] for name in names}
+        chosen = {name: by_name[layer, name] for name in names}
         hessian = None
         if flow is not None:
             with times.measure("forward"):
                 flow.enter(stage, block)
-        if flow is not None and any(own.values()):
+        if flow is not None and any(chosen.values()):
             with times.measure("hessian") as done:
                 hessian = flow.hessian(stage, block)
                 done.append(hessian)
         with times.measure("core") as done:
             weights = {name: getattr(block, name) for name in names}
-            results = compress_matrices(weights, hessian, own)
+            results = compress_matrices(weights, hessian, chosen)
             done.append(results)
         for name, result in results.items():
             row = {"layer": layer, "matrix": name, "module": modules[layer, name]}
-            rows.append(row | _described(own[name]) | _numbers(result.row))
+            rows.append(row | _described(chosen[name]) | _numbers(result.row))
             _check(rows[-1], settings)
         stored |= {name: result.weight for name, result in results.items()}
         hessian = results = weights = None

@@ -246,9 +246,9 @@ def _announced(
     """The `quantization_config` of the result."""
     packings = {
         modules[key]: None
-        if own is None or not own.quantizes
-        else Packing(own.bits, own.group_size, own.symmetric)
-        for key, own in by_name.items()
+        if chosen is None or not chosen.quantizes
+        else Packing(chosen.bits, chosen.group_size, chosen.symmetric)
+        for key, chosen in by_name.items()
     }
     return write_config(settings.form, packings, damping=settings.damping)
 
@@ -304,8 +304,8 @@ def calibration_tokens(settings: Compress, *, progress: Progress = SILENT) -> np
     length, count = settings.sequence_length, settings.samples
     if settings.calibration == SELF:
         # One process samples while the others wait: on a device of its own, not on their mesh.
-        own = make_mesh({}, jax.local_devices()[:1])
-        with jax.set_mesh(own), progress.bar("sampling calibration text", "tokens") as update:
+        local = make_mesh({}, jax.local_devices()[:1])
+        with jax.set_mesh(local), progress.bar("sampling calibration text", "tokens") as update:
             texts = sample_documents(
                 formats.load_model(settings.model, dtype=settings.dtype),
                 tokenizer,

@@ -59,15 +59,15 @@ def compress_matrices(
     out = {name: Result(weight, {}) for name, weight in weights.items()}
     alike: dict[Compression, list[str]] = {}
     for name in weights:
-        own = settings[name]
-        if own is not None:
-            alike.setdefault(own, []).append(name)
-    for own, names in alike.items():
+        shared = settings[name]
+        if shared is not None:
+            alike.setdefault(shared, []).append(name)
+    for shared, names in alike.items():
         # Rows are independent and the factor of H serves them all, but an unstructured threshold
         # belongs to one matrix.
-        parts = [[name] for name in names] if own.prunes else [names]
+        parts = [[name] for name in names] if shared.prunes else [names]
         for part in parts:
-            out.update(_compress_alike({name: weights[name] for name in part}, hessian, own))
+            out.update(_compress_alike({name: weights[name] for name in part}, hessian, shared))
     return out
 
 
@@ -84,16 +84,16 @@ def _compress_alike(
         rows = slice(first, first + matrices[name].shape[0])
         first = rows.stop
         quantized = compressed.quantized
-        own = None if quantized is None else QuantizedMatrix(*(x[rows] for x in quantized))
+        codes = None if quantized is None else QuantizedMatrix(*(x[rows] for x in quantized))
         dense = compressed.dense[rows].astype(weight.kernel[...].dtype)
         row = _row(compressed.diagnostics)
         if settings.prunes:
             row["sparsity"] = jnp.mean(compressed.dense[rows] == 0, dtype=jnp.float32)
         if hessian is not None:
-            exact = dense.astype(jnp.float32) if own is None else compressed.dense[rows]
+            exact = dense.astype(jnp.float32) if codes is None else compressed.dense[rows]
             row |= _errors(matrices[name], exact, hessian, settings)
         bias = None if weight.bias is None else weight.bias[...]
-        stored = Dense(dense.T, bias) if own is None else _packed(own, settings.bits, bias)
+        stored = Dense(dense.T, bias) if codes is None else _packed(codes, settings.bits, bias)
         results[name] = Result(stored, row)
     return results
 

@@ -78,7 +78,7 @@ def plan(
     shapes = matrix_shapes(config)
     tokens = settings.samples * settings.sequence_length
     weights = sum(outputs * inputs for outputs, inputs in shapes.values())
-    has_text = any(own is not None and own.needs_data for own in by_name.values())
+    has_text = any(chosen is not None and chosen.needs_data for chosen in by_name.values())
     stages = [[shapes[name] for name in stage if name in shapes] for stage in STAGES]
     squares, swept = max((_stage_bytes(stage, rows, has_text) for stage in stages), key=sum)
     device = {"one block's weights": weights * _FLOAT // rows, "a stage's matrices": swept}
@@ -91,7 +91,7 @@ def plan(
             "a micro-batch": batch * (config.ffw_dim + config.hidden_dim) * _FLOAT // data,
             "Hessian and its factor": squares,
         }
-    bits = {key: _bits(own) for key, own in by_name.items()}
+    bits = {key: _bits(chosen) for key, chosen in by_name.items()}
     sizes = {key: shapes[key[1]][0] * shapes[key[1]][1] for key in by_name}
     disk = sum(int(sizes[key] * bits[key] / 8) for key in by_name)
     host = {"one block, as read": weights * 2, "libraries, programs": _LIBRARIES}
@@ -123,10 +123,10 @@ def _work(config: ModelConfig, settings: Compress, by_name, stages) -> dict[str,
     if stages and tokens * config.ffw_dim * _FLOAT > KEPT_BYTES:
         forward += sum(2 * o * i for o, i in stages[2])  # the inner activations a second time
     shapes = matrix_shapes(config)
-    used = {key: own for key, own in by_name.items() if own is not None}
+    used = {key: chosen for key, chosen in by_name.items() if chosen is not None}
     sizes = {key: shapes[key[1]][0] * shapes[key[1]][1] for key in used}
-    walked = {key for key, own in used.items() if own.method in _WALKS}
-    searched = {key for key, own in used.items() if own.quantizes and own.grid == "mse"}
+    walked = {key for key, chosen in used.items() if chosen.method in _WALKS}
+    searched = {key for key, chosen in used.items() if chosen.quantizes and chosen.grid == "mse"}
     stage_of = {name: stage for stage in STAGES for name in stage}
     products = sum(2 * sizes[key] * shapes[key[1]][1] for key in used) if stages else 0
     return {
@@ -138,7 +138,7 @@ def _work(config: ModelConfig, settings: Compress, by_name, stages) -> dict[str,
         "errors": float(2 * products),
         # The baseline searches too.
         "grids": float(sum(sizes[key] * (2 if key in walked else 1) for key in searched)),
-        "compilation": float(len({(own, stage_of[name]) for (_, name), own in used.items()})),
+        "compilation": float(len({(chosen, stage_of[name]) for (_, name), chosen in used.items()})),
     }
 
 

@@ -34,11 +34,11 @@ def table(title: str, rows: list[dict[str, Any]]) -> Table:
         kind = {np.mean: "mean", np.max: "largest", np.sum: "sum"}[_SHOWN[key]]
         shown.add_column(f"{key.replace('_', ' ')} ({kind})", justify="right")
     for name in dict.fromkeys(row["matrix"] for row in rows):
-        own = [row for row in rows if row["matrix"] == name]
-        forms = dict.fromkeys(_form(row) for row in own)
+        matching = [row for row in rows if row["matrix"] == name]
+        forms = dict.fromkeys(_form(row) for row in matching)
         cells = []
         for key in measured:
-            values = [row[key] for row in own if key in row]
+            values = [row[key] for row in matching if key in row]
             cells.append(f"{_SHOWN[key](values):.4g}" if values else "")
         shown.add_row(name, ", ".join(forms), *cells)
     return shown
@@ -69,12 +69,12 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     axes = figure.subplots(1, len(names), sharey=True)
     figure.suptitle(title)
     for axis, name in zip(np.atleast_1d(axes), names, strict=True):
-        own = [row for row in measured if row["matrix"] == name]
-        layers = [row["layer"] for row in own]
-        if all("baseline_error" in row for row in own):
-            baselines = [row["baseline_error"] for row in own]
+        matching = [row for row in measured if row["matrix"] == name]
+        layers = [row["layer"] for row in matching]
+        if all("baseline_error" in row for row in matching):
+            baselines = [row["baseline_error"] for row in matching]
             axis.plot(layers, baselines, ".-", color="#a9c9d9", label="baseline")
-        errors = [row["relative_error"] for row in own]
+        errors = [row["relative_error"] for row in matching]
         axis.plot(layers, errors, ".-", color="#2a6f97", label="compressed")
         axis.set(title=name, xlabel="layer")
         axis.spines[["top", "right"]].set_visible(False)

@@ -44,9 +44,9 @@ def settings_by_name(settings: Compression, names: list[str]) -> dict[str, Compr
     used, found = set(), {}
     for name in names:
         matching = (entry for entry in rules if entry[1].search(name))
-        rule, _, own = next(matching, ("", None, plain))
+        rule, _, changed = next(matching, ("", None, plain))
         used.add(rule)
-        found[name] = own
+        found[name] = changed
     for rule, pattern, _ in rules:
         if rule not in used:
             earlier = any(pattern.search(name) for name in names)

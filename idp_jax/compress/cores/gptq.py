@@ -153,8 +153,8 @@ def _fixed_grids(
     group_of = jnp.pad(order // tiling.group, (0, -order.size % tiling.tile))
 
     def choose(_: jax.Array, first: jax.Array) -> _Levels:
-        own = jax.lax.dynamic_slice_in_dim(group_of, first, tiling.segment)
-        return fixed[0][own], fixed[1][own]
+        groups = jax.lax.dynamic_slice_in_dim(group_of, first, tiling.segment)
+        return fixed[0][groups], fixed[1][groups]
 
     take = lambda levels, place: (levels[0][place], levels[1][place])
     return _Grids(choose, take, lambda levels: fixed)
@@ -176,8 +176,8 @@ def _running_grids(
     def choose(kept: jax.Array, first: jax.Array) -> _Levels:
         if importance is None:
             return find_grid(kept.T, bits, symmetric)
-        own = jax.lax.dynamic_slice_in_dim(importance, first, tiling.segment)
-        return find_grid(kept.T, bits, symmetric, own)
+        weighing = jax.lax.dynamic_slice_in_dim(importance, first, tiling.segment)
+        return find_grid(kept.T, bits, symmetric, weighing)
 
     def stored(levels: _Levels) -> _Levels:
         # One grid a segment, in the order of the visits.
@@ -198,9 +198,9 @@ def _walk(
 ) -> tuple[QuantizedMatrix, jax.Array]:
     """Rounds the columns in their order: the matrix and its weights [O, I], columns as they lie."""
 
-    def plan(own: jax.Array, pivots: jax.Array, first: jax.Array):
-        masked = None if mask_of is None else mask_of(own, pivots, first)
-        kept = own if masked is None else jnp.where(masked, 0.0, own)
+    def plan(columns: jax.Array, pivots: jax.Array, first: jax.Array):
+        masked = None if mask_of is None else mask_of(columns, pivots, first)
+        kept = columns if masked is None else jnp.where(masked, 0.0, columns)
         return grids.choose(kept, first), masked
 
     def change(column: jax.Array, place: jax.Array, decision):
@@ -230,17 +230,17 @@ def _masker(
         return None
     outputs, inputs = shape
 
-    def mask_of(own: jax.Array, pivots: jax.Array, first: jax.Array) -> jax.Array:
-        scores = jnp.square(own / pivots[:, None])
+    def mask_of(columns: jax.Array, pivots: jax.Array, first: jax.Array) -> jax.Array:
+        scores = jnp.square(columns / pivots[:, None])
         if pattern is not None:
             runs = scores.reshape(-1, pattern[1], outputs)
             masked = jax.vmap(lambda run: smallest_of_run(run, pattern[0]))(runs)
-            return masked.reshape(own.shape)
+            return masked.reshape(columns.shape)
         # Columns that fill up the last tile are never chosen.
         real = first + jnp.arange(segment) < inputs
         scores = jnp.where(real[:, None], scores, jnp.inf)
         last = pruned_count(sparsity, (inputs % segment or segment) * outputs)
-        count = jnp.where(first + segment > inputs, last, pruned_count(sparsity, own.size))
+        count = jnp.where(first + segment > inputs, last, pruned_count(sparsity, columns.size))
         return smallest(scores, count)
 
     return mask_of

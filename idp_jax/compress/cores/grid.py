@@ -108,7 +108,7 @@ def find_grids(
       scales and zeros [G, O], float32.
     """
     if importance is None:
-        return jax.lax.map(lambda own: find_grid(own.T, bits, symmetric), columns)
+        return jax.lax.map(lambda group: find_grid(group.T, bits, symmetric), columns)
     grid = lambda group: find_grid(group[0].T, bits, symmetric, group[1])
     return jax.lax.map(grid, (columns, importance))
 

@@ -57,7 +57,7 @@ def sparsegpt(
     U, dead, damping_used, retries = inverse_factor(H, damping)
     run = min(block_size, inputs) if pattern is None else pattern[1]
     tile = max(block_size // run, 1) * run
-    # Columns added to fill the last tile must never be chosen.
+    # 1 takes the score as computed; dead columns go first, those that fill the last tile never.
     padding = -inputs % tile
     worth = jnp.pad(jnp.where(dead, 0.0, 1.0), (0, padding), constant_values=jnp.inf)
     widths = [min(run, inputs - first) for first in range(0, inputs, run)]
@@ -65,8 +65,8 @@ def sparsegpt(
     counts = jnp.asarray(counts, jnp.int32)
 
     def plan(columns: jax.Array, pivots: jax.Array, first: jax.Array) -> jax.Array:
-        own = jax.lax.dynamic_slice_in_dim(worth, first, run)[:, None]
-        scores = jnp.where(own == 1.0, jnp.square(columns / pivots[:, None]), own)
+        fixed = jax.lax.dynamic_slice_in_dim(worth, first, run)[:, None]
+        scores = jnp.where(fixed == 1.0, jnp.square(columns / pivots[:, None]), fixed)
         if pattern is None:
             return smallest(scores, counts[first // run])
         return smallest_of_run(scores, pattern[0])

@@ -78,11 +78,13 @@ def _visit_segments(
     pivots = jnp.diagonal(block)
 
     def visit_segment(errors: jax.Array, first: jax.Array) -> tuple[jax.Array, Any]:
-        own = jax.lax.dynamic_slice_in_dim(rows, first, segment)
+        columns = jax.lax.dynamic_slice_in_dim(rows, first, segment)
         reach = jax.lax.dynamic_slice_in_dim(block, first, segment, axis=1)
-        own = own - jnp.matmul(reach.T, errors, precision=_HIGHEST)
+        columns = columns - jnp.matmul(reach.T, errors, precision=_HIGHEST)
         corner = jax.lax.dynamic_slice_in_dim(reach, first, segment)
-        decision = plan(own, jax.lax.dynamic_slice_in_dim(pivots, first, segment), start + first)
+        decision = plan(
+            columns, jax.lax.dynamic_slice_in_dim(pivots, first, segment), start + first
+        )
 
         def visit_column(errors: jax.Array, column) -> tuple[jax.Array, Any]:
             column, reach, pivot, place = column
@@ -93,9 +95,9 @@ def _visit_segments(
             return errors, (new, record)
 
         places = jnp.arange(segment, dtype=jnp.int32)
-        own_pivots = jnp.diagonal(corner)
+        pivots_of_segment = jnp.diagonal(corner)
         mine, visited = jax.lax.scan(
-            visit_column, jnp.zeros_like(own), (own, corner.T, own_pivots, places)
+            visit_column, jnp.zeros_like(columns), (columns, corner.T, pivots_of_segment, places)
         )
         errors = jax.lax.dynamic_update_slice_in_dim(errors, mine, first, axis=0)
         return errors, (*visited, decision)
