@@ -20,10 +20,12 @@ import transformers
 from peft import PromptTuningConfig, get_peft_model
 
 from idp_jax import load_model
+from idp_jax.data.batch import Batch
 from idp_jax.formats import resolve
 from idp_jax.inference.generation import generate
 from idp_jax.jobs.machine import describe
 from idp_jax.recover import SoftPrompt
+from idp_jax.training.objectives import next_token
 from idp_jax.training.step import TrainState, make_train_step
 
 ROWS, LENGTH, PROMPT, DECODE_ROWS, DECODE_PROMPT, NEW_TOKENS = 4, 256, 50, 4, 64, 64
@@ -67,12 +69,12 @@ def _torch_jobs(ids: np.ndarray) -> dict[str, Callable[[], object]]:
 def _our_jobs(ids: np.ndarray) -> dict[str, Callable[[], object]]:
     model = load_model("smollm2-135m")
     optimizer = optax.adamw(1e-3)
-    train_step = make_train_step(optimizer)
+    train_step = make_train_step(optimizer, next_token)
     state = TrainState.start(SoftPrompt.init(model, PROMPT, jax.random.key(0)), optimizer)
     box = [state]
 
     def step():
-        box[0], metrics = train_step(box[0], model, ids)
+        box[0], metrics = train_step(box[0], model, Batch(ids))
         return jax.block_until_ready((box[0], metrics))
 
     def decode():

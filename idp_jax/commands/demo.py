@@ -34,7 +34,6 @@ from idp_jax.jobs.machine import describe
 from idp_jax.jobs.progress import Bars, console
 from idp_jax.models import Decoder
 from idp_jax.recover import Repaired
-from idp_jax.recover.selectors import random_scores
 
 _WIDTH = 120  # of the tables where they are not shown in a terminal
 _PARTS = ("train", "validation", "test")
@@ -171,7 +170,7 @@ def _evaluate(settings, dense: _Lazy, compressed: Path, adapters, texts) -> list
         "dense": lambda: Repaired.of(dense()),
         "compressed": lambda: Repaired.of(base()),
         **repaired,
-        "IDP, random choice": lambda: repaired["IDP"]().replace(selector=random_scores),
+        "IDP, random choice": lambda: repaired["IDP"]().with_selector("random"),
     }
     tokenizer = formats.load_tokenizer(settings.model)
     windows = windows_from_text(

@@ -10,6 +10,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from idp_jax.config.groups import (
+    REPAIRS,
     Calibration,
     Compression,
     ConfigError,
@@ -21,7 +22,6 @@ from idp_jax.config.groups import (
     one_of,
 )
 
-REPAIRS = ("prompt", "prefix", "lora", "idp")
 WEIGHTS = ("auto", "packed", "dense")
 KERNELS = ("auto", "pallas_tpu", "mosaic_gpu", "xla")
 FORMS = ("gptq", "gptq_v2", "pack-quantized", "sparse-bitmask", "sparse-24-bitmask", "dense")
@@ -43,7 +43,8 @@ class Train:
     pool_lengths: tuple[int, ...] = (25, 100)
     """Tokens of each prompt of a pool."""
     selector: str = "mean_attention"
-    """How the pool's prompt is chosen."""
+    """How the pool's prompt is chosen: a built-in name (mean_attention, random, ...), or a function
+    of your own as package.module:name or file.py:name."""
     lora: Lora = field(default_factory=Lora)
     tokens: int = 40_960_000
     """Training budget in tokens (for each prompt of a pool)."""
@@ -66,7 +67,7 @@ class Train:
     mesh: Mesh = field(default_factory=Mesh)
 
     def __post_init__(self):
-        one_of("method", self.method, REPAIRS)
+        one_of("method", self.method, tuple(REPAIRS))
         one_of("weights", self.weights, WEIGHTS)
         one_of("kernel", self.kernel, KERNELS)
         one_of("dtype", self.dtype, DTYPES)
@@ -89,8 +90,7 @@ class Train:
     @property
     def learning_rate(self) -> float:
         """The given learning rate, or the method's default."""
-        default = 1e-4 if self.method == "lora" else 1e-3
-        return self.optimizer.learning_rate or default
+        return self.optimizer.learning_rate or REPAIRS[self.method]
 
 
 @dataclass(frozen=True, kw_only=True)

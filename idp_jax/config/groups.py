@@ -9,6 +9,8 @@ from typing import Any
 
 METHODS = ("gptq", "rtn", "sparsegpt", "wanda", "magnitude")
 GRIDS = ("mse", "minmax")
+# Every method of repair and its learning rate where none is given; `recover.methods` trains them.
+REPAIRS = {"prompt": 1e-3, "prefix": 1e-3, "lora": 1e-4, "idp": 1e-3}
 ACT_ORDERS = ("group", "static", "none")
 BITS = (2, 3, 4, 8)
 

@@ -1,4 +1,4 @@
-"""Training windows in a fixed order, without end."""
+"""Training windows in a fixed order, without end, and batches of them that know where they are."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from idp_jax.data.batch import Batch
 from idp_jax.data.sources import HUB, documents
 from idp_jax.data.windows import take_windows, windows
 
@@ -42,8 +43,7 @@ class TrainingText:
 
         Args:
             validation: a source of its own, or None to hold out windows of the training text (a
-                local text's last, a
-                stream's first).
+                local text's last, a stream's first).
 
         Raises:
             ValueError: a source is missing, or too short.
@@ -64,8 +64,7 @@ class TrainingText:
             if len(local) <= validation_windows:
                 raise ValueError(
                     f"{source} gives {len(local)} windows of {length} tokens, too few to train on "
-                    "when "
-                    f"{validation_windows} are held out for validation; give more text, "
+                    f"when {validation_windows} are held out for validation; give more text, "
                     "--data.validation, or fewer --data.validation-windows"
                 )
             kept, local = np.stack(local[-validation_windows:]), local[:-validation_windows]
@@ -76,34 +75,68 @@ class TrainingText:
         stacked = None if local is None else np.stack(local)
         return cls(source, tokenizer, length, kept, stacked, held_out, seed)
 
-    def batches(self, size: int, skip: int = 0) -> Iterator[np.ndarray]:
-        """int32 [size, length] without end, `skip` batches left out (those of a run that goes
-        on).
-        """
-        stream = islice(self._windows(), skip * size, None)
-        while True:
-            yield np.stack(list(islice(stream, size)))
+    def batches(self, size: int) -> "Batches":
+        """Training batches of `size` windows, without end."""
+        return Batches(self, size)
 
-    def _windows(self) -> Iterator[np.ndarray]:
-        epoch = 0
-        while True:
-            if self.local is not None:
-                order = np.random.default_rng([self.seed, epoch]).permutation(len(self.local))
-                yield from (self.local[index] for index in order)
-            else:
-                yield from self._stream()
-            epoch += 1
+    def validation_batches(self, size: int) -> list[Batch]:
+        """The held-out windows in equal batches of at most `size`."""
+        size = max(n for n in range(1, size + 1) if len(self.validation) % n == 0)
+        return [Batch(tokens) for tokens in self.validation.reshape(-1, size, self.length)]
 
-    def _stream(self) -> Iterator[np.ndarray]:
-        """One pass over a stream. Every pass has the same order: what is held out stays so."""
-        texts = documents(self.source, seed=self.seed, shuffle=True)
-        rest = islice(windows(texts, self.tokenizer, self.length), self.held_out, None)
-        empty = True
-        for window in rest:
-            empty = False
-            yield window
-        if empty:
-            raise ValueError(
-                f"{self.source} gives no window of {self.length} tokens to train on beside the "
-                f"{self.held_out} held out; give more text or fewer --data.validation-windows"
-            )
+    def windows(self, start: int = 0) -> Iterator[np.ndarray]:
+        """Training windows int32 [length] from number `start` on, without end."""
+        if self.local is None:
+            yield from islice(self._streamed(), start, None)
+            return
+        epoch, place = divmod(start, len(self.local))
+        while True:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.local))
+            yield from (self.local[index] for index in order[place:])
+            epoch, place = epoch + 1, 0
+
+    def _streamed(self) -> Iterator[np.ndarray]:
+        """Pass after pass over a stream, all in the same order: what is held out stays so."""
+        while True:
+            texts = documents(self.source, seed=self.seed, shuffle=True)
+            rest = islice(windows(texts, self.tokenizer, self.length), self.held_out, None)
+            empty = True
+            for window in rest:
+                empty = False
+                yield window
+            if empty:
+                raise ValueError(
+                    f"{self.source} gives no window of {self.length} tokens to train on beside the "
+                    f"{self.held_out} held out; give more text or fewer --data.validation-windows"
+                )
+
+
+class Batches:
+    """Training batches without end that can go on where an earlier run stopped.
+
+    The state counts windows, not batches: a run that goes on with batches of another size meets the
+    same windows in the same order. Going on costs the same at any place of a local text, whose
+    order follows from the seed and the epoch; a hub dataset is read again up to there.
+    """
+
+    def __init__(self, text: TrainingText, size: int):
+        self._text, self._size = text, size
+        self.restore({"windows": 0})
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch, tokens int32 [size, length]."""
+        tokens = np.stack(list(islice(self._windows, self._size)))
+        self._taken += self._size
+        return Batch(tokens)
+
+    def state(self) -> dict[str, int]:
+        """Where the next batch begins, as plain JSON."""
+        return {"windows": self._taken}
+
+    def restore(self, state: dict[str, int]) -> None:
+        """Goes to the place of a `state`."""
+        self._taken = state["windows"]
+        self._windows = self._text.windows(self._taken)

@@ -3,8 +3,8 @@
 Hugging Face folders (plain, GPTQ, compressed-tensors), GGUF files, and PEFT adapters.
 """
 
+from idp_jax.formats.adapters import load_adapter, save_adapter
 from idp_jax.formats.load import load_model, load_tokenizer
-from idp_jax.formats.peft import load_adapter, save_adapter
 from idp_jax.formats.source import CheckpointError, open_source, resolve
 from idp_jax.formats.write import save_model
 

@@ -4,7 +4,8 @@ from flax import nnx
 
 from idp_jax.models.decoder import Decoder
 from idp_jax.recover.prompt import SoftPrompt
-from idp_jax.recover.repaired import Repaired, encode_prompts
+from idp_jax.recover.repaired import Repaired, encode_prompts, stack_prompts
+from idp_jax.recover.selection import Selection, as_selection
 from idp_jax.recover.selectors import Selector, attention_scores
 
 
@@ -12,11 +13,18 @@ class Pool(nnx.Module):
     """Inference-time dynamic prompting: several soft prompts, one chosen per input.
 
     Source: arXiv 2310.00867; what is ours of it is said in `selectors`.
+
+    Attributes:
+        selector: what scores the prompts; its parameters, if it has any, are trained with them.
     """
 
-    def __init__(self, prompts: list[SoftPrompt], selector: Selector = attention_scores):
+    def __init__(
+        self,
+        prompts: list[SoftPrompt],
+        selector: str | Selector | Selection = attention_scores,
+    ):
         self.prompts = nnx.List(prompts)
-        self.selector = selector
+        self.selector = as_selection(selector)
 
     @property
     def lengths(self) -> list[int]:
@@ -25,5 +33,6 @@ class Pool(nnx.Module):
 
     def repair(self, decoder: Decoder) -> Repaired:
         """The model with the pool's prefixes stored, one row each."""
-        prefix = encode_prompts(decoder, [prompt.embeddings[...] for prompt in self.prompts])
-        return Repaired(decoder, prefix, self.selector)
+        prompts = [prompt.embeddings[...] for prompt in self.prompts]
+        prefix = encode_prompts(decoder, prompts)
+        return Repaired(decoder, prefix, stack_prompts(prompts), self.selector)

@@ -1,9 +1,8 @@
 """A model with its repair beside it, called like the model.
 
 By causality the keys and values of a prompt do not depend on the input, so they are computed once,
-here, and stored: serving a pool is
-choosing one of M stored rows per input. Prompts never see each other, and the input follows its
-prompt directly.
+here, and stored: serving a pool is choosing one of M stored rows per input. Prompts never see each
+other, and the input follows its prompt directly.
 """
 
 import jax
@@ -12,7 +11,8 @@ from flax import struct
 
 from idp_jax.models.cache import KV
 from idp_jax.models.decoder import Decoder
-from idp_jax.recover.selectors import Selector, attention_scores, layer0_inputs
+from idp_jax.recover.selection import Selection, as_selection
+from idp_jax.recover.selectors import Selector, layer0_inputs
 
 
 class Repaired(struct.PyTreeNode):
@@ -21,33 +21,52 @@ class Repaired(struct.PyTreeNode):
     Attributes:
         decoder: the model.
         prefix: None; or stored keys and values with one row; or a pool with one row per prompt.
-        selector: how a pool's row is chosen, see `selectors`.
+        prompt_embeddings: [M, P, E] of a pool's prompts, for its selector; None where the prefix
+            did not come from embeddings.
+        selector: what scores a pool's prompts; see `with_selector`.
     """
 
     decoder: Decoder
     prefix: KV | None = None
-    selector: Selector = struct.field(pytree_node=False, default=attention_scores)
+    prompt_embeddings: jax.Array | None = None
+    selector: Selection | None = None
 
     @staticmethod
     def of(model: "Decoder | Repaired") -> "Repaired":
         """A bare model as a Repaired without a repair; a Repaired as it is."""
         return model if isinstance(model, Repaired) else Repaired(model)
 
-    def choose(self, input_ids, attention_mask=None) -> jax.Array | None:
-        """The pool's prompt for every row, int32 [B]; None where there is nothing to choose.
+    def with_selector(self, selector: str | Selector) -> "Repaired":
+        """The same pool with another selector: a name, a function or an nnx module.
+
+        Raises:
+            ValueError: as `selection.find_selector`.
+        """
+        return self.replace(selector=as_selection(selector))
+
+    def scores(self, input_ids, attention_mask=None) -> jax.Array | None:
+        """The selector's scores [B, M]; None where there is nothing to choose.
 
         Only tokens whose mask is 1 count, so that answers under test, marked as branches, do not
         choose their own prompt.
         """
         if self.prefix is None or self.prefix.batch == 1:
             return None
+        if self.selector is None:
+            raise ValueError(f"a pool of {self.prefix.batch} prompts needs a selector")
         mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
-        scores = self.selector(layer0_inputs(self.decoder, self.prefix, input_ids, mask))
-        return jnp.argmax(scores, -1).astype(jnp.int32)
+        return self.selector(
+            layer0_inputs(self.decoder, self.prefix, input_ids, mask, self.prompt_embeddings)
+        )
+
+    def choose(self, input_ids, attention_mask=None) -> jax.Array | None:
+        """The prompt with the largest score for every row, int32 [B]; None as in `scores`."""
+        scores = self.scores(input_ids, attention_mask)
+        return None if scores is None else jnp.argmax(scores, -1).astype(jnp.int32)
 
     def past(self, input_ids, attention_mask=None) -> KV | None:
-        """The stored keys and values for every row of the input (one shared row where there is no
-        choice).
+        """The stored keys and values for every row of the input; one shared row where there is no
+        choice.
         """
         index = self.choose(input_ids, attention_mask)
         return self.prefix if index is None or self.prefix is None else self.prefix.rows(index)
@@ -71,24 +90,27 @@ def _logits(repaired: Repaired, input_ids, attention_mask) -> jax.Array:
     return repaired.decoder.logits(repaired.decoder.hidden(input_ids, attention_mask, past=past))
 
 
+def stack_prompts(prompts: list[jax.Array]) -> jax.Array:
+    """Prompts [n_i, E], padded on the left to the longest, as one array [M, P, E]."""
+    longest = max(prompt.shape[0] for prompt in prompts)
+    return jnp.stack([jnp.pad(p, [(longest - p.shape[0], 0), (0, 0)]) for p in prompts])
+
+
 @jax.jit
 def encode_prompts(decoder: Decoder, prompts: list[jax.Array]) -> KV:
-    """Runs soft prompts [n_i, E] through the model, apart from each other, and keeps their keys and
-    values.
+    """Runs soft prompts [n_i, E] through the model, apart from each other, and keeps their keys
+    and values.
 
     Prompts of several lengths are padded on the left to the longest, N. With rotary positions all
-    end at position N - 1 (only
-    distances matter, so this equals training alone). Learned positions are kept as trained, 0 to
-    n_i - 1, and the input starts at n_i.
+    end at position N - 1 (only distances matter, so this equals training alone). Learned positions
+    are kept as trained, 0 to n_i - 1, and the input starts at n_i.
 
     Returns:
         A KV with one row per prompt.
     """
-    longest = max(prompt.shape[0] for prompt in prompts)
+    embeddings = stack_prompts(prompts).astype(decoder.embedding.dtype)
+    longest = embeddings.shape[1]
     empty = [longest - prompt.shape[0] for prompt in prompts]
-    embeddings = jnp.stack(
-        [jnp.pad(p, [(n, 0), (0, 0)]) for p, n in zip(prompts, empty, strict=True)]
-    ).astype(decoder.embedding.dtype)
     mask = jnp.arange(longest)[None] >= jnp.asarray(empty)[:, None]
     config = decoder.config
     first = jnp.asarray(empty if config.rope is not None else [0] * len(empty), jnp.int32)

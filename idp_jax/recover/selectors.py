@@ -1,65 +1,102 @@
-"""How a pool's prompt is chosen: pure functions from layer-0 attention to one score per prompt.
+"""What a pool's prompts are scored by: functions and modules from layer-0 attention to [B, M].
 
-A selector takes `ScoreInputs` and returns scores [B, M]; the largest wins, ties go to the lowest
-index. Layer 0 is exact: its keys depend on
-the prompt embeddings alone, so no prompt's score is touched by another's. To try your own, pass any
-function of this signature to
-`Pool(..., selector=...)` or add it to `SELECTORS`.
+A selector takes `ScoreInputs` and returns one score per row and prompt; which prompt the scores
+choose is settled elsewhere (`Repaired.choose`: the largest, ties to the lowest index). It is a
+plain function, or an nnx module whose parameters are trained and saved with the pool. Layer 0 is
+exact: its keys depend on the prompts' embeddings alone, so no prompt's score is touched by
+another's.
 
-The reference score: A = softmax over {all prompts' keys, the input's own causal keys} of q.k /
-sqrt(D);
-score_i = mean over heads, real input rows and prompt i's columns of A. This reading of arXiv
-2310.00867's "maximal mean attention from
-the input to the prompt" is ours.
+The reference score: A = softmax over {all prompts' keys, the input's own causal keys} of
+q.k / sqrt(D); score_i = mean over heads, real input rows and prompt i's columns of A. This reading
+of arXiv 2310.00867's "maximal mean attention from the input to the prompt" is ours.
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
+from flax import nnx, struct
 
 from idp_jax.models.cache import KV
 from idp_jax.models.decoder import Decoder
 
+# What hides a logit: finite, because the gradient of a row of nothing but -inf is not a number.
+_HIDDEN = -1e30
+
 
 class ScoreInputs(struct.PyTreeNode):
-    """What a selector may look at.
+    """What a selector may look at; inside a jit, what it leaves aside is not computed.
 
     U is 1 where the input stands at the same position behind every prompt, and M where each prompt
-    puts it elsewhere (learned
-    positions and prompts of several lengths).
+    puts it elsewhere (learned positions and prompts of several lengths). A selector that needs more
+    than layer 0 runs `decoder` behind `prompts.rows(...)` itself.
 
     Attributes:
         input_ids: int32 [B, T].
         real: bool [B, T]: tokens that count (not padding, not an answer under test).
+        embeddings: [B, T, E] of the input's tokens.
         queries: [U, B, T, N, H] layer-0 queries after RoPE.
         keys: [U, B, T, K, H] the input's own layer-0 keys.
-        prompt_keys: [M, P, K, H] layer-0 keys of every prompt.
-        prompt_mask: bool [M, P].
+        prompts: the pool's stored keys and values of every layer, one prompt per row.
+        prompt_embeddings: [M, P, E], empty slots where `prompt_mask` is False; None for a pool that
+            is no more than keys and values.
+        decoder: the model.
     """
 
     input_ids: jax.Array
     real: jax.Array
+    embeddings: jax.Array
     queries: jax.Array
     keys: jax.Array
-    prompt_keys: jax.Array
-    prompt_mask: jax.Array
+    prompts: KV
+    prompt_embeddings: jax.Array | None
+    decoder: Decoder
+
+    @property
+    def prompt_keys(self) -> jax.Array:
+        """Layer-0 keys of every prompt, [M, P, K, H]."""
+        return self.prompts.k[0]
+
+    @property
+    def prompt_mask(self) -> jax.Array:
+        """Slots that hold a prompt's token, bool [M, P]."""
+        return self.prompts.mask
+
+    def mean_embedding(self) -> jax.Array:
+        """The mean embedding of each row's real tokens, float32 [B, E]."""
+        counted = self.real[..., None]
+        total = jnp.where(counted, self.embeddings.astype(jnp.float32), 0.0).sum(1)
+        return total / jnp.maximum(counted.sum(1), 1).astype(jnp.float32)
 
 
-Selector = Callable[[ScoreInputs], jax.Array]
+class Selector(Protocol):
+    """A function, or an nnx module, that scores a pool's prompts."""
+
+    def __call__(self, inputs: ScoreInputs, /) -> jax.Array:
+        """Scores [B, M]; the prompt with the largest serves the row."""
+        ...
 
 
-def layer0_inputs(decoder: Decoder, prompts: KV, input_ids, attention_mask) -> ScoreInputs:
+def layer0_inputs(
+    decoder: Decoder,
+    prompts: KV,
+    input_ids: jax.Array,
+    attention_mask: jax.Array,
+    prompt_embeddings: jax.Array | None = None,
+) -> ScoreInputs:
     """Computes layer-0 queries and keys of the input as it would stand behind the prompts.
 
     Args:
         prompts: the pool, one prompt per row.
+        input_ids: int32 [B, T].
         attention_mask: int [B, T]; only tokens marked 1 count (see `layers.visibility`).
+        prompt_embeddings: [M, P, E], where they are known.
     """
-    shared = decoder.config.rope is not None  # pools of rotary models are right-aligned
+    # Pools of rotary models are right-aligned, so the input stands at one place behind all of them.
+    shared = decoder.config.rope is not None
     offsets = prompts.next_position[:1] if shared else prompts.next_position
     block = jax.tree.map(lambda x: x[0], decoder.layers)
     embeddings = decoder.embed(input_ids)
@@ -72,7 +109,9 @@ def layer0_inputs(decoder: Decoder, prompts: KV, input_ids, attention_mask) -> S
         return queries, keys
 
     queries, keys = jax.lax.map(behind, offsets)
-    return ScoreInputs(input_ids, real, queries, keys, prompts.k[0], prompts.mask)
+    return ScoreInputs(
+        input_ids, real, embeddings, queries, keys, prompts, prompt_embeddings, decoder
+    )
 
 
 def attention_scores(
@@ -98,11 +137,11 @@ def attention_scores(
     per_prompt = jax.vmap(partial(_one_prompt_logits, inputs))
     to_prompt = per_prompt(jnp.arange(prompt_count))  # [M, B, N, T, P]
     if softmax:
-        own = jax.nn.logsumexp(_own_logits(inputs), -1)  # [U, B, N, T]
+        to_input = jax.nn.logsumexp(_input_logits(inputs), -1)  # [U, B, N, T]
         # Each prompt's own place for the input gives its own share of the input's keys; the other
         # prompts' keys are common.
         total = jax.nn.logsumexp(to_prompt, (0, -1))
-        to_prompt = jnp.exp(to_prompt - jnp.logaddexp(own, total[None])[..., None])
+        to_prompt = jnp.exp(to_prompt - jnp.logaddexp(to_input, total[None])[..., None])
     return _reduce(inputs, to_prompt, rows, columns, heads)
 
 
@@ -114,23 +153,23 @@ def _grouped(queries: jax.Array, kv_heads: int) -> jax.Array:
 
 
 def _one_prompt_logits(inputs: ScoreInputs, prompt: jax.Array) -> jax.Array:
-    """[B, N, T, P] logits of one prompt's keys; empty slots are -inf."""
+    """[B, N, T, P] logits of one prompt's keys; empty slots are hidden."""
     place = jnp.minimum(prompt, inputs.queries.shape[0] - 1)
     keys = inputs.prompt_keys[prompt].astype(jnp.float32)
     queries = _grouped(inputs.queries[place], keys.shape[-2])
     logits = jnp.einsum("btkgh,pkh->bkgtp", queries, keys)
     logits = logits.reshape(logits.shape[0], -1, *logits.shape[3:])
-    return jnp.where(inputs.prompt_mask[prompt], logits, -jnp.inf)
+    return jnp.where(inputs.prompt_mask[prompt], logits, _HIDDEN)
 
 
-def _own_logits(inputs: ScoreInputs) -> jax.Array:
-    """[U, B, N, T, T] causal logits of the input's own keys; hidden ones are -inf."""
+def _input_logits(inputs: ScoreInputs) -> jax.Array:
+    """[U, B, N, T, T] causal logits of the input's own keys; later ones are hidden."""
     keys = inputs.keys.astype(jnp.float32)
     queries = _grouped(inputs.queries, keys.shape[-2])
     logits = jnp.einsum("ubtkgh,ubskh->ubkgts", queries, keys)
     logits = logits.reshape(*logits.shape[:2], -1, *logits.shape[4:])
     causal = jnp.tril(jnp.ones(logits.shape[-2:], bool)) & inputs.real[:, None, None, :]
-    return jnp.where(causal, logits, -jnp.inf)
+    return jnp.where(causal, logits, _HIDDEN)
 
 
 def _reduce(
@@ -155,9 +194,7 @@ def _reduce(
 
 
 def random_scores(inputs: ScoreInputs, *, seed: int = 0) -> jax.Array:
-    """A control: scores drawn from the seed and the row's own tokens, whatever the batch around
-    it.
-    """
+    """A control: scores drawn from the seed and the row's tokens, whatever the batch around it."""
     place = jnp.cumsum(inputs.real, -1, dtype=jnp.uint32)
     words = inputs.input_ids.astype(jnp.uint32) * jnp.uint32(2654435761) + place
     row_hash = jnp.where(inputs.real, words * words, jnp.uint32(0)).sum(-1, dtype=jnp.uint32)
@@ -175,23 +212,30 @@ def fixed_scores(inputs: ScoreInputs, *, index: int = 0) -> jax.Array:
     return jnp.broadcast_to(chosen.astype(jnp.float32), (inputs.real.shape[0], chosen.size))
 
 
-SELECTORS: dict[str, Selector] = {
+class LinearRouter(nnx.Module):
+    """A linear map from the input's mean embedding to a score per prompt, trained with the pool.
+
+    Source: "SMoP: Towards Efficient and Effective Prompt Tuning with Sparse Mixture-of-Prompts".
+    """
+
+    def __init__(self, decoder: Decoder, prompts: int, key: jax.Array):
+        width = decoder.config.embedding_dim
+        self.weight = nnx.Param(jax.random.normal(key, (width, prompts), jnp.float32) * width**-0.5)
+        self.bias = nnx.Param(jnp.zeros((prompts,), jnp.float32))
+
+    def __call__(self, inputs: ScoreInputs) -> jax.Array:
+        """Scores [B, M]."""
+        return inputs.mean_embedding() @ self.weight[...] + self.bias[...]
+
+
+SELECTORS: dict[str, Callable] = {
     "mean_attention": attention_scores,
     "sum_attention": partial(attention_scores, columns="sum"),
     "max_attention": partial(attention_scores, columns="max"),
     "last_token_attention": partial(attention_scores, rows="last"),
     "mean_logit": partial(attention_scores, softmax=False),
+    "linear_router": LinearRouter,
     "random": random_scores,
-    "first": fixed_scores,
+    "fixed": fixed_scores,
+    "first": partial(fixed_scores, index=0),
 }
-
-
-def selector(name: str) -> Selector:
-    """A selector by name.
-
-    Raises:
-        ValueError: no such selector.
-    """
-    if name not in SELECTORS:
-        raise ValueError(f"no selector {name!r}; there are {', '.join(SELECTORS)}")
-    return SELECTORS[name]

@@ -1,74 +1,99 @@
 """The training loop: steps, validations, checkpoints, and going on after an interruption.
 
-A run that is killed and started again ends with the same adapter as one that was not: the
-checkpoint holds adapter, optimiser state and
-best adapter, and the order of the data depends on the step alone.
+The invariant: a run that is killed and started again ends with the same adapter and the same
+metrics, bit for bit, as one that was not.
 """
 
-import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from idp_jax.config import Train
-from idp_jax.data.stream import TrainingText
+from idp_jax.data.batch import Batch
 from idp_jax.models.decoder import Decoder
 from idp_jax.processes import first_process
+from idp_jax.recover.methods import Adapter
 from idp_jax.sharding import shard, shard_batch
-from idp_jax.training.step import (
-    TrainState,
-    evaluate_step,
-    keep_best,
-    make_optimizer,
-    make_train_step,
-)
+from idp_jax.training.checkpoint import Checkpointer
+from idp_jax.training.metrics import Sink
+from idp_jax.training.objectives import Objective
+from idp_jax.training.step import TrainState, evaluate_step, keep_best, make_train_step
+
+
+class BatchIterator(Iterator[Batch], Protocol):
+    """Batches without end that know where they are, see `data.stream.Batches`."""
+
+    def state(self) -> dict[str, Any]:
+        """The place of the next batch, as plain JSON."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes to the place of a `state`."""
+        ...
 
 
 def fit(
-    adapter: Any,
+    adapter: Adapter,
     decoder: Decoder,
-    text: TrainingText,
-    config: Train,
-    folder: Path,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    batches: BatchIterator,
+    validation: Sequence[Batch],
     *,
+    steps: int,
+    evaluate_every: int,
+    sinks: Sequence[Sink] = (),
+    checkpointer: Checkpointer | None = None,
     mesh: jax.sharding.Mesh | None = None,
     progress: Callable[[int, int, str], None] = lambda step, steps, note: None,
-) -> tuple[Any, dict[str, float]]:
+) -> tuple[Adapter, dict[str, float]]:
     """Trains an adapter and returns the best one by validation loss.
 
     Args:
-        folder: for `checkpoints/` (orbax) and `metrics.jsonl`; a run found there goes on.
+        batches: training batches; host arrays, which are placed on the mesh here.
+        validation: batches of one size, whose mean next-token loss chooses the best adapter,
+            whatever the objective: another one's value is no perplexity.
+        steps: the number of the last step.
+        evaluate_every: steps between two validations, each followed by a checkpoint.
+        sinks: take the objective's loss and metrics of every step and the validation losses.
+        checkpointer: a run found there goes on. None keeps nothing.
         progress: called after every step.
 
     Returns:
         The adapter with the lowest validation loss, and "validation_loss", "validation_perplexity"
         and "best_step" of it.
     """
-    import orbax.checkpoint as ocp
-
-    optimizer = make_optimizer(config.optimizer, config.learning_rate, config.steps)
-    step_function = make_train_step(optimizer, remat=config.remat)
+    step_function = make_train_step(optimizer, objective)
     state = TrainState.start(shard(adapter, mesh), optimizer)
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
-    metrics = _Metrics(folder / "metrics.jsonl")
-    with ocp.CheckpointManager(folder.absolute() / "checkpoints", options=options) as manager:
-        state = _restore(manager, state)
-        fresh = manager.latest_step() is None
-        last = -1 if fresh else int(state.step)
-        first_process(lambda: metrics.drop_after(last), "metrics")
-        if fresh:
-            state = _validate(state, decoder, text, config.batch_size, metrics, manager)
-        batches = text.batches(config.batch_size, skip=int(state.step))
-        for number in range(int(state.step) + 1, config.steps + 1):
-            state, values = step_function(state, decoder, shard_batch(next(batches), mesh))
-            progress(number, config.steps, f"loss {float(values['loss']):.3f}")
-            metrics.write(number, {name: float(value) for name, value in values.items()})
-            if number % config.evaluate_every == 0 or number == config.steps:
-                state = _validate(state, decoder, text, config.batch_size, metrics, manager)
+    found = None if checkpointer is None else checkpointer.restore(state)
+    if found is not None:
+        state, place = found
+        batches.restore(place)
+    # What was written after the checkpoint is trained, and written, again. Before the first
+    # checkpoint that is everything, step 0 included.
+    last = -1 if found is None else int(state.step)
+    first_process(lambda: _drop_after(sinks, last), "metrics")
+
+    def validate(state: TrainState) -> TrainState:
+        losses = [evaluate_step(state.adapter, decoder, batch) for batch in validation]
+        loss = jnp.stack(losses).mean()
+        state = keep_best(state, loss)
+        _write(sinks, int(state.step), {"validation_loss": loss})
+        if checkpointer is not None:
+            checkpointer.save(int(state.step), state, batches.state())
+        return state
+
+    if found is None:
+        state = validate(state)
+    for number in range(int(state.step) + 1, steps + 1):
+        state, values = step_function(state, decoder, shard_batch(next(batches), mesh))
+        progress(number, steps, f"loss {float(values['loss']):.3f}")
+        _write(sinks, number, values)
+        if number % evaluate_every == 0 or number == steps:
+            state = validate(state)
     best = float(state.best_loss)
     return state.best_adapter, {
         "validation_loss": best,
@@ -77,60 +102,14 @@ def fit(
     }
 
 
-def _restore(manager, state: TrainState) -> TrainState:
-    """The last checkpoint's state, or `state` where there is none."""
-    import orbax.checkpoint as ocp
-
-    last = manager.latest_step()
-    if last is None:
-        return state
-    leaves, structure = jax.tree.flatten(state)
-    restored = manager.restore(last, args=ocp.args.StandardRestore(dict(enumerate_names(leaves))))
-    return jax.tree.unflatten(structure, [restored[name] for name, _ in enumerate_names(leaves)])
+def _drop_after(sinks: Sequence[Sink], step: int) -> None:
+    for sink in sinks:
+        sink.drop_after(step)
 
 
-def enumerate_names(leaves: list) -> list[tuple[str, Any]]:
-    """Leaves under fixed names: a checkpoint does not depend on how a module spells its own
-    tree.
-    """
-    return [(f"leaf_{number:04d}", leaf) for number, leaf in enumerate(leaves)]
-
-
-def _validate(state: TrainState, decoder, text, batch_size: int, metrics, manager) -> TrainState:
-    """Measures the validation loss, keeps the best adapter and writes a checkpoint."""
-    import orbax.checkpoint as ocp
-
-    size = max(n for n in range(1, batch_size + 1) if len(text.validation) % n == 0)
-    batches = text.validation.reshape(-1, size, text.length)
-    loss = jnp.stack([evaluate_step(state.adapter, decoder, batch) for batch in batches]).mean()
-    state = keep_best(state, loss)
-    metrics.write(int(state.step), {"validation_loss": float(loss)})
-    leaves = dict(enumerate_names(jax.tree.leaves(state)))
-    manager.save(int(state.step), args=ocp.args.StandardSave(leaves), force=True)
-    manager.wait_until_finished()
-    return state
-
-
-class _Metrics:
-    """metrics.jsonl: one line per step, in order, even after an interruption. Written by process 0
-    only.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-
-    def drop_after(self, step: int) -> None:
-        """Forgets the steps that an interrupted run took after its last checkpoint."""
-        if not self.path.is_file():
-            return
-        rows = [
-            json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")
-        ]
-        kept = [row for row in rows if row["step"] <= step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        if jax.process_index() == 0:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+def _write(sinks: Sequence[Sink], step: int, values: Mapping[str, Any]) -> None:
+    """Writes scalars, on process 0 alone."""
+    if jax.process_index() == 0:
+        plain = {name: float(value) for name, value in values.items()}
+        for sink in sinks:
+            sink.write(step, plain)

@@ -1,14 +1,13 @@
-"""A training run: from a configuration to an adapter folder, going on where an interrupted run
-stopped.
+"""A training run: from a configuration to an adapter folder, or on from where it was interrupted.
 
 The run's folder holds config.yaml (resolved), metrics.jsonl, checkpoints/, self_text.jsonl where
-the model wrote its own text, and at the end
-adapter/ and result.json. A pool trains its prompts one after the other, each in a folder of its
-own.
+the model wrote its own text, and at the end adapter/ and result.json. A pool trains its prompts one
+after the other, each in a folder below.
 """
 
 import json
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,13 @@ from idp_jax.jobs.machine import describe
 from idp_jax.jobs.progress import SILENT, Progress
 from idp_jax.models.decoder import Decoder
 from idp_jax.processes import first_process, gather, mesh_of
-from idp_jax.recover import LoraAdapter, Pool, PrefixAdapter, SoftPrompt
-from idp_jax.recover.methods import parameter_count
-from idp_jax.recover.selectors import selector
+from idp_jax.recover.methods import METHODS, Adapter, parameter_count
+from idp_jax.recover.selection import find_selector
+from idp_jax.training.checkpoint import Checkpointer
 from idp_jax.training.loop import fit
+from idp_jax.training.metrics import JsonLines
+from idp_jax.training.objectives import OBJECTIVES
+from idp_jax.training.step import make_optimizer
 
 
 def train(config: Train, *, progress: Progress = SILENT) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def train(config: Train, *, progress: Progress = SILENT) -> dict[str, Any]:
 
 
 def _train(config: Train, out: Path, mesh, progress: Progress) -> dict[str, Any]:
-    selector(config.selector)
+    find_selector(config.selector)  # a wrong name is refused before anything is loaded
     decoder = formats.load_model(
         config.model,
         dtype=config.dtype,
@@ -79,19 +81,16 @@ def _train(config: Train, out: Path, mesh, progress: Progress) -> dict[str, Any]
         validation_windows=config.data.validation_windows,
         seed=config.seed,
     )
-    lengths = config.pool_lengths if config.method == "idp" else (config.prompt_length,)
+    method = METHODS[config.method]
     trained, summaries = [], []
-    for number, length in enumerate(lengths):
-        folder = out / f"prompt_{number}" if config.method == "idp" else out
-        name = f"prompt of {length}" if config.method in ("idp", "prompt") else config.method
-        start = _start(
-            config, decoder, length, jax.random.fold_in(jax.random.key(config.seed), number)
-        )
-        with progress.bar(f"training {name}") as update:
-            adapter, summary = fit(start, decoder, text, config, folder, mesh=mesh, progress=update)
+    for number, run in enumerate(method.runs(config)):
+        key = jax.random.fold_in(jax.random.key(config.seed), number)
+        start = run.init(decoder, key=key)
+        with progress.bar(f"training {run.label}") as update:
+            adapter, summary = _fit(config, start, decoder, text, out / run.folder, mesh, update)
         trained.append(adapter)
         summaries.append(summary)
-    adapter = Pool(trained, selector(config.selector)) if config.method == "idp" else trained[0]
+    adapter = method.combine(config, trained)
     result = {
         "method": config.method,
         "extra_parameters": parameter_count(adapter),
@@ -113,15 +112,26 @@ def _train(config: Train, out: Path, mesh, progress: Progress) -> dict[str, Any]
     return result
 
 
-def _start(config: Train, decoder: Decoder, length: int, key: jax.Array):
-    """The adapter before training."""
-    if config.method == "lora":
-        lora = config.lora
-        return LoraAdapter.init(
-            decoder, lora.rank, key, alpha=lora.alpha, targets=tuple(lora.targets)
+def _fit(config: Train, start: Adapter, decoder: Decoder, text, folder: Path, mesh, update):
+    """One training with the parts that the configuration names; as `fit`."""
+    with (
+        closing(JsonLines(folder / "metrics.jsonl")) as metrics,
+        Checkpointer(folder / "checkpoints") as checkpointer,
+    ):
+        return fit(
+            start,
+            decoder,
+            partial(OBJECTIVES["next_token"], remat=config.remat),
+            make_optimizer(config.optimizer, config.learning_rate, config.steps),
+            text.batches(config.batch_size),
+            text.validation_batches(config.batch_size),
+            steps=config.steps,
+            evaluate_every=config.evaluate_every,
+            sinks=[metrics],
+            checkpointer=checkpointer,
+            mesh=mesh,
+            progress=update,
         )
-    kind = PrefixAdapter if config.method == "prefix" else SoftPrompt
-    return kind.init(decoder, length, key)
 
 
 def _source(config: Train, out: Path, decoder: Decoder, tokenizer, progress: Progress) -> str:

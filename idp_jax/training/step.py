@@ -1,4 +1,4 @@
-"""The loss and the optimiser step: gradient and optimiser state exist for the adapter alone.
+"""The optimiser step: gradient and optimiser state exist for the adapter alone.
 
 The frozen model is an argument that is never differentiated, so "only the adapter changes" holds by
 construction.
@@ -13,13 +13,13 @@ import optax
 from flax import struct
 
 from idp_jax.config import Optimizer
+from idp_jax.data.batch import Batch
 from idp_jax.models.decoder import Decoder
+from idp_jax.training.objectives import Objective, next_token
 
 
 class TrainState(struct.PyTreeNode):
-    """Everything that a run needs to go on: adapter, optimiser state and step, and the best adapter
-    so far.
-    """
+    """Everything that a run needs to go on, and the best adapter so far."""
 
     adapter: Any
     optimizer: Any
@@ -60,27 +60,19 @@ def make_optimizer(
     )
 
 
-def token_loss(
-    adapter: Any, decoder: Decoder, tokens: jax.Array, *, remat: bool = False
-) -> jax.Array:
-    """Mean next-token cross-entropy of windows [B, T] under the repaired model, float32 scalar."""
-    repaired = adapter.repair(decoder)
-    past = repaired.past(tokens)
-    hidden = repaired.decoder.hidden(tokens, past=past, remat=remat)
-    logits = repaired.decoder.logits(hidden[:, :-1])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+def make_train_step(optimizer: optax.GradientTransformation, objective: Objective) -> Callable:
+    """A compiled step: (state, decoder, batch) -> (state, metrics); the state is donated."""
 
+    def loss(adapter: Any, decoder: Decoder, batch: Batch):
+        return objective(adapter.repair(decoder), batch)
 
-def make_train_step(optimizer: optax.GradientTransformation, *, remat: bool = False) -> Callable:
-    """A compiled step: (state, decoder, tokens [B, T]) -> (state, metrics); the state is
-    donated.
-    """
-
-    def step(state: TrainState, decoder: Decoder, tokens: jax.Array):
-        loss, gradient = jax.value_and_grad(token_loss)(state.adapter, decoder, tokens, remat=remat)
+    def step(state: TrainState, decoder: Decoder, batch: Batch):
+        (value, parts), gradient = jax.value_and_grad(loss, has_aux=True)(
+            state.adapter, decoder, batch
+        )
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.adapter)
         adapter = optax.apply_updates(state.adapter, updates)
-        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
+        metrics = {"loss": value, **parts, "gradient_norm": optax.tree.norm(gradient)}
         return state.replace(
             adapter=adapter, optimizer=optimizer_state, step=state.step + 1
         ), metrics
@@ -88,7 +80,10 @@ def make_train_step(optimizer: optax.GradientTransformation, *, remat: bool = Fa
     return jax.jit(step, donate_argnums=0)
 
 
-evaluate_step = jax.jit(token_loss)
+@jax.jit
+def evaluate_step(adapter: Any, decoder: Decoder, batch: Batch) -> jax.Array:
+    """Mean next-token cross-entropy of a batch under the repaired model, float32 scalar."""
+    return next_token(adapter.repair(decoder), batch)[0]
 
 
 @jax.jit

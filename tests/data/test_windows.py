@@ -1,5 +1,6 @@
 """Windows of text: no gaps, the same for the same seed, never both held out and trained on."""
 
+import json
 from itertools import islice
 
 import datasets
@@ -130,9 +131,9 @@ def opened(source: str, seed: int = 0, validation=None, held_out: int = 4) -> Tr
     )
 
 
-def first_batches(text: TrainingText, count: int, skip: int = 0) -> list[list]:
+def first_batches(text: TrainingText, count: int) -> list[list]:
     """Batches of three windows as lists."""
-    return [batch.tolist() for batch in islice(text.batches(3, skip=skip), count)]
+    return [batch.tokens.tolist() for batch in islice(text.batches(3), count)]
 
 
 @pytest.fixture(params=["file", "hub"])
@@ -148,11 +149,41 @@ def test_batches_follow_the_seed(source):
     assert batches != first_batches(opened(source, seed=1), 60)
 
 
-def test_skipping_drops_batches(source):
+def test_batches_go_on_from_a_state(source):
     """Over the end of an epoch too: 60 documents give about 50 batches."""
-    batches = first_batches(opened(source), 120)
-    for skip in (1, 7, 70):
-        assert first_batches(opened(source), 50, skip) == batches[skip : skip + 50]
+    whole = first_batches(opened(source), 120)
+    for taken in (0, 1, 7, 70):
+        first, second = opened(source).batches(3), opened(source).batches(3)
+        list(islice(first, taken))
+        second.restore(json.loads(json.dumps(first.state())))
+        assert second.state() == first.state()
+        assert [batch.tokens.tolist() for batch in islice(second, 50)] == whole[taken : taken + 50]
+
+
+def test_batches_of_another_size_go_on_with_the_same_windows(source):
+    first, second = opened(source).batches(3), opened(source).batches(2)
+    list(islice(first, 4))
+    second.restore(first.state())
+    found = np.concatenate([batch.tokens for batch in islice(second, 3)])
+    assert (found == np.concatenate([batch.tokens for batch in islice(first, 2)])).all()
+
+
+def test_going_on_in_a_local_text_reads_nothing_again(tmp_path):
+    text = opened(write(tmp_path / "a.jsonl", texts(60)))
+    (tmp_path / "a.jsonl").unlink()
+    count = len(text.local)
+    batches = text.batches(1)
+    batches.restore({"windows": 10**9 * count + 2})
+    order = np.random.default_rng([0, 10**9]).permutation(count)
+    assert (next(batches).tokens[0] == text.local[order[2]]).all()
+
+
+def test_validation_batches_are_equal_and_whole(source):
+    text = opened(source, held_out=6)
+    for size, wanted in ((1, 1), (4, 3), (5, 3), (8, 6)):
+        found = [batch.tokens for batch in text.validation_batches(size)]
+        assert {len(tokens) for tokens in found} == {wanted}
+        assert (np.concatenate(found) == text.validation).all()
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -183,7 +214,7 @@ def test_a_local_epoch_holds_every_window_once(tmp_path):
     text = opened(write(tmp_path / "a.jsonl", texts(60)))
     count = len(text.local)
     stream = islice(text.batches(1), 2 * count)
-    order = [tuple(batch[0].tolist()) for batch in stream]
+    order = [tuple(batch.tokens[0].tolist()) for batch in stream]
     assert set(order[:count]) == set(order[count:]) == {tuple(w) for w in text.local.tolist()}
     assert order[:count] != order[count:]
 

@@ -10,10 +10,10 @@ from safetensors.numpy import load_file, save_file
 
 from idp_jax import load_adapter, load_model
 from idp_jax.formats import save_adapter
-from idp_jax.formats.peft import read_adapter
+from idp_jax.formats.adapters import read_adapter
 from idp_jax.recover import LoraAdapter, Pool, PrefixAdapter
 from idp_jax.recover.lora import matrix_shape
-from idp_jax.recover.selectors import SELECTORS, fixed_scores
+from idp_jax.recover.selectors import fixed_scores
 from tests.helpers import hf_config, tiny_decoder, write_folder
 from tests.recover.test_adapters import random_lora, random_prompt
 
@@ -31,7 +31,7 @@ def random_adapter(kind: str, model):
     if kind == "lora":
         return random_lora(model, ("q", "v", "o", "up"))
     prompts = [random_prompt(model, 3), random_prompt(model, 7, seed=1)]
-    return Pool(prompts, SELECTORS["sum_attention"])
+    return Pool(prompts, "sum_attention")
 
 
 def same(first, second) -> bool:
@@ -125,7 +125,7 @@ def test_pool_files(tmp_path, name, alignment):
 def test_a_selector_without_a_name_is_not_saved_as_another(tmp_path):
     model = tiny_decoder("llama")
     pool = Pool([random_prompt(model, 2)] * 2, lambda inputs: fixed_scores(inputs, index=1))
-    with pytest.raises(ValueError, match=r"selector .* SELECTORS"):
+    with pytest.raises(ValueError, match=r"selector .* no name to save; put it into a file"):
         save_adapter(pool, tmp_path / "pool", decoder=model)
     assert not (tmp_path / "pool").exists()
 

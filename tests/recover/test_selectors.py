@@ -9,13 +9,13 @@ import pytest
 
 from idp_jax.models.decoder import OPT_POSITION_OFFSET, Decoder
 from idp_jax.recover import Pool, Repaired
+from idp_jax.recover.selection import find_selector
 from idp_jax.recover.selectors import (
     SELECTORS,
     attention_scores,
     fixed_scores,
     layer0_inputs,
     random_scores,
-    selector,
 )
 from tests.helpers import close, tiny_decoder
 from tests.recover.test_adapters import random_prompt, real_logits, rows
@@ -201,17 +201,45 @@ def test_a_chosen_prompt_works_as_it_does_alone(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_selector_runs(name):
     model, _, ids = case(name)
-    every = lambda inputs: {n: score(inputs) for n, score in SELECTORS.items()}
+    start = (model, len(POOL), jax.random.key(0))
+    selectors = {label: find_selector(label, start) for label in SELECTORS}
+    every = lambda inputs: {label: score(inputs) for label, score in selectors.items()}
     found = scores_of(model, prefix_of(name), ids, np.ones_like(ids), score=every)
     for label, scores in found.items():
         assert scores.shape == (len(ids), len(POOL)) and np.isfinite(scores).all(), label
     assert (np.asarray(found["first"]).argmax(-1) == 0).all()
-    assert selector("sum_attention") is SELECTORS["sum_attention"]
 
 
-def test_unknown_selectors_are_refused():
-    with pytest.raises(ValueError, match="no selector 'largest'; there are mean_attention, "):
-        selector("largest")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_selector_sees_embeddings(name):
+    """Those of the input, and those of the prompts where they stand in the stored prefix."""
+    model, pool, all_ids = case(name)
+    ids, mask = rows(all_ids, LENGTHS, "left")
+    repaired = pool.repair(model)
+    inputs = jax.jit(layer0_inputs)(model, repaired.prefix, ids, mask, repaired.prompt_embeddings)
+    table = np.asarray(model.embedding[...])
+    means = [table[np.asarray(ids)[row, -n:]].mean(0) for row, n in enumerate(LENGTHS)]
+    assert (np.asarray(inputs.embeddings) == table[np.asarray(ids)]).all()
+    assert close(inputs.mean_embedding(), np.stack(means))
+    for number, prompt in enumerate(pool.prompts):
+        found = np.asarray(inputs.prompt_embeddings[number])[np.asarray(inputs.prompt_mask)[number]]
+        assert (found == np.asarray(prompt.embeddings[...])).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_have_a_gradient(name):
+    """Through padding, and through prompts of several lengths."""
+    model, pool, all_ids = case(name)
+    ids, mask = rows(all_ids, LENGTHS, "left")
+
+    @jax.jit
+    @jax.grad
+    def gradient(pool):
+        weights = jax.nn.softmax(pool.repair(model).scores(ids, mask) * 100.0)
+        return jnp.square(weights).sum()
+
+    for leaf in jax.tree.leaves(gradient(pool)):
+        assert np.isfinite(leaf).all() and np.abs(leaf).max() > 1e-6
 
 
 def test_ties_go_to_the_first_prompt():

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from contextlib import closing
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +17,12 @@ from idp_jax.jobs.folder import claim
 from idp_jax.models.storage import expand
 from idp_jax.recover import LoraAdapter, PrefixAdapter, SoftPrompt
 from idp_jax.sharding import make_mesh, shard, shard_batch
-from idp_jax.training import fit, loop, train
-from idp_jax.training.step import (
-    TrainState,
-    evaluate_step,
-    make_optimizer,
-    make_train_step,
-    token_loss,
-)
+from idp_jax.training import Checkpointer, JsonLines, fit, loop, next_token, train
+from idp_jax.training.step import TrainState, evaluate_step, make_optimizer, make_train_step
 from tests.helpers import close, quantize_decoder, tiny_decoder, tiny_folder
 
 LENGTH = 16  # tokens of a window
 KEY = jax.random.key(5)
-RATE = Optimizer(learning_rate=0.05)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,18 +35,12 @@ def optax_promotes():
 @pytest.fixture(scope="module", autouse=True)
 def one_compilation():
     """Runs of equal settings share their compiled step, which each would compile for itself."""
-    made = {}
-
-    def make(optimizer, *, remat):
-        return make_train_step(optimizer, remat=remat)
-
-    def optimizer_of(settings, rate, steps):
-        return made.setdefault((settings, rate, steps), make_optimizer(settings, rate, steps))
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_optimizer", optimizer_of)
-        patch.setattr(loop, "make_train_step", functools.cache(make))
+        patch.setattr(loop, "make_train_step", functools.cache(make_train_step))
         yield
+
+
+optimizer_of = functools.cache(make_optimizer)
 
 
 @functools.cache
@@ -68,12 +56,25 @@ def text(seed: int = 0, rows: int = 24) -> TrainingText:
     return TrainingText("", None, LENGTH, windows[-4:], windows[:-4], 0, seed)
 
 
-def settings(steps: int = 8, **changes) -> Train:
-    """A run of some steps of two windows, validated every four."""
-    data = Data(sequence_length=LENGTH)
-    fields = {"method": "prompt", "batch_size": 2, "evaluate_every": 4, "data": data}
-    tokens = steps * 2 * LENGTH
-    return Train(model="m", out="out", **{**fields, "tokens": tokens, **changes})
+def run_fit(
+    folder, adapter=None, decoder=None, *, windows=None, steps=20, rate=0.05, size=2, **rest
+):
+    """`fit` as a job puts it together: metrics and checkpoints in a folder."""
+    windows = text() if windows is None else windows
+    with (
+        closing(JsonLines(folder / "metrics.jsonl")) as metrics,
+        Checkpointer(folder / "checkpoints") as checkpointer,
+    ):
+        return fit(
+            start() if adapter is None else adapter,
+            model() if decoder is None else decoder,
+            next_token,
+            optimizer_of(Optimizer(), rate, steps),
+            windows.batches(size),
+            windows.validation_batches(size),
+            **{"steps": steps, "evaluate_every": 4, "sinks": [metrics], **rest},
+            checkpointer=checkpointer,
+        )
 
 
 def start(kind: str = "prompt", decoder=None):
@@ -105,7 +106,7 @@ def rows_of(folder) -> list[dict]:
 def whole(tmp_path_factory):
     """One uninterrupted run: folder, adapter and summary."""
     folder = tmp_path_factory.mktemp("whole")
-    adapter, summary = fit(start(), model(), text(), settings(20, optimizer=RATE), folder)
+    adapter, summary = run_fit(folder)
     return folder, adapter, summary
 
 
@@ -144,7 +145,7 @@ def stop_after(step: int):
 
 
 def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, whole):
-    run = functools.partial(fit, start(), model(), text(), settings(20, optimizer=RATE), tmp_path)
+    run = functools.partial(run_fit, tmp_path)
     for stop in (2, 6, 7):  # before the first validation after a step, and twice behind one
         with pytest.raises(Interrupted):
             run(progress=stop_after(stop))
@@ -161,15 +162,14 @@ def test_the_best_adapter_is_kept(tmp_path):
     """What is learned here makes the held-out text less likely."""
     unlike = np.random.default_rng(9).integers(90, 128, (4, LENGTH)).astype(np.int32)
     other = dataclasses.replace(text(), validation=unlike)
-    config = settings(20, optimizer=RATE)
-    adapter, summary = fit(start(), model(), other, config, tmp_path)
+    adapter, summary = run_fit(tmp_path, windows=other)
     rows = [row for row in rows_of(tmp_path) if "validation_loss" in row]
     losses = [row["validation_loss"] for row in rows]
     assert losses[-1] > min(losses) + 0.1
     best = rows[int(np.argmin(losses))]
     assert summary["best_step"] == best["step"] < 20
-    loss = evaluate_step(adapter, model(), jnp.asarray(unlike[:2]))
-    loss = (loss + evaluate_step(adapter, model(), jnp.asarray(unlike[2:]))) / 2
+    first, second = (evaluate_step(adapter, model(), b) for b in other.validation_batches(2))
+    loss = (first + second) / 2
     assert float(loss) == pytest.approx(best["validation_loss"], rel=1e-5)
     assert summary["validation_loss"] == pytest.approx(best["validation_loss"])
 
@@ -178,7 +178,7 @@ def test_the_best_adapter_is_kept(tmp_path):
 def compiled(steps: int, rate: float):
     """An optimiser and its step, compiled once per kind of adapter and mesh."""
     optimizer = make_optimizer(Optimizer(), rate, steps)
-    return optimizer, make_train_step(optimizer)
+    return optimizer, make_train_step(optimizer, next_token)
 
 
 def train_steps(adapter, decoder, *, seed=0, mesh=None):
@@ -262,15 +262,14 @@ def test_training_does_not_depend_on_the_mesh(on_one_device, shape):
 
 def test_a_run_on_a_mesh_goes_on(tmp_path):
     mesh = make_mesh(MESHES["2x2x2"])
-    config = settings(4, batch_size=4, tokens=4 * 4 * LENGTH, evaluate_every=2)
+    settings = {"steps": 4, "size": 4, "evaluate_every": 2, "rate": 1e-3}
     with jax.set_mesh(mesh):
-        run = functools.partial(
-            fit, start("prefix"), shard(model(), mesh), text(), config, tmp_path, mesh=mesh
-        )
+        sharded = shard(model(), mesh)
+        run = functools.partial(run_fit, tmp_path, start("prefix"), sharded, mesh=mesh, **settings)
         with pytest.raises(Interrupted):
             run(progress=stop_after(3))
         adapter, summary = run()
-    alone, expected = fit(start("prefix"), model(), text(), config, tmp_path / "alone")
+    alone, expected = run_fit(tmp_path / "alone", start("prefix"), **settings)
     assert summary["validation_loss"] == pytest.approx(expected["validation_loss"], abs=1e-4)
     assert [row["step"] for row in rows_of(tmp_path)] == [0, 1, 2, 2, 3, 4, 4]
     assert all(close(x, y, 1e-5) for x, y in zip(leaves(adapter), leaves(alone), strict=True))
@@ -287,8 +286,10 @@ def test_training_on_packed_weights(kind):
 
 def test_recomputed_activations_give_the_same_gradient():
     def gradient(remat):
-        loss = functools.partial(token_loss, remat=remat)
-        batch = jnp.asarray(text().validation)
+        def loss(adapter, decoder, batch):
+            return next_token(adapter.repair(decoder), batch, remat=remat)[0]
+
+        (batch,) = text().validation_batches(4)
         return jax.jit(jax.grad(loss))(start(), model(), batch)
 
     with jax.numpy_dtype_promotion("strict"):
@@ -334,7 +335,7 @@ def test_a_run_of_a_pool(files, tmp_path):
 
 
 def test_claims(tmp_path):
-    config = settings()
+    config = Train(model="m", out="out")
     claim(tmp_path / "run", config)
     claim(tmp_path / "run", config)
     (tmp_path / "other").mkdir()

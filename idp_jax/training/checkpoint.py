@@ -1,0 +1,77 @@
+"""Checkpoints of a run: the training state, and where in the data the next batch begins."""
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+
+State = TypeVar("State")
+
+
+class Checkpointer:
+    """The last checkpoint of a run in an orbax folder; a context manager.
+
+    Leaves are stored under fixed names, so that a checkpoint does not depend on how a module spells
+    its own tree.
+    """
+
+    def __init__(self, folder: str | Path):
+        import orbax.checkpoint as ocp
+
+        options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
+        self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options)
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._manager.close()
+
+    def save(self, step: int, state: Any, data_state: dict[str, Any]) -> None:
+        """Writes a checkpoint and waits until it is complete; every process calls this.
+
+        Args:
+            state: a pytree of arrays.
+            data_state: plain JSON, see `Batches.state`.
+        """
+        import orbax.checkpoint as ocp
+
+        parts = ocp.args.Composite(
+            state=ocp.args.StandardSave(dict(_named(jax.tree.leaves(state)))),
+            data=ocp.args.JsonSave(data_state),
+        )
+        self._manager.save(step, args=parts, force=True)
+        self._manager.wait_until_finished()
+
+    def restore(self, like: State) -> tuple[State, dict[str, Any]] | None:
+        """The last checkpoint, or None where there is none.
+
+        Args:
+            like: a state of the same structure, whose leaves say dtype and placement.
+
+        Raises:
+            ValueError: the checkpoint is of another form.
+        """
+        import orbax.checkpoint as ocp
+
+        last = self._manager.latest_step()
+        if last is None:
+            return None
+        leaves, structure = jax.tree.flatten(like)
+        wanted = ocp.args.Composite(
+            state=ocp.args.StandardRestore(dict(_named(leaves))), data=ocp.args.JsonRestore()
+        )
+        try:
+            found = self._manager.restore(last, args=wanted)
+        except KeyError as error:
+            raise ValueError(
+                f"{self._manager.directory} holds a checkpoint of another version or method; "
+                "remove the run's folder, or give another --out"
+            ) from error
+        return jax.tree.unflatten(
+            structure, [found.state[n] for n, _ in _named(leaves)]
+        ), found.data
+
+
+def _named(leaves: list) -> list[tuple[str, Any]]:
+    return [(f"leaf_{number:04d}", leaf) for number, leaf in enumerate(leaves)]
