@@ -1,7 +1,7 @@
 """Every setting of every command: frozen dataclasses, read from YAML files and from options.
 
-An unknown key or a value out of range is an error of one line. No number is defaulted here that the
-model's own config.json supplies.
+`choices` lists the values that options may take, `groups` what several commands share, `commands`
+the commands; `files` reads and writes them. The invariant: nothing here imports jax.
 """
 
 from idp_jax.config.commands import Compress, Convert, Demo, Evaluate, Train
@@ -10,9 +10,12 @@ from idp_jax.config.groups import (
     Compression,
     ConfigError,
     Data,
+    Loading,
     Lora,
+    Measurement,
     Mesh,
     Optimizer,
+    Timing,
 )
 
 __all__ = [
@@ -24,8 +27,11 @@ __all__ = [
     "Data",
     "Demo",
     "Evaluate",
+    "Loading",
     "Lora",
+    "Measurement",
     "Mesh",
     "Optimizer",
+    "Timing",
     "Train",
 ]
