@@ -15,6 +15,7 @@ import pytest
 import idp_jax
 from idp_jax import load_adapter, load_model
 from idp_jax.cli import COMMANDS, main
+from idp_jax.evaluation import compare, read
 from idp_jax.formats import save_adapter
 from idp_jax.recover import SoftPrompt
 from idp_jax.weights import Quantized
@@ -98,12 +99,12 @@ def test_from_a_model_to_a_score(files, tmp_path, capsys):
     scoring += ["--sequence-length", 32]
     run(*scoring, "--out", tmp_path / "plain.json")
     run(*scoring, "--out", tmp_path / "r.json", "--adapter", trained / "adapter")
-    plain, repaired = (
-        json.loads((tmp_path / name).read_text()) for name in ("plain.json", "r.json")
-    )
-    assert plain["perplexity"]["windows"] == repaired["perplexity"]["windows"] == 3
-    assert plain["perplexity"]["perplexity"] != repaired["perplexity"]["perplexity"] > 1
-    assert repaired["config"]["adapter"] == str(trained / "adapter")
+    plain, repaired = (read(tmp_path / name).variants[0] for name in ("plain.json", "r.json"))
+    assert (plain.role, repaired.role) == ("compressed", "repaired")
+    assert plain.perplexity.windows == repaired.perplexity.windows == 3
+    assert plain.perplexity.perplexity != repaired.perplexity.perplexity > 1
+    assert repaired.adapter == str(trained / "adapter") and repaired.extra_parameters == 4 * 64
+    assert compare(tmp_path / "plain.json", tmp_path / "r.json").perplexity_ratio.value > 0
     # A run that is complete is only reported.
     run("train", *config)
     assert json.loads((trained / "result.json").read_text()) == result

@@ -1,10 +1,12 @@
 """Every setting of every command: frozen dataclasses, read from YAML files and from options.
 
 `choices` lists the values that options may take, `groups` what several commands share, `commands`
-the commands; `files` reads and writes them. The invariant: nothing here imports jax.
+and `experiment` hold the commands; `files` reads and writes them. The invariant: nothing here
+imports jax.
 """
 
-from idp_jax.config.commands import Compress, Convert, Demo, Evaluate, Train
+from idp_jax.config.commands import Compress, Convert, Evaluate, Train
+from idp_jax.config.experiment import Demo, Experiment, Variant
 from idp_jax.config.groups import (
     Calibration,
     Compression,
@@ -27,6 +29,7 @@ __all__ = [
     "Data",
     "Demo",
     "Evaluate",
+    "Experiment",
     "Loading",
     "Lora",
     "Measurement",
@@ -34,4 +37,5 @@ __all__ = [
     "Optimizer",
     "Timing",
     "Train",
+    "Variant",
 ]

@@ -94,6 +94,13 @@ class Compression(Settings):
         return not self.quantizes or self.sparsity is not None
 
     @property
+    def summary(self) -> str:
+        """Method and size in a few words."""
+        if not self.quantizes:
+            return f"{self.method} {self.sparsity or 0.5} zeros"
+        return f"{self.method} {self.bits} bit group {self.group_size}"
+
+    @property
     def columns(self) -> int:
         """The block size, given or the method's default."""
         default = 128 if self.prunes else 32
