@@ -91,12 +91,12 @@ def main() -> None:
         step = latency(
             model, prompt_length=arguments.prompt_length, new_tokens=arguments.new_tokens
         )
-        seconds = step["decode_ms_per_token"] / 1000
+        seconds = step.decode_ms_per_token / 1000
         base = base or seconds
         print(
             f"{name}: {1000 * seconds:.3f} ms per token, {base / seconds:.2f} times "
             f"{arguments.dtype}, {read / bandwidth / seconds:.0%} of the roofline "
-            f"({read / 2**30:.2f} GiB), prompt {step['prefill_ms']:.1f} ms",
+            f"({read / 2**30:.2f} GiB), prompt {step.prefill_ms:.1f} ms",
             flush=True,
         )
 

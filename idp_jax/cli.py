@@ -1,15 +1,17 @@
-"""The command line: `idp-jax COMMAND ...`, and `train.py` and `eval.py`, which are two of its
-commands.
+"""The command line: `idp-jax COMMAND ...`; `train.py` and `eval.py` are two of its commands.
 
-Every command is a dataclass of `config.py`: its options come from a YAML file (`--config_path
-FILE`), are overridden by options, and are
-checked once. An error is one line and a non-zero exit.
+Every command is a dataclass of `config`: its settings come from a YAML file (`--config_path FILE`)
+and from options, which win, and are checked once. An error is one line and a non-zero exit. The
+invariant: nothing that takes long to import (jax, transformers) is imported before options are
+parsed, so that --help is there at once.
 """
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.util
+import inspect
 import io
 import itertools
 import logging
@@ -18,8 +20,8 @@ import re
 import sys
 from typing import Any
 
-from idp_jax import config
-from idp_jax.config.files import from_yaml
+from idp_jax import __version__, config
+from idp_jax.config.files import part_from_dict, read_yaml
 
 COMMANDS: dict[str, type] = {
     "demo": config.Demo,
@@ -34,12 +36,13 @@ _QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "TF_CPP_MIN_LO
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs one command; exits with 0, 1 (it failed) or 2 (it was asked for something
-    impossible).
-    """
+    """Runs one command; exits with 0, 1 (it failed) or 2 (it was asked for the impossible)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
+        raise SystemExit(0)
+    if arguments[0] == "--version":
+        print(f"idp-jax {__version__}")
         raise SystemExit(0)
     name, *rest = arguments
     if name not in COMMANDS:
@@ -64,8 +67,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _hide_torch() -> None:
-    """Keeps transformers from importing torch where it is installed: 200 MB and some seconds that
-    neither a configuration nor a tokenizer needs. An `import torch` of our own still works.
+    """Keeps transformers from importing torch where it is installed; we may still import it.
+
+    Neither a configuration nor a tokenizer needs those 200 MB and some seconds.
     """
     if "torch" in sys.modules or "transformers" in sys.modules:
         return
@@ -90,27 +94,20 @@ def parse(kind: type, arguments: list[str], program: str) -> Any:
     import tyro
 
     path, arguments = _config_path(arguments)
-    default = None
-    if path is not None:
-        # Fields that neither the file nor a default gives may still come as options.
-        required = {
-            field.name: tyro.MISSING
-            for field in dataclasses.fields(kind)
-            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        }
-        default = _with_missing(kind, path, required)
-    options = {} if default is None else {"default": default}
+    # The file's settings are defaults; what neither it nor the class gives is still asked for.
+    given = {} if path is None else part_from_dict(kind, read_yaml(path), path)
+    for entry in dataclasses.fields(kind):
+        if entry.name not in given and entry.default_factory is not dataclasses.MISSING:
+            given[entry.name] = entry.default_factory()
+    about = inspect.cleandoc(kind.__doc__ or "")
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
             return tyro.cli(
-                kind,
+                functools.partial(kind, **given),
                 args=arguments,
                 prog=program,
-                description=f"{(kind.__doc__ or '').strip()}\n\nOptions may also stand in a YAML "
-                "file: "
-                "--config_path FILE.",
-                **options,
+                description=f"{about}\n\nOptions may also stand in a file: --config_path FILE.yaml",
             )
     except SystemExit as stop:
         if stop.code in (0, None):
@@ -119,23 +116,20 @@ def parse(kind: type, arguments: list[str], program: str) -> Any:
 
 
 def _first_paragraph(box: str, program: str) -> str:
-    """tyro frames its errors over several lines; what is said stands above the first rule."""
-    lines = [line.strip("│ ") for line in box.splitlines()]
-    said = itertools.takewhile(lambda line: not line.startswith("─"), lines[1:])
+    """What tyro says in its frame: behind the title, above the first rule.
+
+    Where the output's encoding is ASCII the frame is another, with a rule below its title.
+    """
+    lines = [line.strip("│ ") for line in box.splitlines()][1:]
+    is_rule = lambda line: line.startswith(("─", "---"))
+    said = itertools.takewhile(lambda line: not is_rule(line), itertools.dropwhile(is_rule, lines))
     text = re.sub(r"^Error parsing \w+: ", "", " ".join(said))
+    choice = re.match(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)", text)
+    if choice:
+        value, option, allowed = choice.groups()
+        allowed = allowed.replace("'", "")
+        return f"{option} {value} is not one of {allowed}"
     return f"{text}; see {program} --help" if text else box
-
-
-def _with_missing(kind: type, path: str, required: dict[str, Any]) -> Any:
-    """The file's settings, with tyro's mark for required ones that are still to come."""
-    placeholders = dict.fromkeys(required, "")
-    settings = from_yaml(kind, path, **placeholders)
-    missing = {
-        name: mark for name, mark in required.items() if str(getattr(settings, name)) in ("", ".")
-    }
-    for name, mark in missing.items():
-        object.__setattr__(settings, name, mark)
-    return settings
 
 
 def _config_path(arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -159,7 +153,8 @@ def _usage() -> str:
     return (
         "usage: idp-jax COMMAND [options]\n\n"
         "Compress language models, repair them with prompts, and measure what came back.\n\n"
-        f"{rows}\n\n`idp-jax COMMAND --help` shows a command's options."
+        f"{rows}\n\n"
+        "`idp-jax COMMAND --help` shows a command's options, `idp-jax --version` the version."
     )
 
 

@@ -1,22 +1,27 @@
 """The commands from end to end on a tiny model, and one line for everything that goes wrong."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+import idp_jax
 from idp_jax import load_adapter, load_model
-from idp_jax.cli import main
+from idp_jax.cli import COMMANDS, main
+from idp_jax.evaluation import compare, read
 from idp_jax.formats import save_adapter
 from idp_jax.recover import SoftPrompt
 from idp_jax.weights import Quantized
 from tests.helpers import tiny_decoder, tiny_folder, tiny_ids
 
+ROOT = Path(__file__).parents[1]
 WORDS = ("tide ", "ship ", "lamp ", "rock ", "keeper ", "storm. ")
 
 
@@ -94,12 +99,12 @@ def test_from_a_model_to_a_score(files, tmp_path, capsys):
     scoring += ["--sequence-length", 32]
     run(*scoring, "--out", tmp_path / "plain.json")
     run(*scoring, "--out", tmp_path / "r.json", "--adapter", trained / "adapter")
-    plain, repaired = (
-        json.loads((tmp_path / name).read_text()) for name in ("plain.json", "r.json")
-    )
-    assert plain["perplexity"]["windows"] == repaired["perplexity"]["windows"] == 3
-    assert plain["perplexity"]["perplexity"] != repaired["perplexity"]["perplexity"] > 1
-    assert repaired["config"]["adapter"] == str(trained / "adapter")
+    plain, repaired = (read(tmp_path / name).variants[0] for name in ("plain.json", "r.json"))
+    assert (plain.role, repaired.role) == ("compressed", "repaired")
+    assert plain.perplexity.windows == repaired.perplexity.windows == 3
+    assert plain.perplexity.perplexity != repaired.perplexity.perplexity > 1
+    assert repaired.adapter == str(trained / "adapter") and repaired.extra_parameters == 4 * 64
+    assert compare(tmp_path / "plain.json", tmp_path / "r.json").perplexity_ratio.value > 0
     # A run that is complete is only reported.
     run("train", *config)
     assert json.loads((trained / "result.json").read_text()) == result
@@ -261,8 +266,7 @@ def test_transformers_leaves_torch_alone(files, tmp_path):
     (tmp_path / "torch" / "__init__.py").write_text("__version__ = '9.9.9'\n")
     (tmp_path / "torch-9.9.9.dist-info").mkdir()
     (tmp_path / "torch-9.9.9.dist-info" / "METADATA").write_text("Name: torch\nVersion: 9.9.9\n")
-    root = str(Path(__file__).parents[1])
-    paths = os.pathsep.join([str(tmp_path), root])
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = subprocess.run(
         [sys.executable, "-c", TORCH_STAYS, str(files / "model")],
         env={**os.environ, "PYTHONPATH": paths},
@@ -273,13 +277,69 @@ def test_transformers_leaves_torch_alone(files, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["train", "--help"]])
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], ["train", "--help"]])
 def test_help_is_not_an_error(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 0
     out, err = capsys.readouterr()
     assert "idp-jax" in out and err == ""
+
+
+def test_the_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"idp-jax {idp_jax.__version__}\n"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == idp_jax.__version__
+
+
+LIGHT = """
+import sys
+from idp_jax.cli import main
+
+try:
+    main(sys.argv[1:])
+except SystemExit as stop:
+    assert stop.code == 0
+heavy = {"jax", "transformers", "numpy", "pydantic", "datasets", "lm_eval"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_waits_for_no_import(command):
+    words = ["--help"] if command is None else [command, "--help"]
+    subprocess.run([sys.executable, "-c", LIGHT, *words], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("width", [80, 100])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_breaks_lines_only_where_they_end(command, width, monkeypatch, capsys):
+    """No line of an option's help stops early: the next word would not have fitted."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    texts = [line.strip("│").rstrip() for line in lines if line.startswith("│")]
+    for line, following in itertools.pairwise(texts):
+        continues = following.startswith(" " * 6) and "(default:" not in following.lstrip()[:1]
+        text_begins = len(following) - len(following.lstrip())
+        if continues and len(line) > text_begins and line[text_begins - 1] == " ":
+            word = following.split()[0]
+            fits = len(line) + 1 + len(word) <= width - 3
+            # The default stays together with its bracket.
+            assert not fits or word.startswith("(default"), (line, following)
+
+
+def test_the_list_of_commands_fits_a_terminal(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line for line in out if line.startswith("  ")}
+    assert list(rows) == list(COMMANDS)
+    assert all(len(row) <= 80 and row.endswith(".") for row in rows.values())
 
 
 @pytest.mark.parametrize(
@@ -304,9 +364,8 @@ def test_failures_inside_a_command(monkeypatch, capsys, error, code, message):
 def test_scripts_are_commands(monkeypatch, capsys):
     import runpy
 
-    root = Path(__file__).parents[1]
     for script, word in (("train.py", "train"), ("eval.py", "eval")):
         monkeypatch.setattr("sys.argv", [script, "--help"])
         with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(root / script), run_name="__main__")
+            runpy.run_path(str(ROOT / script), run_name="__main__")
         assert stop.value.code == 0 and f"idp-jax {word}" in capsys.readouterr().out

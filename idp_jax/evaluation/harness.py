@@ -29,6 +29,7 @@ from idp_jax.inference.buckets import bucket
 from idp_jax.inference.generation import generate
 from idp_jax.jobs.progress import SILENT, Progress
 from idp_jax.models import Decoder
+from idp_jax.processes import gather
 from idp_jax.recover import Repaired
 
 MAX_NEW_TOKENS = 256  # the harness's default where a task says nothing
@@ -53,7 +54,9 @@ class HarnessLM(TemplateLM):
         seed: int = 0,
         progress: Progress = SILENT,
     ):
-        """Args:
+        """Takes the model and says how it is read.
+
+        Args:
             tokenizer: a transformers tokenizer.
             batch_size: rows read at a time; it does not change scores.
             max_length: text tokens of a row at most; default is what the model's positions allow.
@@ -115,9 +118,7 @@ class HarnessLM(TemplateLM):
         return self.tokenizer.encode(string, verbose=False, **special)
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation behind its context, and whether greedy decoding
-        gives it.
-        """
+        """Log-probability of each continuation, and whether greedy decoding gives it."""
         pairs = [self._encode_request(*request.args) for request in requests]
         scores = self._score([self._truncate(*pair) for pair in pairs])
         keys = [(r.task_name, r.doc_id, r.args[0]) for r in requests]
@@ -132,9 +133,7 @@ class HarnessLM(TemplateLM):
         return [(score.logprob, score.greedy) for score in scores]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of each whole text, in windows of `max_length` that do not overlap in
-        what they score.
-        """
+        """Log-probability of each whole text, in windows that score every token once."""
         windows, owners = [], []
         for index, request in enumerate(requests):
             rolling = get_rolling_token_windows(
@@ -201,7 +200,7 @@ class HarnessLM(TemplateLM):
             ids, mask = _left_padded(
                 [prompts[i] for i in members], self.batch_size, self.eot_token_id
             )
-            choices = _choose(self.repaired, ids, mask)
+            choices = gather(_choose(self.repaired, ids, mask))
             tokens = generate(
                 self.repaired,
                 ids,
@@ -212,6 +211,7 @@ class HarnessLM(TemplateLM):
                 top_k=options.get("top_k"),
                 key=jax.random.fold_in(jax.random.key(self.seed), start),
             )
+            tokens = gather(tokens)
             for number, index in enumerate(members):
                 text = self._text(np.asarray(tokens[number]), stop_ids, until)
                 answers[index] = text, None if choices is None else int(choices[number])
@@ -224,8 +224,7 @@ class HarnessLM(TemplateLM):
         return postprocess_generated_text(text, until, None)
 
     def _stop_ids(self, until: list[str]) -> list[int]:
-        """Tokens after which nothing can change the answer: the model's ends of text, and all that
-        hold a stop string.
+        """Tokens after which nothing can change the answer: ends of text, and any stop string.
 
         A stop string that spans tokens is cut off afterwards; decoding runs on meanwhile.
         """
@@ -250,9 +249,7 @@ class HarnessLM(TemplateLM):
         return [self.prefix_token_id], tokens
 
     def _truncate(self, context: Sequence[int], continuation: Sequence[int]) -> Request:
-        """Cuts the context from the left; the last token of a text is only predicted, so it takes
-        no room.
-        """
+        """Cuts the context from the left; a text's last token, only predicted, takes no room."""
         if not context or not 0 < len(continuation) <= self.max_length:
             raise ValueError(
                 f"a continuation of {len(continuation)} tokens behind {len(context)} cannot be "
@@ -294,9 +291,7 @@ def _choose(repaired: Repaired, ids: jax.Array, mask: jax.Array):
 
 
 def _left_padded(prompts: list[list[int]], rows: int, filler: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and mask [rows, bucket]; missing rows repeat the first prompt, and an empty prompt
-    becomes `filler`.
-    """
+    """Ids and mask [rows, bucket]; missing rows repeat the first, empty ones hold `filler`."""
     prompts = [prompt or [filler] for prompt in prompts]
     prompts = prompts + prompts[:1] * (rows - len(prompts))
     ids, mask = np.zeros((2, rows, bucket(len(prompts[0]))), np.int32)

@@ -1,12 +1,11 @@
 """One call that runs harness tasks on a model and returns plain numbers.
 
-Everything a later comparison needs comes back with the scores: intervals, the number of items, and
-every item's own score.
+Everything that a later comparison needs comes back with the scores: intervals, and of every item
+its hash and its score.
 """
 
 import logging
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
@@ -16,13 +15,14 @@ import lm_eval
 import numpy as np
 
 from idp_jax.evaluation.harness import HarnessLM
+from idp_jax.evaluation.results import ACCURACIES, TaskResult, TaskScores
 from idp_jax.evaluation.statistics import accuracy_interval
 from idp_jax.evaluation.task_data import local_tasks, task_manager
 from idp_jax.jobs.progress import SILENT, Progress
 from idp_jax.models import Decoder
 from idp_jax.recover import Repaired
 
-ACCURACIES = ("acc", "exact_match")  # a task's main metric: the first of these it has
+_HASH = 16  # digits of the harness's hash of an item that are kept
 
 
 def evaluate(
@@ -37,7 +37,7 @@ def evaluate(
     max_length: int | None = None,
     seed: int = 0,
     progress: Progress = SILENT,
-) -> dict[str, Any]:
+) -> TaskScores:
     """Scores a model on harness tasks.
 
     Args:
@@ -51,33 +51,25 @@ def evaluate(
         seed: of few-shot examples and sampled answers.
         progress: of scoring and generation.
 
-    Returns:
-        A dict that is ready for JSON:
-        `tasks`: per task every metric by name, `interval` (95 %, Wilson) per accuracy, `items`,
-        `num_fewshot`, `version`; `groups`: the same for groups of tasks, without intervals;
-        `mean_accuracy`: the mean over tasks of `acc` or else `exact_match`;
-        `samples`: per task and metric one score per item, in the order of the items;
-        `prompt_choices`: per task how often each prompt of a pool was chosen;
-        `harness`: its version.
-
     Raises:
         ValueError: an unknown task, or one without rows in `task_data`.
     """
     loaded = local_tasks(tasks, task_data)
     model = HarnessLM(repaired, tokenizer, batch_size, max_length, seed=seed, progress=progress)
     found = _run_harness(model, loaded, seed, num_fewshot=num_fewshot, limit=limit)
-    samples = {task: _item_scores(rows) for task, rows in found["samples"].items()}
-    rows = {task: _task_row(found, task, samples[task]) for task in samples}
-    main = [next((row[name] for name in ACCURACIES if name in row), None) for row in rows.values()]
+    histograms = _histograms(model)
+    rows = {task: _task(found, task, histograms.get(task)) for task in found["samples"]}
+    main = [_first(row.metrics, ACCURACIES) for row in rows.values()]
     main = [value for value in main if value is not None]
-    return {
-        "tasks": rows,
-        "groups": {name: _metrics(row) for name, row in found.get("groups", {}).items()},
-        "mean_accuracy": float(np.mean(main)) if main else None,
-        "samples": samples,
-        "prompt_choices": _histograms(model),
-        "harness": version("lm_eval"),
-    }
+    return TaskScores(
+        tasks=rows,
+        groups={name: _metrics(row) for name, row in found.get("groups", {}).items()},
+        mean_accuracy=float(np.mean(main)) if main else None,
+    )
+
+
+def _first(values: dict[str, float], names: Sequence[str]) -> float | None:
+    return next((values[name] for name in names if name in values), None)
 
 
 def _run_harness(model: HarnessLM, tasks: list, seed: int, **options: Any) -> dict[str, Any]:
@@ -109,7 +101,6 @@ def _metrics(row: dict[str, Any]) -> dict[str, float]:
 
 def _item_scores(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
     """By metric one number per item; metrics that only exist over a whole text are left out."""
-    rows = sorted(rows, key=lambda row: row["doc_id"])
     scores = {name: [row[name] for row in rows] for name in rows[0]["metrics"]}
     number = (int, float, np.number, np.bool_)
     return {
@@ -119,15 +110,21 @@ def _item_scores(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
     }
 
 
-def _task_row(found: dict, task: str, samples: dict[str, list[float]]) -> dict[str, Any]:
-    row: dict[str, Any] = _metrics(found["results"][task])
-    binary = {name: v for name, v in samples.items() if name in row and set(v) <= {0.0, 1.0}}
+def _task(found: dict, task: str, choices: list[int] | None) -> TaskResult:
+    items = sorted(found["samples"][task], key=lambda row: row["doc_id"])
+    metrics, samples = _metrics(found["results"][task]), _item_scores(items)
+    binary = {name: v for name, v in samples.items() if name in metrics and set(v) <= {0.0, 1.0}}
     intervals = {name: accuracy_interval(values) for name, values in binary.items()}
-    row["interval"] = {name: [e.low, e.high] for name, e in intervals.items()}
-    row["items"] = found["n-samples"][task]["effective"]
-    row["num_fewshot"] = found["n-shot"][task]
-    row["version"] = found["versions"][task]
-    return row
+    return TaskResult(
+        metrics=metrics,
+        interval={name: (e.low, e.high) for name, e in intervals.items()},
+        items=found["n-samples"][task]["effective"],
+        num_fewshot=found["n-shot"][task],
+        version=found["versions"][task],
+        samples=samples,
+        documents=[row["doc_hash"][:_HASH] for row in items],
+        choices=choices,
+    )
 
 
 def _histograms(model: HarnessLM) -> dict[str, list[int]]:

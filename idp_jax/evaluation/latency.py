@@ -6,12 +6,12 @@ matrices, unmerged, because merging would leave the quantisation grid or fill th
 
 import time
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from idp_jax.evaluation.results import LatencyResult
 from idp_jax.inference.generation import decode_step, prefill
 from idp_jax.models import Decoder
 from idp_jax.recover import Repaired
@@ -26,18 +26,13 @@ def latency(
     new_tokens: int = 32,
     repeats: int = 5,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> LatencyResult:
     """Times greedy generation from random prompts.
 
     Args:
         prompt_length: text tokens; a soft prompt comes on top.
         new_tokens: decode steps timed together.
         repeats: timed runs, of which the median is given.
-
-    Returns:
-        `prefill_ms`, `decode_ms_per_token` (one step of the whole batch), `tokens_per_second`
-        (decoding, all rows), every run's times, and the protocol: batch_size, prompt_length,
-        soft_prompt_tokens, new_tokens, repeats, device, dtype, lora.
 
     Raises:
         ValueError: a size below 1, or more tokens than learned positions.
@@ -66,18 +61,18 @@ def latency(
     times = [_timed(read, repaired, jnp.asarray(ids), new_tokens) for _ in range(repeats + 1)][1:]
     prefill_ms, decode_ms = (1000 * np.asarray(times)).T
     step = float(np.median(decode_ms)) / new_tokens
-    return {
-        "prefill_ms": float(np.median(prefill_ms)),
-        "decode_ms_per_token": step,
-        "tokens_per_second": 1000 * batch_size / step,
-        "prefill_ms_runs": prefill_ms.tolist(),
-        "decode_ms_per_token_runs": (decode_ms / new_tokens).tolist(),
-        "soft_prompt_tokens": soft,
-        "device": jax.devices()[0].device_kind,
-        "dtype": str(repaired.decoder.embedding.dtype),
-        "lora": "unmerged" if _has_lora(repaired.decoder) else "none",
+    return LatencyResult(
+        prefill_ms=float(np.median(prefill_ms)),
+        decode_ms_per_token=step,
+        tokens_per_second=1000 * batch_size / step,
+        prefill_ms_runs=prefill_ms.tolist(),
+        decode_ms_per_token_runs=(decode_ms / new_tokens).tolist(),
+        soft_prompt_tokens=soft,
+        device=jax.devices()[0].device_kind,
+        dtype=str(repaired.decoder.embedding.dtype),
+        lora="unmerged" if _has_lora(repaired.decoder) else "none",
         **sizes,
-    }
+    )
 
 
 def _has_lora(decoder: Decoder) -> bool:

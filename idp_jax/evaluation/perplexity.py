@@ -1,41 +1,25 @@
-"""Perplexity by the protocol of the compression papers, so that numbers compare with published
-tables.
+"""Perplexity by the protocol of the compression papers, to compare with published tables.
 
-The text is tokenised once as a whole and cut into windows of T tokens that do not overlap. Every
-window is scored on its own (nothing carries over), which gives T - 1 next-token losses; the
-perplexity is exp of their mean over all windows.
+The text is tokenised once as a whole and cut into windows of T tokens that do not overlap. Nothing
+carries over from window to window; each gives T - 1 next-token losses, and the perplexity is exp of
+their mean over all windows.
 """
 
+import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
+from idp_jax.evaluation.results import PerplexityResult
 from idp_jax.models import Decoder
 from idp_jax.models.likelihood import token_scores
+from idp_jax.processes import gather
 from idp_jax.recover import Repaired
 
-
-@dataclass(frozen=True)
-class PerplexityResult:
-    """A perplexity, and what is needed to compare it with another on the same windows.
-
-    Attributes:
-        perplexity: exp(mean_nll).
-        mean_nll: mean negative log-likelihood of a token, natural log.
-        tokens: the number of tokens scored, windows * (T - 1).
-        windows: the number of windows.
-        per_window_nll: float64 [windows], the mean loss of each.
-    """
-
-    perplexity: float
-    mean_nll: float
-    tokens: int
-    windows: int
-    per_window_nll: np.ndarray
+_LARGEST_NLL = math.log(1e300)
 
 
 def windows_from_text(
@@ -107,7 +91,15 @@ def perplexity(
         # The last batch is filled up with window 0, so that one compilation serves all.
         rows = np.arange(start, start + batch_size)
         batch = _window_losses(repaired, windows[np.where(rows < count, rows, 0)])
-        losses.append(np.asarray(batch, np.float64))
+        losses.append(np.asarray(gather(batch), np.float64))
     per_window = np.concatenate(losses)[:count]
     mean = float(per_window.mean())
-    return PerplexityResult(math.exp(mean), mean, count * (length - 1), count, per_window)
+    return PerplexityResult(
+        # Beyond the range of a float no perplexity tells anything.
+        perplexity=math.exp(mean) if mean < _LARGEST_NLL else math.inf,
+        mean_nll=mean,
+        tokens=count * (length - 1),
+        windows=count,
+        per_window_nll=per_window.tolist(),
+        digest=hashlib.sha256(windows.tobytes()).hexdigest()[:16],
+    )

@@ -2,8 +2,8 @@
 
 Pairs with one context share a row: the context is its trunk, and every distinct continuation a
 branch behind it, which sees the trunk and itself. A continuation's last token is predicted but
-never read, so a one-token answer adds nothing to the row. The scores are those of each pair on its
-own, whatever the batch, the order and the other pairs.
+never read, so a one-token answer adds nothing to the row. The invariant: scores are those of each
+pair by itself, whatever the batch, the order and the other pairs.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,11 +15,11 @@ import numpy as np
 
 from idp_jax.inference.buckets import bucket
 from idp_jax.models.likelihood import token_scores
+from idp_jax.processes import gather
 from idp_jax.recover import Repaired
 
-MERGED_TOKENS = (
-    512  # beyond this, attention over other branches costs more than reading the context again
-)
+# Beyond this, attention over other branches costs more than reading the context again.
+MERGED_TOKENS = 512
 ATTENTION_CELLS = 2**22  # rows * T * T at a time: 1/2 GB of float32 scores for 32 heads
 _FIRST_BRANCH = 2
 
@@ -38,8 +38,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Score:
-    """The log-probability (natural log), whether greedy decoding gives it, and the pool's choice
-    (None without a pool).
+    """The answer to a request.
+
+    Attributes:
+        logprob: the natural log of the continuation's probability.
+        greedy: whether greedy decoding gives it.
+        choice: the pool's prompt; None without a pool.
     """
 
     logprob: float
@@ -49,9 +53,7 @@ class Score:
 
 @dataclass
 class _Row:
-    """Tokens and mask of one row, and for each continuation its requests and the positions that
-    predict it.
-    """
+    """One row: its tokens and mask, the predictions asked of it, and whose answers they are."""
 
     tokens: list[int]
     mask: list[int]
@@ -130,9 +132,7 @@ def score_requests(
 
 
 def _batches(rows: list[_Row], batch_size: int) -> list[tuple[list[_Row], int, int]]:
-    """Rows that are read together, the length they are padded to, and the number of rows compiled
-    for.
-    """
+    """Rows that are read together, their padded length, and the number of rows compiled for."""
     batches, start = [], 0
     while start < len(rows):
         length = bucket(len(rows[start].tokens))
@@ -143,9 +143,7 @@ def _batches(rows: list[_Row], batch_size: int) -> list[tuple[list[_Row], int, i
 
 
 def _run(repaired: Repaired, batch: list[_Row], length: int, size: int):
-    """Log-probabilities (float64) and greediness of all targets of a batch in order, and the choice
-    of every row.
-    """
+    """Log-probabilities (float64) and greediness of a batch's targets, and the rows' choices."""
     ids, mask = np.zeros((2, size, length), np.int32)
     positions, targets = [], []
     for number, row in enumerate(batch):
@@ -160,8 +158,8 @@ def _run(repaired: Repaired, batch: list[_Row], length: int, size: int):
     index = np.pad(np.asarray(positions, np.int32), (0, spare))
     wanted = np.pad(np.asarray(targets, np.int32), (0, spare))
     hidden, choice = _read(repaired, ids, mask)
-    logprob, greedy = _score(repaired, hidden, index, wanted)
-    choice = None if choice is None else np.asarray(choice)
+    logprob, greedy = gather(_score(repaired, hidden, index, wanted))
+    choice = None if choice is None else np.asarray(gather(choice))
     return np.asarray(logprob, np.float64)[:count], np.asarray(greedy)[:count], choice
 
 
@@ -180,7 +178,5 @@ def _read(repaired: Repaired, ids: jax.Array, mask: jax.Array):
 
 @jax.jit
 def _score(repaired: Repaired, hidden: jax.Array, index: jax.Array, targets: jax.Array):
-    """Compiled apart from `_read`, so that the number of targets does not compile the layers
-    again.
-    """
+    """Apart from `_read`: another number of targets does not compile the layers again."""
     return token_scores(repaired.decoder, jnp.take(hidden, index, axis=0), targets)

@@ -1,5 +1,4 @@
-"""Intervals for the numbers we report, so that a difference is not taken for a finding when it is
-chance.
+"""Intervals for the numbers we report, so that chance is not taken for a finding.
 
 Comparisons are paired: two models answer the same items, and whole items are drawn again.
 """
@@ -63,11 +62,10 @@ def paired_difference(
 def perplexity_ratio(
     first: Sequence[float], second: Sequence[float], *, seed: int = 0, confidence: float = 0.95
 ) -> Estimate:
-    """perplexity(second) / perplexity(first) on the same windows, with a paired bootstrap interval
-    over windows.
+    """perplexity(second) / perplexity(first), with a paired bootstrap interval over windows.
 
     Args:
-        first, second: mean loss of every window (`PerplexityResult.per_window_nll`).
+        first, second: mean loss of the same windows (`PerplexityResult.per_window_nll`).
 
     Raises:
         ValueError: no windows, or a different number of them.

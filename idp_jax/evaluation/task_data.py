@@ -96,7 +96,5 @@ def _local_rows(name: str, data_dir: Path) -> dict[str, Any]:
 
 
 def _no_advice_on_custom_data(record: logging.LogRecord) -> bool:
-    """The harness advises on `--metadata` for every task with data of its own, eighteen lines for
-    the probe.
-    """
+    """Drops the harness's advice on `--metadata`, which it gives for every task of our own."""
     return "Custom kwargs can be passed" not in record.getMessage()

@@ -6,12 +6,13 @@ the modules. The tensors beside a module's name tell how it is stored (`gptq.py`
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import DTypeLike
 
+from idp_jax.config.choices import FloatType
 from idp_jax.formats import compressed_tensors, gptq
 from idp_jax.formats.names import NAMES, matrix_shapes
 from idp_jax.formats.quantization import (
@@ -31,7 +32,7 @@ from idp_jax.models.layers import Norm
 from idp_jax.weights import Dense, Quantized
 
 _BIASES = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
-_DTYPES = ("float32", "bfloat16", "float16")
+_DTYPES = get_args(FloatType)
 _UNUSED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 
 

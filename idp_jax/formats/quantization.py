@@ -12,16 +12,18 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
+
+from idp_jax.config.choices import Bits, Form, PackedForm
 
 GPTQ_FORMS = ("gptq", "gptq_v2")
 PLANAR = "gptq_p"  # read only
 PACK_QUANTIZED = "pack-quantized"
-PACKED_FORMS = (*GPTQ_FORMS, PACK_QUANTIZED)
+PACKED_FORMS = get_args(PackedForm)
 BITMASK, BITMASK_24 = SPARSE_FORMS = ("sparse-bitmask", "sparse-24-bitmask")
 DENSE = "dense"
-FORMS = (*PACKED_FORMS, *SPARSE_FORMS, DENSE)
-BITS = (2, 3, 4, 8)
+FORMS = get_args(Form)
+BITS = get_args(Bits)
 _METHODS = ("gptq", "compressed-tensors")
 # Linear modules outside the layers, which are never packed here.
 _OUTER = ("lm_head", "model.decoder.project_in", "model.decoder.project_out")

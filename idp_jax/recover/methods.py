@@ -1,7 +1,7 @@
 """The methods of repair, one entry each: what `--method` trains, and from which settings.
 
-Their names and default learning rates stand in `config.groups.REPAIRS`, which must not wait for
-jax. How an adapter is written to a file is told by its class, in `formats.adapters`.
+Their names and default learning rates stand in `config.choices`, which must not wait for jax. How
+an adapter is written to a file is told by its class, in `formats.adapters`.
 """
 
 from collections.abc import Callable

@@ -68,9 +68,9 @@ class Checkpointer:
                 f"{self._manager.directory} holds a checkpoint of another version or method; "
                 "remove the run's folder, or give another --out"
             ) from error
-        return jax.tree.unflatten(
-            structure, [found.state[n] for n, _ in _named(leaves)]
-        ), found.data
+        return jax.tree.unflatten(structure, [found["state"][n] for n, _ in _named(leaves)]), found[
+            "data"
+        ]
 
 
 def _named(leaves: list) -> list[tuple[str, Any]]:

@@ -6,10 +6,11 @@ import pytest
 from rich.console import Console
 
 from idp_jax.cli import main
+from idp_jax.commands.tables import compression_table, plan_table
 from idp_jax.compress import plan as plan_module
 from idp_jax.compress import report
 from idp_jax.compress.driver import resolve_settings
-from idp_jax.compress.plan import plan, table
+from idp_jax.compress.plan import plan
 from idp_jax.config import Compress, Mesh
 from tests.helpers import hf_config, tiny_config
 
@@ -67,7 +68,7 @@ def test_devices_share():
 
 def test_the_table_adds_up():
     counted = planned(samples=128, sequence_length=2048)
-    shown = lines(table(counted, "a title", RATES))
+    shown = lines(plan_table(counted, "a title", RATES))
     assert "a title" in shown[0]
     amount = lambda name: float(next(line for line in shown if name in line).split("│")[2])
     for place, held in (("on the device", counted.device), ("on the host", counted.host)):
@@ -93,7 +94,7 @@ def folder(tmp_path):
 
 
 def test_a_plan_needs_a_configuration_alone(folder, monkeypatch, capsys):
-    monkeypatch.setattr(plan_module, "rates", lambda: RATES)
+    monkeypatch.setattr("idp_jax.commands.compress.rates", lambda: RATES)
     before = sorted(folder.rglob("*"))
     main(["compress", str(folder / "model"), "--plan", "--group-size", "32"])
     said = capsys.readouterr().err
@@ -125,7 +126,7 @@ SKIPPED = {"layer": 0, "matrix": "k", "module": "0.k", "method": "skip"}
 
 
 def test_the_report_is_shown_by_matrix():
-    shown = lines(report.table("a title", [*ROWS, SKIPPED]))
+    shown = lines(compression_table([*ROWS, SKIPPED], "a title"))
     q = next(line for line in shown if line.startswith("│ q "))
     for word in ("gptq 3 bit, group 64", "gptq 4 bit, row", "0.15", "0.4", "0.1", "1", "4"):
         assert word in q

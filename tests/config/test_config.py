@@ -61,7 +61,9 @@ BAD = {
     "unknown-inside": (Train, {"lora": {"rang": 3}}, "unknown key 'lora.rang'"),
     "unknown-mesh": (Train, {"mesh": {"tensor": 2}}, "unknown key 'mesh.tensor'"),
     "unknown-demo": (Demo, {"compression": {"bit": 2}}, "unknown key 'compression.bit'"),
-    "not-a-number": (Compress, {"bits": "three"}, r"bits: .*integer .*'three'"),
+    "not-a-number": (Compress, {"samples": "three"}, r"samples: .*integer .*'three'"),
+    "no-choice": (Compress, {"bits": "three"}, "--bits 'three' is not one of 2, 3, 4, 8"),
+    "no-choice-inside": (Demo, {"compression": {"grid": 1}}, "--compression.grid 1 is not one of"),
     "not-a-whole-number": (Train, {"tokens": 1e3 + 0.5}, r"tokens: .*integer.*1000\.5"),
     "not-a-section": (Train, {"data": "c4"}, r"data: .*'c4'"),
     "not-a-list": (Train, {"pool_lengths": 5}, r"pool_lengths: .*5"),
@@ -152,7 +154,12 @@ def test_options_win_over_the_file(tmp_path):
     assert config.optimizer.learning_rate == 0.5 and config.optimizer.warmup == 0.2
     assert config.pool_lengths == (3, 9) and config.seed == 5
     assert config == parse(Train, [*options, "--config-path", str(file)], "train")
-    # What an option makes of the file is checked, too.
+    # An option mends what the file has wrong, and what it makes of the file is checked.
+    file.write_text("model: m\nout: o\ntokens: 10\n")
+    with pytest.raises(ConfigError, match="--tokens 10 is less than"):
+        parse(Train, [f"--config_path={file}"], "train")
+    assert parse(Train, [f"--config_path={file}", "--tokens", "9999"], "train").tokens == 9999
+    file.write_text("model: m\nout: o\n")
     with pytest.raises(ConfigError, match=r"--optimizer\.warmup 3.* between 0 and 1"):
         parse(Train, [f"--config_path={file}", "--optimizer.warmup", "3"], "train")
 
@@ -164,6 +171,7 @@ def test_options_win_over_the_file(tmp_path):
         (["--seed", "x"], "seed.*x.*--help"),
         (["--lora.rank"], r"lora\.rank.*--help"),
         (["--config_path"], "--config_path needs a YAML file"),
+        (["--method", "soft"], "^--method soft is not one of prompt, prefix, lora, idp$"),
     ],
 )
 def test_options_that_cannot_be_used(options, message):

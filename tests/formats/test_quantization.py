@@ -4,10 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from idp_jax import config
 from idp_jax.formats.quantization import (
     BITS,
-    FORMS,
     PACKED_FORMS,
     Packing,
     read_config,
@@ -110,7 +108,6 @@ def test_sparse(form):
 def test_what_says_nothing_of_packing():
     assert read_config(None) is None and write_config("dense", {NAMES[0]: None}) is None
     assert read_config({"quant_method": "compressed-tensors"}) is None
-    assert config.commands.FORMS == FORMS
 
 
 def changed(**changes) -> dict:

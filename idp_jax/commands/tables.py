@@ -1,0 +1,149 @@
+"""Tables that commands print: what was measured, what was compressed, what a job would take."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from idp_jax.compress.plan import Plan
+from idp_jax.evaluation.comparison import pooled_accuracy
+from idp_jax.evaluation.results import TaskResult, VariantResult
+from idp_jax.evaluation.statistics import Estimate
+
+# Column of the report of a compression: what it shows of several layers' numbers.
+_SHOWN = {
+    "relative_error": np.mean,
+    "baseline_error": np.mean,
+    "sparsity": np.mean,
+    "damping": np.max,
+    "retries": np.sum,
+    "dead_columns": np.sum,
+}
+_SUMMARIES = {np.mean: "mean", np.max: "largest", np.sum: "sum"}
+
+
+def columns(title: str, first: str, others: Sequence[str]) -> Table:
+    """An empty table: words on the left, numbers, which do not break, on the right."""
+    table = Table(title=title)
+    table.add_column(first)
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def percent(estimate: Estimate | None, sign: str = "") -> str:
+    """An accuracy or a difference of accuracies with its interval, in percent."""
+    if estimate is None:
+        return ""
+    value, low, high = (100 * x for x in (estimate.value, estimate.low, estimate.high))
+    return f"{value:{sign}.1f} [{low:{sign}.0f}, {high:{sign}.0f}]"
+
+
+def variant_table(variant: VariantResult) -> Table:
+    """All that was measured of one variant, a row for each number."""
+    table = columns(variant.name, "measure", ("value", "95 %", "items"))
+    text, times = variant.perplexity, variant.latency
+    if text is not None:
+        name = f"perplexity ({Path(text.file or 'text').name})"
+        table.add_row(name, f"{text.perplexity:.3f}", "", f"{text.windows} windows")
+    for task, row in variant.tasks.items():
+        for metric, value in row.metrics.items():
+            low_high = row.interval.get(metric)
+            interval = f"[{low_high[0]:.3f}, {low_high[1]:.3f}]" if low_high else ""
+            table.add_row(f"{task} {metric}", f"{value:.4f}", interval, str(row.items))
+    if times is not None:
+        sizes = f"batch {times.batch_size}, {times.repeats} runs"
+        table.add_row(
+            f"ms, prefill of {times.prompt_length} tokens", f"{times.prefill_ms:.1f}", "", sizes
+        )
+        table.add_row("ms a token, decoding", f"{times.decode_ms_per_token:.2f}", "", sizes)
+    return table
+
+
+def comparison_table(variants: Sequence[VariantResult], title: str) -> Table:
+    """One row for each variant of an experiment."""
+    numbers = ("perplexity", "accuracy % [95 %]", "extra params", "prefill ms", "ms/token")
+    table = columns(title, "variant", numbers)
+    for row in variants:
+        text, times = row.perplexity, row.latency
+        table.add_row(
+            row.name,
+            f"{text.perplexity:.2f}" if text else "",
+            percent(pooled_accuracy(row)),
+            f"{row.extra_parameters:,}",
+            f"{times.prefill_ms:.0f}" if times else "",
+            f"{times.decode_ms_per_token:.1f}" if times else "",
+        )
+    return table
+
+
+def task_table(variants: Sequence[VariantResult], title: str) -> Table:
+    """One row for each task, one column for each variant that is no control."""
+    shown = [variant for variant in variants if variant.role != "control"]
+    table = columns(title, "task", [variant.name for variant in shown])
+    for task in variants[0].tasks:
+        cells = (_accuracy(variant.tasks[task]) for variant in shown)
+        table.add_row(task.replace("_", " "), *cells)
+    return table
+
+
+def _accuracy(task: TaskResult) -> str:
+    metric = task.accuracy
+    if metric is None or metric not in task.interval:
+        return ""
+    return percent(Estimate(task.metrics[metric], *task.interval[metric]))
+
+
+def plan_table(plan: Plan, title: str, rates: dict[str, float] | None = None) -> Table:
+    """What a compression will take; with `rates` (see `compress.plan.rates`) the time too."""
+    table = columns(title, "memory", ("GB",))
+    on = f"on each of {plan.devices} devices" if plan.devices > 1 else "on the device"
+    for place, held in ((on, plan.device), ("on the host", plan.host)):
+        for name, size in held.items():
+            table.add_row(name, f"{size / 1e9:.2f}")
+        table.add_row(f"[bold]{place}[/bold]", f"{sum(held.values()) / 1e9:.2f}", end_section=True)
+    table.add_row("embeddings, while the text enters", f"{plan.entry / 1e9:.2f}")
+    if plan.devices == 1:
+        table.add_row("[bold]at most, on a CPU[/bold]", f"{plan.peak / 1e9:.2f}")
+    table.add_section()
+    table.add_row("the result's matrices, on disk", f"{plan.disk / 1e9:.2f}", end_section=True)
+    if rates is None:
+        return table
+    table.add_row("[bold]time[/bold]", "[bold]s[/bold]", end_section=True)
+    seconds = plan.seconds(rates)
+    for kind, value in seconds.items():
+        rate = "" if kind == "compilation" else f", at {rates[kind] / 1e9:.3g} G/s"
+        table.add_row(f"{kind}{rate}", f"{value:,.0f}")
+    table.add_row("[bold]in all[/bold]", f"{sum(seconds.values()):,.0f}")
+    return table
+
+
+def compression_table(rows: list[dict[str, Any]], title: str) -> Table:
+    """What a compression did: one row for each kind of matrix.
+
+    Args:
+        rows: of its report, from `compress.job.compress`.
+    """
+    measured = [key for key in _SHOWN if any(key in row for row in rows)]
+    table = Table(title=title)
+    table.add_column("matrix")
+    table.add_column("stored as")
+    for key in measured:
+        name = f"{key.replace('_', ' ')} ({_SUMMARIES[_SHOWN[key]]})"
+        table.add_column(name, justify="right")
+    for name in dict.fromkeys(row["matrix"] for row in rows):
+        layers = [row for row in rows if row["matrix"] == name]
+        forms = dict.fromkeys(_form(row) for row in layers)
+        values = {key: [row[key] for row in layers if key in row] for key in measured}
+        cells = (f"{_SHOWN[key](found):.4g}" if found else "" for key, found in values.items())
+        table.add_row(name, ", ".join(forms), *cells)
+    return table
+
+
+def _form(row: dict[str, Any]) -> str:
+    if "bits" not in row:
+        return row["method"]
+    group = "row" if row["group_size"] == -1 else f"group {row['group_size']}"
+    return f"{row['method']} {row['bits']} bit, {group}"

@@ -1,0 +1,168 @@
+"""An experiment: variants of one model, and the settings that compress, repair and measure them.
+
+Compressions and adapters are named recipes: what differs from the common settings. The invariant:
+the variants alone say what is made, so a larger grid is more variants and more recipes, not more
+code.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Suppress
+
+from idp_jax.config.choices import Role
+from idp_jax.config.groups import Compression, ConfigError, Settings, Timing, at_least
+
+Recipes = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Variant(Settings):
+    """One row of an experiment's table."""
+
+    name: str
+    """For people, and for the file of its results."""
+    role: Role
+    """What it is in a comparison."""
+    compression: str | None = None
+    """One of the compressions by name; None is the uncompressed model."""
+    adapter: str | None = None
+    """One of the adapters by name, or NAME/PART for a part of it, such as one prompt of a pool."""
+    selector: str | None = None
+    """How a pool's prompt is chosen instead of the pool's own way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment(Settings):
+    """Compress a model, repair it in several ways and score everything."""
+
+    model: str
+    """Hub name, model folder or GGUF file of the uncompressed model."""
+    out: Path
+    """Folder of everything that is written; started again, the experiment goes on from there."""
+    compression: Compression = field(default_factory=Compression)
+    """What all compressions have in common."""
+    compressions: Suppress[Recipes] = field(default_factory=lambda: {"compressed": {}})
+    """By name, settings of `compress` that differ from `compression`."""
+    adapters: Suppress[Recipes] = field(default_factory=dict)
+    """By name, settings of `train` that differ from the experiment's."""
+    variants: Suppress[tuple[Variant, ...]] = ()
+    """The rows of the table; by default the whole grid of compressions and adapters."""
+    sequence_length: int = 256
+    """Tokens of a window of text."""
+    calibration_windows: int = 64
+    """Windows that a compression is calibrated on."""
+    validation_windows: int = 16
+    """Windows held out from training; half choose the best step, half give the perplexity."""
+    train_tokens: int = 30_720
+    """Tokens that each prompt, and each other adapter, is trained on."""
+    batch_size: int = 4
+    """Windows of a training step."""
+    evaluate_every: int = 10
+    """Training steps between two validations."""
+    tasks: str = "knowledge"
+    """lm-eval tasks, separated by commas; `knowledge` is the built-in probe."""
+    task_data: Path | None = None
+    """Folder with a local copy of every task's data, TASK/{train,validation,test}.jsonl[.gz]."""
+    items: int | None = None
+    """Items of each task; by default all."""
+    timing: Timing = field(default_factory=lambda: Timing(prompt_length=64, new_tokens=16))
+    seed: int = 0
+    """Of sampled text, initial values, the order of windows and resampled intervals."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("calibration_windows", "batch_size", "evaluate_every"):
+            at_least(name.replace("_", "-"), getattr(self, name), 1)
+        at_least("sequence-length", self.sequence_length, 2)
+        at_least("validation-windows", self.validation_windows, 2)
+        at_least("train-tokens", self.train_tokens, self.batch_size * self.sequence_length)
+        if self.items is not None:
+            at_least("items", self.items, 1)
+        names = [variant.name for variant in self.rows]
+        for variant in self.rows:
+            self._check(variant)
+            if names.count(variant.name) > 1:
+                raise ConfigError(f"variants: two are called {variant.name!r}; name each one")
+
+    @property
+    def rows(self) -> tuple[Variant, ...]:
+        """The variants, given or the whole grid: each model bare, and with every adapter."""
+        if self.variants:
+            return self.variants
+        bare = [Variant(name, "compressed", name) for name in self.compressions]
+        repaired = [
+            Variant(f"{name} + {adapter}", "repaired", name, adapter)
+            for name in self.compressions
+            for adapter in self.adapters
+        ]
+        return (Variant("dense", "dense"), *bare, *repaired)
+
+    @property
+    def title(self) -> str:
+        """The model and its compressions in a few words."""
+        plain = list(self.compressions.values()) == [{}]
+        compressed = self.compression.summary if plain else ", ".join(self.compressions)
+        return f"{self.model}, {compressed}"
+
+    def reference(self, variant: Variant) -> Variant | None:
+        """What a variant is compared with: its model without adapter, or that uncompressed.
+
+        None where there is no such variant.
+        """
+        model = variant.compression if variant.adapter is not None else None
+        if variant.adapter is None and variant.compression is None:
+            return None
+        bare = (row for row in self.rows if row.adapter is None and row.compression == model)
+        return next(bare, None)
+
+    def _check(self, variant: Variant) -> None:
+        recipe = variant.adapter.partition("/")[0] if variant.adapter else None
+        for what, name, known in (
+            ("compression", variant.compression, self.compressions),
+            ("adapter", recipe, self.adapters),
+        ):
+            if name is not None and name not in known:
+                raise ConfigError(
+                    f"variant {variant.name!r}: no {what} {name!r}; there are "
+                    f"{', '.join(known) or 'none'}"
+                )
+        if variant.selector is not None and variant.adapter is None:
+            raise ConfigError(f"variant {variant.name!r}: a selector needs the adapter of a pool")
+
+
+def _demo_adapters() -> Recipes:
+    return {
+        "idp": {
+            "method": "idp",
+            "pool_lengths": [10, 50],
+            "optimizer": {"learning_rate": 1e-2},
+        },
+        "lora": {"method": "lora", "optimizer": {"learning_rate": 1e-3}},
+    }
+
+
+_DEMO_VARIANTS = (
+    Variant("dense", "dense"),
+    Variant("compressed", "compressed", "compressed"),
+    # The pool's long prompt by itself.
+    Variant("soft prompt", "repaired", "compressed", "idp/prompt_1_50_tokens"),
+    Variant("IDP", "repaired", "compressed", "idp"),
+    Variant("LoRA", "repaired", "compressed", "lora"),
+    Variant("IDP, random choice", "control", "compressed", "idp", "random"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo(Experiment):
+    """Compress a small model, repair it in several ways, score all."""
+
+    model: str = "smollm2-135m"
+    """Hub name, model folder or GGUF file of the uncompressed model."""
+    out: Path = Path("runs/demo")
+    """Folder of everything that is written; started again, the demo goes on from there."""
+    adapters: Suppress[Recipes] = field(default_factory=_demo_adapters)
+    """By name, settings of `train` that differ from the experiment's."""
+    variants: Suppress[tuple[Variant, ...]] = _DEMO_VARIANTS
+    """The rows of the table."""

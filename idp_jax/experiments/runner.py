@@ -1,0 +1,86 @@
+"""Goes through the stages of an experiment: text, compression, training, measurement, comparison.
+
+Killed and started again, it goes on behind the last stage that left its result.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+
+from idp_jax import formats
+from idp_jax.analysis.figures import comparison as draw
+from idp_jax.config import Experiment
+from idp_jax.config.files import to_dict
+from idp_jax.evaluation.comparison import compare
+from idp_jax.evaluation.results import Comparison, Results, VariantResult, write
+from idp_jax.experiments import stages
+from idp_jax.jobs.folder import claim
+from idp_jax.jobs.machine import describe
+from idp_jax.jobs.progress import SILENT, Progress
+
+_CHANCE = {"knowledge": 0.25}  # of tasks whose questions all have as many answers
+
+
+def run(
+    settings: Experiment,
+    *,
+    progress: Progress = SILENT,
+    begin: Callable[[str], None] = lambda stage: None,
+) -> Results:
+    """Runs what is not yet done.
+
+    Args:
+        begin: called with the name of every stage before it, done or not.
+
+    Returns:
+        The contents of results.json, beside which figure.png is drawn.
+
+    Raises:
+        CheckpointError: there is no such model.
+        ConfigError: recipes that cannot be used, or the folder holds another experiment.
+    """
+    stages.check(settings)
+    formats.resolve(settings.model)  # a model that is not there leaves no folder behind
+    claim(settings.out, settings)
+
+    @lru_cache(maxsize=1)  # variants of one model stand together; two models may not fit
+    def load(compression: str | None):
+        path = stages.model_of(settings, compression)
+        return formats.load_model(path, weights="auto", progress=progress.tracker("loading"))
+
+    begin("text")
+    stages.write_texts(settings, lambda: load(None), progress)
+    for name in settings.compressions:
+        begin(f"compression: {name}")
+        stages.compressed(settings, name, progress)
+    for variant in settings.rows:
+        if variant.adapter is not None:
+            begin(f"adapter: {variant.adapter.partition('/')[0]}")
+            stages.trained(settings, variant, progress)
+    tokenizer = formats.load_tokenizer(settings.model)
+    variants = []
+    for variant in settings.rows:
+        begin(f"evaluation: {variant.name}")
+        model = lambda variant=variant: load(variant.compression)
+        variants.append(stages.measured(settings, variant, model, tokenizer, progress))
+    results = Results(
+        config=to_dict(settings),
+        environment=describe(),
+        variants=variants,
+        comparisons=_comparisons(settings, variants),
+    )
+    write(results, settings.out / "results.json")
+    chance = _CHANCE.get(settings.tasks)
+    draw(variants, settings.title, settings.out / "figure.png", chance=chance)
+    return results
+
+
+def _comparisons(settings: Experiment, variants: list[VariantResult]) -> list[Comparison]:
+    """Each variant against its reference, where there is one."""
+    by_name = {variant.name: variant for variant in variants}
+    found = []
+    for variant in settings.rows:
+        reference = settings.reference(variant)
+        if reference is not None:
+            pair = by_name[reference.name], by_name[variant.name]
+            found.append(compare(*pair, seed=settings.seed))
+    return found

@@ -1,0 +1,188 @@
+"""The stages of an experiment: text, compressed models, adapters, measurements.
+
+Each stage leaves files in the experiment's folder. The invariant: a stage whose result is there is
+not run again, and its result does not depend on how often the experiment was stopped.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from idp_jax import formats, training
+from idp_jax.compress.job import compress
+from idp_jax.config import Compress, Data, Experiment, Measurement, Train, Variant
+from idp_jax.config.files import from_dict, to_dict
+from idp_jax.data.self_text import sample_documents
+from idp_jax.evaluation.job import measure
+from idp_jax.evaluation.results import Results, VariantResult, read, write
+from idp_jax.formats.adapters import read_adapter
+from idp_jax.jobs.files import write_text
+from idp_jax.jobs.machine import describe
+from idp_jax.jobs.progress import Progress
+from idp_jax.models import Decoder
+from idp_jax.recover import Repaired
+from idp_jax.recover.methods import parameter_count
+from idp_jax.recover.selection import find_selector
+
+PARTS = ("train", "validation", "test")
+_CALIBRATION_BATCH = 16  # windows
+
+
+def text_files(settings: Experiment) -> dict[str, Path]:
+    """Where the parts of the text are."""
+    return {part: settings.out / "text" / f"{part}.jsonl" for part in PARTS}
+
+
+def write_texts(settings: Experiment, model: Callable[[], Decoder], progress: Progress) -> None:
+    """Samples text from the uncompressed model, and splits it by documents into its parts."""
+    files = text_files(settings)
+    if all(file.is_file() for file in files.values()):
+        return
+    tokenizer = formats.load_tokenizer(settings.model)
+    length, spare = settings.sequence_length, 2
+    held_out = (settings.validation_windows // 2 + spare) * length
+    calibration = settings.calibration_windows * length
+    train = max(settings.train_tokens, calibration) + spare * length
+    with progress.bar("sampling text from the model", "tokens") as update:
+        texts = sample_documents(
+            model(), tokenizer, train + 2 * held_out, seed=settings.seed, progress=update
+        )
+    wanted = {"test": held_out, "validation": held_out, "train": float("inf")}
+    for part, tokens in wanted.items():
+        chosen, count = [], 0
+        while texts and count < tokens:
+            chosen.append(texts.pop())
+            count += len(tokenizer(chosen[-1])["input_ids"])
+        write_text(files[part], "".join(json.dumps({"text": text}) + "\n" for text in chosen))
+
+
+def model_of(settings: Experiment, compression: str | None) -> str:
+    """The name or folder of a model of the experiment."""
+    return settings.model if compression is None else str(_compress(settings, compression).out)
+
+
+def compressed(settings: Experiment, name: str, progress: Progress) -> None:
+    """Compresses the model by one of the recipes."""
+    job = _compress(settings, name)
+    if job.out is not None and not job.out.is_dir():
+        compress(job, progress=progress)
+
+
+def _compress(settings: Experiment, name: str) -> Compress:
+    common = {
+        **to_dict(settings.compression),
+        "model": settings.model,
+        "out": settings.out / "models" / name,
+        "calibration": str(text_files(settings)["train"]),
+        "samples": settings.calibration_windows,
+        "sequence_length": settings.sequence_length,
+        "batch_size": _CALIBRATION_BATCH,
+    }
+    return from_dict(Compress, common | settings.compressions[name], f"compressions.{name}")
+
+
+def trained(settings: Experiment, variant: Variant, progress: Progress) -> None:
+    """Trains a variant's adapter beside its model."""
+    training.train(_train(settings, variant), progress=progress)
+
+
+def adapter_of(settings: Experiment, variant: Variant) -> Path | None:
+    """The folder of a variant's adapter, or of that part of it which the variant names."""
+    if variant.adapter is None:
+        return None
+    _, _, part = variant.adapter.partition("/")
+    return _train(settings, variant).out / "adapter" / part
+
+
+def _train(settings: Experiment, variant: Variant) -> Train:
+    """Adapters of one recipe and several models lie in folders of their models' names."""
+    name = str(variant.adapter).partition("/")[0]
+    files = text_files(settings)
+    data = Data(
+        train=str(files["train"]),
+        validation=str(files["validation"]),
+        validation_windows=settings.validation_windows // 2,
+        sequence_length=settings.sequence_length,
+    )
+    common = {
+        "model": model_of(settings, variant.compression),
+        "out": settings.out / "adapters" / (variant.compression or "dense") / name,
+        "tokens": settings.train_tokens,
+        "batch_size": settings.batch_size,
+        "data": to_dict(data),
+        "evaluate_every": settings.evaluate_every,
+        "seed": settings.seed,
+    }
+    return from_dict(Train, common | settings.adapters[name], f"adapters.{name}")
+
+
+def result_file(settings: Experiment, variant: Variant) -> Path:
+    """Where a variant's measurements are."""
+    name = re.sub(r"[^\w.+-]+", "_", variant.name)
+    return settings.out / "evaluation" / f"{name}.json"
+
+
+def measured(
+    settings: Experiment,
+    variant: Variant,
+    model: Callable[[], Decoder],
+    tokenizer: Any,
+    progress: Progress,
+) -> VariantResult:
+    """Measures a variant, into a file of results that holds it alone."""
+    file = result_file(settings, variant)
+    if file.is_file():
+        return read(file).variants[0]
+    folder, added = adapter_of(settings, variant), 0
+    repaired = Repaired.of(model())
+    if folder is not None:
+        adapter = read_adapter(repaired.decoder, folder)
+        repaired, added = adapter.repair(repaired.decoder), parameter_count(adapter)
+    if variant.selector is not None:
+        repaired = repaired.with_selector(variant.selector)
+    measurement = _measurement(settings)
+    found = measure(
+        repaired,
+        tokenizer,
+        measurement,
+        progress=progress,
+        name=variant.name,
+        role=variant.role,
+        model=model_of(settings, variant.compression),
+        adapter=None if folder is None else str(folder),
+        selector=variant.selector,
+        extra_parameters=added,
+    )
+    write(Results(config=to_dict(measurement), environment=describe(), variants=[found]), file)
+    return found
+
+
+def _measurement(settings: Experiment) -> Measurement:
+    return Measurement(
+        tasks=settings.tasks,
+        task_data=settings.task_data,
+        limit=settings.items,
+        perplexity=text_files(settings)["test"],
+        sequence_length=settings.sequence_length,
+        windows=settings.validation_windows // 2,
+        latency=True,
+        timing=settings.timing,
+    )
+
+
+def check(settings: Experiment) -> None:
+    """Refuses recipes and selectors that cannot be used, before anything is done.
+
+    Raises:
+        ConfigError: a recipe has a setting that is none, or that is out of range.
+        ValueError: there is no such selector.
+    """
+    for name in settings.compressions:
+        _compress(settings, name)
+    for variant in settings.rows:
+        if variant.adapter is not None:
+            _train(settings, variant)
+        if variant.selector is not None:
+            find_selector(variant.selector)
