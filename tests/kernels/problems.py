@@ -11,8 +11,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from idp_jax.kernels.quant_matmul.packing import pack
 from jax.experimental.mosaic import gpu as mgpu
+
+from idp_jax.kernels.packing import pack
 
 # Of the largest entry. bfloat16 keeps 8 bits: the weight and the result are each rounded by up to
 # 2^-9. float32 sums a few hundred products, the codes' offset adding two bits.

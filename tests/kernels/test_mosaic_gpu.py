@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from idp_jax.kernels.quant_matmul import config, mosaic_gpu, reference
-from idp_jax.kernels.quant_matmul.layout import TILE, pack_tiles, repack, to_fragments
-from idp_jax.kernels.quant_matmul.packing import BIT_WIDTHS
 
 from idp_jax.kernels import gpu_blocks
+from idp_jax.kernels.packing import BIT_WIDTHS
+from idp_jax.kernels.quant_matmul import config, mosaic_gpu, reference
+from idp_jax.kernels.quant_matmul.layout import TILE, pack_tiles, repack, to_fragments
 from tests.kernels.problems import (
     assert_near,
     checkpoint,

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from idp_jax.kernels.quant_matmul import config, reference
-from idp_jax.kernels.quant_matmul.api import prepare, quant_matmul
-from idp_jax.kernels.quant_matmul.packing import BIT_WIDTHS
 
 from idp_jax.kernels import dispatch
+from idp_jax.kernels.packing import BIT_WIDTHS
+from idp_jax.kernels.quant_matmul import config, reference
+from idp_jax.kernels.quant_matmul.api import prepare, quant_matmul
 from tests.kernels.problems import check, checkpoint, groups_of
 
 _check = functools.partial(check, quant_matmul, reference.quant_matmul, reference.gradient)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from idp_jax.kernels.quant_matmul.packing import BIT_WIDTHS
+
+from idp_jax.kernels.packing import BIT_WIDTHS
 from idp_jax.kernels.sparse24_matmul import config, reference
 from idp_jax.kernels.sparse24_matmul.api import (
     from_codes,
@@ -17,7 +18,6 @@ from idp_jax.kernels.sparse24_matmul.api import (
     to_codes,
     to_dense,
 )
-
 from tests.kernels.problems import check, checkpoint, groups_of, sparse_mask, sparse_matrix
 
 _check = functools.partial(check, sparse24_matmul, reference.sparse24_matmul, reference.gradient)

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from idp_jax.kernels.quant_matmul.mosaic_gpu import code_words
-from idp_jax.kernels.quant_matmul.packing import BIT_WIDTHS
-from idp_jax.kernels.sparse24_matmul import layout, mosaic_gpu, reference
-from idp_jax.kernels.sparse24_matmul.api import from_codes, from_dense, sparse24_matmul
 
 from idp_jax.kernels import gpu_blocks
+from idp_jax.kernels.packing import BIT_WIDTHS
+from idp_jax.kernels.quant_matmul.mosaic_gpu import code_words
+from idp_jax.kernels.sparse24_matmul import layout, mosaic_gpu, reference
+from idp_jax.kernels.sparse24_matmul.api import from_codes, from_dense, sparse24_matmul
 from tests.kernels.problems import (
     assert_near,
     checkpoint,

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+
 from idp_jax.kernels.quant_matmul import api as quant
 from idp_jax.kernels.quant_matmul import mosaic_gpu as quant_gpu
 from idp_jax.kernels.sharded import partition, sharded_matmul
 from idp_jax.kernels.sparse24_matmul import api as sparse
 from idp_jax.kernels.sparse24_matmul import mosaic_gpu as sparse_gpu
 from idp_jax.kernels.stack import alone, at
-from jax.sharding import AxisType, NamedSharding
-
 from tests.kernels.problems import checkpoint, sparse_mask, sparse_matrix
 
 _LAYERS = 3

@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+
 from idp_jax.kernels.bench import tune
 from idp_jax.kernels.quant_matmul import config
 from idp_jax.kernels.sparse24_matmul import config as sparse_config
