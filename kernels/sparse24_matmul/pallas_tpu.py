@@ -94,9 +94,8 @@ def _expand(refs, part: tpu_blocks.Part, dtype, *, weight: SparseWeight) -> jax.
         first, second = codes & jnp.int32(3), (codes >> 2) & jnp.int32(3)
         a, b = (plane[tile * QUADS : (tile + 1) * QUADS] for plane in kept)
         for p in range(4):
-            # A row of `column` is a quad, whose input p lies four rows behind that of the last quad.
-            # Interleaving four such arrays in registers would shuffle every row of them; a store
-            # takes a stride instead.
+            # Row r of `column` is input p of quad r, row 4 r + p of the block. Interleaving four
+            # such arrays in registers would shuffle all their rows; a store takes a stride instead.
             column = jnp.where(first == p, a, jnp.where(second == p, b, jnp.float32(0)))
             for k, strip_ref in enumerate(strips):
                 part_of_row = column[:, k * LANES : (k + 1) * LANES]
