@@ -16,10 +16,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import llama_model
-from idp_jax.kernels.bench.speed import copy_bandwidth
-from idp_jax.kernels.dispatch import best_backend
 
 from idp_jax.evaluation.latency import latency
+from idp_jax.kernels.bench.speed import copy_bandwidth
+from idp_jax.kernels.devices import best_backend
 from idp_jax.models import ModelConfig
 from idp_jax.weights import Dense, Quantized, for_kernels
 

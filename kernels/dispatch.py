@@ -1,5 +1,4 @@
-"""Products with compressed weights: which backend serves, the one asked for or the best that can,
-and the shapes around it.
+"""Which backend serves a product with a compressed weight, and the shapes around it.
 
 Invariant: a backend asked for by name serves or fails with the reason; only "auto" falls back, and
 says so once per operation and reason.
@@ -8,30 +7,18 @@ says so once per operation and reason.
 import logging
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from .devices import best_backend, hopper_missing, tpu_missing
+from .weight import Weight
+
 _logger = logging.getLogger(__name__)
 _told: set[tuple[str, str, str]] = set()
 
 BACKENDS = ("pallas_tpu", "mosaic_gpu", "xla", "reference")
-
-
-class Weight(Protocol):
-    """What every compressed weight has; one that reorders its inputs has `order` too, int32 [I]."""
-
-    @property
-    def inputs(self) -> int:
-        """I."""
-        ...
-
-    @property
-    def outputs(self) -> int:
-        """O."""
-        ...
 
 
 def multiply(
@@ -57,7 +44,7 @@ def multiply(
         interpret: run the TPU kernel on the CPU; for tests.
 
     Returns:
-        [..., O] of x's dtype.
+        [..., O] of x's dtype, summed in float32.
 
     Raises:
         ValueError: x of another width, an unknown backend, or a named one that cannot serve.
@@ -75,16 +62,18 @@ def multiply(
     chosen = choose(operation, backend, reasons, best_backend())
     if chosen == "reference":
         return jnp.asarray(getattr(modules[chosen], operation)(x, weight), x.dtype)
-    rows = x.reshape(-1, x.shape[-1])
-    order = getattr(weight, "order", None)
-    if order is not None:
-        rows = rows[:, order]
-    if rows.shape[0] == 0 or chosen == "xla":
-        y = modules["xla"].multiply(rows, weight)
-    else:
-        options = {"interpret": interpret} if chosen == "pallas_tpu" else {}
-        y = getattr(modules[chosen], operation)(rows, weight, **options)
-    return y.reshape(*x.shape[:-1], weight.outputs)
+    # A profile shows what ran: "quant_matmul.pallas_tpu", say.
+    with jax.named_scope(f"{operation}.{chosen}"):
+        rows = x.reshape(-1, x.shape[-1])
+        order = getattr(weight, "order", None)
+        if order is not None:
+            rows = rows[:, order]
+        if rows.shape[0] == 0 or chosen == "xla":
+            y = modules["xla"].multiply(rows, weight)
+        else:
+            options = {"interpret": interpret} if chosen == "pallas_tpu" else {}
+            y = getattr(modules[chosen], operation)(rows, weight, **options)
+        return y.reshape(*x.shape[:-1], weight.outputs)
 
 
 def choose(
@@ -117,13 +106,6 @@ def choose(
     return backend
 
 
-def best_backend() -> str:
-    """The fastest backend of the machine, were every shape supported."""
-    return {"tpu": "pallas_tpu", "gpu": "mosaic_gpu", "cuda": "mosaic_gpu"}.get(
-        jax.default_backend(), "xla"
-    )
-
-
 def machine_backend(backend: str) -> str:
     """What serves on this machine, were every shape supported: "pallas_tpu", "mosaic_gpu" or "xla".
 
@@ -141,20 +123,30 @@ def machine_backend(backend: str) -> str:
     return choose("packed weights", backend, reasons, best_backend())
 
 
-def tpu_missing(interpret) -> str | None:
-    """Why a TPU kernel cannot run here, or None."""
-    if interpret or jax.default_backend() == "tpu":
-        return None
-    return f"it needs a TPU, this process computes on {jax.default_backend()}"
+def arrangement_of(backend: str) -> str:
+    """The order of words that a backend reads; "auto" is the best that the machine has."""
+    backend = best_backend() if backend == "auto" else backend
+    return "fragments" if backend == "mosaic_gpu" else "rows"
 
 
-def hopper_missing() -> str | None:
-    """Why a Mosaic GPU kernel cannot run here, or None."""
-    if jax.default_backend() != "gpu":
-        return f"it needs a GPU, this process computes on {jax.default_backend()}"
-    capability = getattr(jax.devices()[0], "compute_capability", "unknown")
-    if capability != "9.0":
-        return f"it needs a Hopper GPU (compute capability 9.0), this one has {capability}"
+def unsupported(x: jax.Array, weight: Weight, *, backend: str, span: int) -> str | None:
+    """Why the kernel of a backend cannot multiply by a weight, or None if it can.
+
+    Args:
+        x: of which the dtype is enough.
+        weight: of which shapes and types are enough.
+        backend: "pallas_tpu" or "mosaic_gpu".
+        span: inputs that the kernel walks at once: groups are of 32, 64 and so on inputs up to
+            half of that, or of multiples of it.
+    """
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"x is {x.dtype}: bfloat16 and float32 are supported"
+    if weight.arrangement != arrangement_of(backend):
+        return f"the weight is arranged as {weight.arrangement}: prepare it for {backend}"
+    size = weight.inputs // weight.groups
+    sizes = [n for n in (32, 64, 128, 256, 512) if n < span]
+    if weight.groups > 1 and size not in sizes and size % span:
+        return f"group size {size} is not {', '.join(map(str, sizes))} or a multiple of {span}"
     return None
 
 

@@ -1,8 +1,7 @@
-"""Products with frozen weights as JAX differentiates them: every kernel brings a value and a
-gradient with respect to x, and this joins them.
+"""Products with frozen weights as JAX differentiates them.
 
-Invariant: the weight gets no gradient, and only the weight, as it is stored, is kept for the
-backward pass.
+Every kernel brings a value and a gradient with respect to x, and this joins them. Invariant: the
+weight gets no gradient, and only the weight, as it is stored, is kept for the backward pass.
 """
 
 from collections.abc import Callable
@@ -34,7 +33,20 @@ def gradient_of(multiply: Callable[[jax.Array, Any], jax.Array]) -> Product:
 
     def gradient(upstream: jax.Array, weight, interpret) -> jax.Array:
         del interpret
+        # The product is linear in x, so its gradient is the same at any x: zeros stand for it.
         like = jnp.zeros((upstream.shape[0], weight.inputs), upstream.dtype)
         return jax.vjp(lambda x: multiply(x, weight), like)[1](upstream)[0]
 
     return gradient
+
+
+def checked(product: Product, unsupported: Callable[[jax.Array, Any], str | None]) -> Product:
+    """The product, or a ValueError with what `unsupported(x, weight)` says against it."""
+
+    def served(x, weight, interpret):
+        reason = unsupported(x, weight)
+        if reason:
+            raise ValueError(reason)
+        return product(x, weight, interpret)
+
+    return served

@@ -10,8 +10,9 @@ of this file say what differs there.
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +23,59 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import vector as vector_dialect
 
-from .quant_matmul import config
-from .quant_matmul.layout import TILE, from_fragments, to_fragments
-from .quant_matmul.pallas_tpu import device_kind
+from .codes import (
+    TILE,
+    fields_of,
+    from_fragments,
+    pairs_of_field,
+    rows_of_set,
+    scales_and_offsets,
+    to_fragments,
+)
+from .devices import device_kind
+from .frozen import Product, frozen_product, gradient_of
+from .tuned import measured
 
+MOST_ROWS = 256
+"""The kernels serve up to this many rows of x; beyond, XLA expands the weight. A guess until it is
+measured."""
 OUTPUTS = 64
 """Outputs of a block."""
 WORDS = plgpu.Layout.WG_STRIDED((2, 256), vec_size=4)
 """The registers of 512 words of the "fragments" arrangement: a thread has four of them."""
+
+
+_BLOCK_ROWS = 64
+_BLOCKS = 264
+_SHARED_BYTES = 96 * 2**10
+
+
+class Sizes(NamedTuple):
+    """Rows of x of a block, shares of the inputs, tiles in flight."""
+
+    rows: int
+    shares: int
+    stages: int
+
+
+def sizes(
+    device: str, bits: float, inputs: int, outputs: int, rows: int, tile: int = TILE
+) -> Sizes:
+    """Sizes for `bits` of the weight per input and tiles of 256 or 512 inputs.
+
+    The heuristic: two blocks per processor of an H100, each with at least 1024 inputs, and up to 8
+    tiles in flight in 96 KiB, so that both blocks fit. A tile has that many inputs of x, 64 outputs
+    of words and a few rows of the grid.
+    """
+    name = "gpu" if tile == TILE else f"gpu{tile}"
+    found = measured(device, name, bits, inputs, outputs, rows)
+    if found:
+        return Sizes(*found)
+    block_rows = min(-(-rows // 8) * 8, _BLOCK_ROWS)
+    blocks = -(-outputs // OUTPUTS) * -(-rows // block_rows)
+    shares = max(1, min(_BLOCKS // blocks, -(-inputs // TILE) // 4))
+    stages = int(_SHARED_BYTES // (2 * tile * block_rows + 8 * tile * bits + 2048))
+    return Sizes(block_rows, shares, max(2, min(8, stages)))
 
 
 class Operand(NamedTuple):
@@ -62,6 +108,16 @@ def grid_operand(grid: jax.Array, groups: int, group_size: int, tile: int) -> Op
         return (0 if groups == 1 else tile // tiles_of_row), block
 
     return Operand(grid, (rows, OUTPUTS), index)
+
+
+def few_rows_product(value: Product, multiply: Callable[[jax.Array, Any], jax.Array]) -> Product:
+    """What `value` computes for few rows of x; XLA's `multiply` takes many, and the gradient."""
+    few = frozen_product(value, gradient_of(multiply))
+
+    def product(x, weight, interpret):
+        return multiply(x, weight) if x.shape[0] > MOST_ROWS else few(x, weight, interpret)
+
+    return product
 
 
 def chunk_of(groups: int, group_size: int) -> int:
@@ -100,7 +156,7 @@ def product(
     """
     parts = _parts(x)
     (count, inputs), blocks = parts.shape, -(-outputs // OUTPUTS)
-    rows, shares, stages = config.gpu_sizes(device_kind(), bits, inputs, outputs, count, tile)
+    rows, shares, stages = sizes(device_kind(), bits, inputs, outputs, count, tile)
     row_blocks, steps = -(-count // rows), -(-inputs // (tile * shares))
     if interpret is not None:
         # Outside an array the hardware reads zeros (or another layer), the interpreter fails.
@@ -123,6 +179,7 @@ def product(
         scratch_types=[plgpu.SMEM((OUTPUTS, rows), jnp.float32)],
         interpret=interpret,
     )(layer, parts, *(o.array.reshape(-1, *o.array.shape[2:]) for o in operands))
+    # Shares of the inputs are summed, then (below) the three parts of float32 rows.
     y = transposed.sum(0)[:outputs, :count].T
     return y.reshape(-1, x.shape[0], outputs).sum(0).astype(x.dtype)
 
@@ -178,6 +235,7 @@ def _body(
 
 
 def _spec(operand: Operand, layer, block, first):
+    # Layers and their first axis are one axis in the kernel: places count from the layer's start.
     def index(k):
         row, *rest = operand.index(block, first + k)
         return (layer * (operand.array.shape[1] // operand.block[0]) + row, *rest)
@@ -186,13 +244,72 @@ def _spec(operand: Operand, layer, block, first):
 
 
 def _padded(operand: Operand, last: tuple) -> Operand:
-    shape = [(at + 1) * size for at, size in zip(last, operand.block, strict=True)]
+    shape = [(place + 1) * size for place, size in zip(last, operand.block, strict=True)]
     return operand._replace(array=_pad_to(operand.array, (0, *shape)))
 
 
 def _pad_to(array: jax.Array, shape: Sequence[int]) -> jax.Array:
     missing = [max(0, n - m) for n, m in zip(shape, array.shape, strict=True)]
     return jnp.pad(array, [(0, n) for n in missing])
+
+
+def add_coded_tile(
+    x_smem,
+    words_smem,
+    grid_smem,
+    total: jax.Array,
+    *,
+    bits: int,
+    scale_dtype: str,
+    chunk: int,
+    interpreted: bool,
+    lay_out: Callable[[jax.Array, int], jax.Array] = lambda centred, _: centred,
+) -> jax.Array:
+    """The sum so far and the product of one tile of codes, a piece of its inputs at a time.
+
+    Args:
+        x_smem: [M, N], the tile's inputs.
+        words_smem: int32 [1, 2 bits, 256], 256 codes of each output.
+        grid_smem: int32 [rows, 64], one row or more for equal runs of the inputs.
+        total: float32 [64, M].
+        bits: of a code.
+        scale_dtype: of the grid.
+        chunk: inputs of a piece.
+        interpreted: whether JAX's interpreter runs this.
+        lay_out: makes the weights [64, chunk] of a piece of its codes less their zeros and of its
+            number; by default those are the weights.
+    """
+    vectors = [load_words(words_smem, k, interpreted) for k in range(bits)]
+    pieces, pairs = x_smem.shape[1] // chunk, code_words(vectors, bits)
+    for k in range(pieces):
+        codes = operand(list(itertools.islice(pairs, 16 // pieces)), interpreted)
+        row = grid_smem.at[k * grid_smem.shape[0] // pieces]
+        grid = load(row, plgpu.Layout.WGMMA.reduce(1), interpreted)
+        scales, offsets = scales_and_offsets(grid, bits, scale_dtype)
+        # Exact: 2^bits + q and 2^bits + zero are integers of 8 bits or less, as is the difference.
+        spread = jax.lax.broadcast_in_dim(offsets.astype(jnp.bfloat16), codes.shape, (0,))
+        x_part = x_smem.at[:, pl.ds(k * chunk, chunk)]
+        product = tensor_core(lay_out(codes - spread, k), x_part, interpreted)
+        total += product * jax.lax.broadcast_in_dim(scales, product.shape, (0,))
+        # LLVM would put off every sum to the end, with the products of all pieces in registers.
+        total = jax.lax.optimization_barrier(total)
+    return total
+
+
+def code_words(vectors: Sequence[jax.Array], bits: int) -> Iterator[jax.Array]:
+    """One tile of codes as words of two bfloat16, 2^bits + q, or q with 8 bits.
+
+    Args:
+        vectors: the tile's words, `bits` sets int32 [2, 256].
+        bits: of a code.
+
+    Yields:
+        16 such sets, of 16 codes of 64 outputs each, as `operand` takes them.
+    """
+    of_set = rows_of_set(bits) // 8
+    for pieces in fields_of(bits):
+        for vector in range(of_set):
+            yield pairs_of_field(vectors[vector::of_set], pieces, bits)
 
 
 def load(ref, layout, interpreted: bool) -> jax.Array:

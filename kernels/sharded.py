@@ -6,22 +6,21 @@ of a sum over devices.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 from jax.sharding import PartitionSpec
 
-from .quant_matmul.layout import TILE, KernelWeight
-from .sparse24_matmul.layout import CODED_QUADS, QUADS, SparseWeight
+from .weight import Weight
 
-Weight = KernelWeight | SparseWeight
+WeightT = TypeVar("WeightT", bound=Weight)
 
 
 def sharded_matmul(
-    multiply: Callable[[jax.Array, Weight], jax.Array],
+    multiply: Callable[[jax.Array, WeightT], jax.Array],
     x: jax.Array,
-    weight: Weight,
+    weight: WeightT,
     *,
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
     axis: str | None,
@@ -51,14 +50,17 @@ def sharded_matmul(
         raise ValueError(reason)
     order = getattr(weight, "order", None)
     if order is not None:
+        # An input may move to another device's part: x is reordered while it is whole.
         x, weight = x[..., order], dataclasses.replace(weight, order=None)
     middle = (None,) * (x.ndim - 2)
     cut = PartitionSpec(batch, *middle, axis)
     whole = PartitionSpec(batch, *middle, None)
 
-    def local(x: jax.Array, weight: Weight) -> jax.Array:
+    def local(x: jax.Array, weight: WeightT) -> jax.Array:
         if split == "outputs":
             return multiply(x, weight)
+        # The sizes are static, so shard_map hands on those of the whole weight. One group of all
+        # inputs stays one: its only row of scales is every part's.
         groups = max(1, weight.groups // parts)
         part = dataclasses.replace(weight, inputs=weight.inputs // parts, groups=groups)
         return multiply(x, part) if axis is None else jax.lax.psum(multiply(x, part), axis)
@@ -72,41 +74,29 @@ def sharded_matmul(
     )(x, weight)
 
 
-def partition(weight: Weight, axis: str | None, split: str) -> Weight:
+def partition(weight: WeightT, axis: str | None, split: str) -> WeightT:
     """The partition of a weight's arrays, as a tree like the weight."""
-
-    def spec(array: jax.Array, inputs_at: int, outputs_at: int) -> PartitionSpec:
-        at = outputs_at if split == "outputs" else inputs_at
-        return PartitionSpec(*(axis if d == at % array.ndim else None for d in range(array.ndim)))
-
-    layer = None if weight.layer is None else PartitionSpec()
-    place = functools.partial(dataclasses.replace, weight, layer=layer)
-    grid = None
-    if weight.grid is not None:
-        one = weight.groups == 1 and split == "inputs"
-        grid = PartitionSpec() if one else spec(weight.grid, -2, -1)
-    outputs_at = -3 if weight.arrangement == "fragments" else -1
-    if isinstance(weight, SparseWeight):
-        values, positions = (spec(a, -2, outputs_at) for a in (weight.values, weight.positions))
-        return place(values=values, positions=positions, grid=grid)
-    order = None if weight.order is None else PartitionSpec()
-    return place(words=spec(weight.words, -2, outputs_at), grid=grid, order=order)
+    specs = {}
+    for name, (inputs, outputs) in weight.axes.items():
+        cut = outputs if split == "outputs" else inputs
+        dimensions = range(-getattr(weight, name).ndim, 0)
+        if cut is not None:
+            specs[name] = PartitionSpec(*(axis if d == cut else None for d in dimensions))
+    return dataclasses.replace(jax.tree.map(lambda _: PartitionSpec(), weight), **specs)
 
 
 def unsplittable(weight: Weight, split: str, parts: int) -> str | None:
     """Why a weight cannot be cut into equal parts, or None if it can."""
     if split not in ("inputs", "outputs"):
         return f"split must be inputs or outputs, not {split}"
+    inputs, outputs = weight.tile
     if split == "outputs":
-        unit = 64 if weight.arrangement == "fragments" else 1
-        if weight.outputs % (unit * parts):
-            return f"{weight.outputs} outputs do not divide into {parts} parts of whole {unit}"
+        if weight.outputs % (outputs * parts):
+            return f"{weight.outputs} outputs do not divide into {parts} parts of whole {outputs}"
         return None
-    tile = TILE
-    if isinstance(weight, SparseWeight):
-        tile = 4 * (QUADS if weight.bits is None else CODED_QUADS)
-    if weight.inputs % (tile * parts):
-        return f"{weight.inputs} inputs do not divide into {parts} parts of whole tiles of {tile}"
+    if weight.inputs % (inputs * parts):
+        return f"{weight.inputs} inputs do not divide into {parts} parts of whole tiles of {inputs}"
+    # Rows that only fill the last span of a grid would go to the last part, instead of groups.
     spare = weight.grid is not None and weight.grid.shape[-2] != weight.groups
     if weight.groups > 1 and (weight.groups % parts or spare):
         return f"{weight.groups} groups do not divide into {parts} parts"

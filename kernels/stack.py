@@ -2,46 +2,46 @@
 
 A model walks its layers with `lax.scan`. A kernel is opaque to XLA: whatever is sliced out of the
 stack for it is copied in memory first, which would cost more than the product. So a weight may keep
-all layers and name the one that is meant (`at`), and a kernel reads that one where it lies.
+all layers and name the one that is meant (`select_layer`), and a kernel reads that one where it
+lies.
 
-Invariant: `alone(at(stack, n))` is layer n of the stack.
+Invariant: `slice_layer(select_layer(stack, n))` is layer n of the stack.
 """
 
 import dataclasses
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
-WeightT = TypeVar("WeightT", bound=Any)  # KernelWeight or SparseWeight
+from .weight import Weight
 
-_ARRAYS = ("words", "values", "positions", "grid")
+WeightT = TypeVar("WeightT", bound=Weight)
 
 
-def at(stack: WeightT, layer: jax.Array) -> WeightT:
+def select_layer(stack: WeightT, layer: jax.Array) -> WeightT:
     """Layer number `layer` (int32 scalar) of a weight whose layers are stacked in front."""
+    # `order` is applied to x by XLA, outside the kernels, and small: it is sliced at once.
     order = getattr(stack, "order", None)
     changed = {} if order is None else {"order": order[layer]}
     return dataclasses.replace(stack, layer=layer, **changed)
 
 
-def alone(weight: WeightT) -> WeightT:
+def slice_layer(weight: WeightT) -> WeightT:
     """The layer that is meant, cut out of its stack; any other weight as it is."""
-    if weight.layer is None:
+    number = weight.layer
+    if number is None:
         return weight
-    cut = {
-        name: jax.lax.dynamic_index_in_dim(array, weight.layer, keepdims=False)
-        for name in _ARRAYS
-        if (array := getattr(weight, name, None)) is not None
+    layer = {
+        name: jax.lax.dynamic_index_in_dim(getattr(weight, name), number, keepdims=False)
+        for name in weight.axes
     }
-    return dataclasses.replace(weight, layer=None, **cut)
+    return dataclasses.replace(weight, layer=None, **layer)
 
 
-def stacked(weight: WeightT) -> tuple[WeightT, jax.Array]:
+def as_stack(weight: WeightT) -> tuple[WeightT, jax.Array]:
     """Any weight as a stack, and the number int32 [1] of the layer that is meant."""
     if weight.layer is not None:
         return weight, jnp.asarray(weight.layer, jnp.int32).reshape(1)
-    one = {
-        name: array[None] for name in _ARRAYS if (array := getattr(weight, name, None)) is not None
-    }
-    return dataclasses.replace(weight, **one), jnp.zeros(1, jnp.int32)
+    stack = {name: getattr(weight, name)[None] for name in weight.axes}
+    return dataclasses.replace(weight, **stack), jnp.zeros(1, jnp.int32)

@@ -1,5 +1,7 @@
-"""The walk over blocks that every TPU kernel with compressed weights shares: a product and its
-gradient, given a way to expand one block of the weight in VMEM.
+"""The walk over blocks that every TPU kernel with compressed weights shares.
+
+It is a product and its gradient, given a way to expand one block of the weight in VMEM, and what
+kernels need to expand one.
 
 Invariant: an expanded block never leaves VMEM, and sums run in float32. Blocks need not divide the
 matrix: what lies behind an edge of the summed axis is multiplied by zero on both sides (it may read
@@ -15,9 +17,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from .codes import fields_of, pairs_of_field, rows_of_set
+
+LANES = 128
+"""Columns of a register."""
 VMEM_LIMIT = 15 * 2**20
 """Bytes of VMEM a kernel may use: a v4 core has 16 MiB, the later ones more."""
-
 
 _COMPILER = pltpu.CompilerParams(
     dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
@@ -27,9 +32,9 @@ _COMPILER = pltpu.CompilerParams(
 class Blocks(NamedTuple):
     """Sizes of a block: rows of x, outputs, inputs."""
 
-    m: int
-    o: int
-    i: int
+    rows: int
+    outputs: int
+    inputs: int
 
 
 class Operand(NamedTuple):
@@ -87,17 +92,20 @@ def product(
     """
     outputs = operands[0].array.shape[-1]
     kept, summed = (inputs, outputs) if transposed else (outputs, inputs)
-    kept_block, summed_block = (blocks.i, blocks.o) if transposed else (blocks.o, blocks.i)
-    grid = (pl.cdiv(x.shape[0], blocks.m), pl.cdiv(kept, kept_block), pl.cdiv(summed, summed_block))
-    x_spec = pl.BlockSpec((blocks.m, summed_block), lambda m, n, k, layer: (m, k))
-    weight_specs = [_weight_spec(operand, blocks.o, transposed) for operand in operands]
+    kept_block, summed_block = blocks.outputs, blocks.inputs
+    if transposed:
+        kept_block, summed_block = summed_block, kept_block
+    lengths = ((x.shape[0], blocks.rows), (kept, kept_block), (summed, summed_block))
+    grid = tuple(pl.cdiv(length, block) for length, block in lengths)
+    x_spec = pl.BlockSpec((blocks.rows, summed_block), lambda m, n, k, layer: (m, k))
+    weight_specs = [_weight_spec(operand, blocks.outputs, transposed) for operand in operands]
     body = functools.partial(
         _body,
         expand=expand,
         operand_count=len(operands),
         summed=summed,
         summed_block=summed_block,
-        inputs_block=blocks.i,
+        inputs_block=blocks.inputs,
         transposed=transposed,
     )
     return pl.pallas_call(
@@ -107,8 +115,8 @@ def product(
             num_scalar_prefetch=1,
             grid=grid,
             in_specs=[x_spec, *weight_specs],
-            out_specs=pl.BlockSpec((blocks.m, kept_block), lambda m, n, k, layer: (m, n)),
-            scratch_shapes=[pltpu.VMEM((blocks.m, kept_block), jnp.float32), *scratch],
+            out_specs=pl.BlockSpec((blocks.rows, kept_block), lambda m, n, k, layer: (m, n)),
+            scratch_shapes=[pltpu.VMEM((blocks.rows, kept_block), jnp.float32), *scratch],
         ),
         compiler_params=_COMPILER,
         cost_estimate=_cost(x, operands, kept),
@@ -143,6 +151,7 @@ def _body(
 ):
     del layer_ref  # the index maps read it
     operand_refs, (y_ref, sum_ref, *scratch) = refs[:operand_count], refs[operand_count:]
+    # The summed axis is the last of the grid, so a block of y stays in VMEM until it is whole.
     step, last = pl.program_id(2), pl.num_programs(2) - 1
 
     @pl.when(step == 0)
@@ -162,6 +171,7 @@ def _body(
 
 
 def _zero_behind_edge(x, weights, count, transposed: bool):
+    # Both sides: what lies there may be NaN, which a zero on one side would not silence.
     columns = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
     x = jnp.where(columns < count, x.astype(jnp.float32), 0.0).astype(x.dtype)
     axis = 1 if transposed else 0
@@ -180,6 +190,40 @@ def dot(x: jax.Array, weights: jax.Array, *, transposed: bool = False) -> jax.Ar
         precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
         preferred_element_type=jnp.float32,
     )
+
+
+def unpack_block(words: jax.Array, bits: int) -> jax.Array:
+    """Words of whole tiles to bfloat16 codes [inputs, outputs]: 2^bits + q, or q with 8 bits."""
+    rows, per_tile = rows_of_set(bits), 8 * bits
+    blocks = []
+    for tile in range(0, words.shape[0], per_tile):
+        sets = [words[tile + part : tile + part + rows] for part in range(0, per_tile, rows)]
+        pairs = [pairs_of_field(sets, pieces, bits) for pieces in fields_of(bits)]
+        # A register of bfloat16 keeps rows 2 r and 2 r + 1 in the halves of a word: no data moves.
+        blocks += [pltpu.bitcast(words, jnp.bfloat16) for words in pairs]
+    return jnp.concatenate(blocks, axis=0)
+
+
+def group_rows(grid_ref, part: Part, group_size: int) -> jax.Array:
+    """The rows of a grid that belong to one block of inputs."""
+    count = max(1, part.inputs // group_size)
+    first = quotient(part.index * part.inputs, group_size)
+    if count % 8 == 0:
+        return grid_ref[pl.ds(pl.multiple_of(first, 8), count), :]
+    # A window that does not start at a register's first row can only be read row by row.
+    rows = [grid_ref[pl.ds(first + k, 1), :] for k in range(count)]
+    return jnp.concatenate(rows, axis=0)
+
+
+def scaled(codes: jax.Array, scales: jax.Array, offsets: jax.Array) -> jax.Array:
+    """float32 codes [N, O], less the offset [G, O] of their run of N / G rows, times its scale."""
+    grouped = codes.reshape(scales.shape[0], -1, codes.shape[1])
+    return (scales[:, None, :] * (grouped - offsets[:, None, :])).reshape(codes.shape)
+
+
+def quotient(number: jax.Array | int, divisor: int) -> jax.Array:
+    """number / divisor for numbers that are not negative: `//` would test for a sign."""
+    return jax.lax.div(jnp.asarray(number, jnp.int32), jnp.int32(divisor))
 
 
 def _cost(x: jax.Array, operands: Sequence[Operand], kept: int) -> pl.CostEstimate:

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from idp_jax.kernels.quant_matmul.packing import pack
 
+from idp_jax.kernels.packing import pack
 from idp_jax.models import KV, Decoder, ModelConfig
 from idp_jax.models.block import Block, layer_slice, stack_layers
 from idp_jax.models.config import RopeConfig

@@ -19,7 +19,7 @@ from idp_jax.compress.cores.rtn import rtn
 from idp_jax.compress.cores.sparsegpt import sparsegpt
 from idp_jax.compress.cores.wanda import wanda
 from idp_jax.config import Compression
-from idp_jax.kernels.quant_matmul.packing import pack
+from idp_jax.kernels.packing import pack
 from idp_jax.sharding import constrain
 from idp_jax.weights import Dense, Quantized
 

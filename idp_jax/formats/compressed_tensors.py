@@ -19,7 +19,7 @@ import numpy as np
 
 from idp_jax.formats.gptq import as_scales, group_index, groups_of
 from idp_jax.formats.quantization import BITMASK_24, Packing
-from idp_jax.kernels.quant_matmul.packing import pack, unpack, word_count
+from idp_jax.kernels.packing import pack, unpack, word_count
 from idp_jax.weights import Dense, Quantized
 
 REQUIRED = ("weight_packed", "weight_scale")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from idp_jax.formats.quantization import PLANAR, Layout, Packing
-from idp_jax.kernels.quant_matmul.packing import pack, unpack
+from idp_jax.kernels.packing import pack, unpack
 from idp_jax.weights import Quantized
 
 _log = logging.getLogger(__name__)

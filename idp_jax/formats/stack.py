@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from idp_jax.formats.gptq import group_index
-from idp_jax.kernels.quant_matmul.packing import pack, unpack
+from idp_jax.kernels.packing import pack, unpack
 from idp_jax.models.block import Block
 from idp_jax.weights import Dense, Quantized
 

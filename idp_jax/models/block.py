@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
-from idp_jax.kernels.stack import at
+from idp_jax.kernels.stack import select_layer
 from idp_jax.models.config import ModelConfig
 from idp_jax.models.layers import Norm, attention, rotate
 from idp_jax.sharding import constrain
@@ -138,7 +138,8 @@ def scan_layers(step: Callable, carry: Any, layers: Block, others: Any) -> tuple
 
     def one_layer(carry, xs):
         number, parts, own = xs
-        here = [p if w is None else at(w, number) for w, p in zip(whole, parts, strict=True)]
+        pairs = zip(whole, parts, strict=True)
+        here = [p if w is None else select_layer(w, number) for w, p in pairs]
         return step(carry, (jax.tree.unflatten(tree, here), own))
 
     return jax.lax.scan(one_layer, carry, (numbers, cut, others))

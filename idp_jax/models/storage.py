@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from idp_jax.jobs.machine import available_memory
-from idp_jax.kernels.dispatch import best_backend
-from idp_jax.kernels.quant_matmul.packing import unpack
+from idp_jax.kernels.devices import best_backend
+from idp_jax.kernels.packing import unpack
 from idp_jax.kernels.sharded import unsplittable
 from idp_jax.kernels.sparse24_matmul import api as sparse24
-from idp_jax.kernels.stack import at
+from idp_jax.kernels.stack import select_layer
 from idp_jax.models.block import Block, layer_slice
 from idp_jax.models.decoder import Decoder
 from idp_jax.weights import Dense, Prepared, Quantized, for_kernels
@@ -175,7 +175,7 @@ def _difference(weight: Prepared, dtype: str) -> jax.Array:
     bias = None if alone.bias is None else alone.bias[...]
     dense = Dense(alone.dense(dtype), bias)
     # As the model has it: where it lies in the stack.
-    here = at(weight.packed.get_value(), jnp.int32(last))
+    here = select_layer(weight.packed.get_value(), jnp.int32(last))
     weight = Prepared(here, bias=bias, backend=weight.backend, split=weight.split)
     largest = jnp.float32(0)
     for rows in (1, 128):  # few and many may be different kernels

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from idp_jax.kernels.dispatch import best_backend
+from idp_jax.kernels.devices import best_backend
 from idp_jax.kernels.quant_matmul import api as kernels
 from idp_jax.kernels.quant_matmul.layout import KernelWeight
 from idp_jax.kernels.sharded import partition, sharded_matmul, unsplittable
 from idp_jax.kernels.sparse24_matmul import api as sparse_kernels
 from idp_jax.kernels.sparse24_matmul.layout import SparseWeight
-from idp_jax.kernels.stack import alone
+from idp_jax.kernels.stack import slice_layer
 from idp_jax.weights.dense import Dense, add_bias
 from idp_jax.weights.quantized import Quantized
 
@@ -65,7 +65,7 @@ class Prepared(nnx.Module):
 
     def restored(self) -> Dense | Quantized:
         """The weight in the checkpoint's layout, bit for bit but for the signs of zeros."""
-        packed, group_index = alone(self.packed.get_value()), None
+        packed, group_index = slice_layer(self.packed.get_value()), None
         bias = None if self.bias is None else self.bias[...]
         if isinstance(packed, KernelWeight):
             words, scales, zeros, group_index = kernels.restore(packed)
@@ -73,6 +73,7 @@ class Prepared(nnx.Module):
             return Dense(sparse_kernels.to_dense(packed).astype(self.dtype), bias)
         else:
             words, scales, zeros = sparse_kernels.to_codes(packed)
+        assert packed.bits is not None
         return Quantized(words, scales, zeros, bits=packed.bits, group_index=group_index, bias=bias)
 
 

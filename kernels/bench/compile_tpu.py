@@ -24,15 +24,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
-from idp_jax.kernels.bench.shapes import ROWS, all_shapes
-from idp_jax.kernels.quant_matmul import layout as quant_layout
-from idp_jax.kernels.quant_matmul import pallas_tpu as quant_tpu
-from idp_jax.kernels.sparse24_matmul import layout as sparse_layout
-from idp_jax.kernels.sparse24_matmul import pallas_tpu as sparse_tpu
-from idp_jax.kernels.stack import at
 from jax.experimental import pallas as pl
 from jax.experimental import topologies
 from jax.extend.core import Var
+
+from idp_jax.kernels.bench import cases
+from idp_jax.kernels.bench.shapes import ROWS, all_shapes
+from idp_jax.kernels.quant_matmul import pallas_tpu as quant_tpu
+from idp_jax.kernels.sparse24_matmul import pallas_tpu as sparse_tpu
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 BOUND = 1.15
@@ -62,18 +61,8 @@ class Result(NamedTuple):
 
 
 def _abstract_weight(case: Case) -> Any:
-    struct = jax.ShapeDtypeStruct
-    if case.bits is None:
-        dense = struct((case.inputs, case.outputs), jnp.bfloat16)
-        return jax.eval_shape(sparse_layout.from_dense, dense)
-    groups = 1 if case.group_size == -1 else case.inputs // case.group_size
-    arrays = (
-        struct((case.inputs * case.bits // 32, case.outputs), jnp.int32),
-        struct((groups, case.outputs), jnp.float16),
-        struct((groups, case.outputs), jnp.uint8),
-    )
-    make = quant_layout.repack if case.operation == "quant" else sparse_layout.from_codes
-    return jax.eval_shape(lambda *a: make(*a, bits=case.bits), *arrays)
+    kind = cases.Kind(case.operation, case.bits, case.group_size)
+    return cases.abstract_weight(kind, case.inputs, case.outputs, "rows")
 
 
 def program(case: Case):
@@ -118,13 +107,8 @@ def compile_case(case: Case, kind: str) -> Result:
 def bytes_of_a_walk(case: Case, kind: str) -> float:
     """Bytes accessed for one of eight layers walked by `lax.scan`, over packed weight + x + y."""
     weight = _abstract_weight(case)
-    stack = jax.tree.map(lambda a: jax.ShapeDtypeStruct((8, *a.shape), a.dtype), weight)
+    walk, stack = cases.layer_walk(program(case), weight)
     x = jax.ShapeDtypeStruct((case.rows, case.inputs), case.dtype)
-
-    def walk(x, stack):
-        step = lambda x, layer: (program(case)(x, at(stack, layer)), None)
-        return jax.lax.scan(step, x, jnp.arange(8, dtype=jnp.int32))[0]
-
     # XLA counts the body of a loop once.
     cost: Any = _compile(walk, kind, x, stack).cost_analysis()
     return cost["bytes accessed"] / _ideal_bytes(case, weight)
@@ -137,8 +121,8 @@ def _compile(function, kind: str, *arguments):
 
 
 def _ideal_bytes(case: Case, weight) -> int:
-    stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight))
-    return stored + case.rows * (case.inputs + case.outputs) * jnp.dtype(case.dtype).itemsize
+    activations = case.rows * (case.inputs + case.outputs) * jnp.dtype(case.dtype).itemsize
+    return cases.stored_bytes(weight) + activations
 
 
 def _walked(jaxpr) -> int:
@@ -172,7 +156,7 @@ def _device(kind: str):
     return topology.devices[0]
 
 
-def cases(rows=ROWS, shapes=None) -> Iterator[Case]:
+def every_case(rows=ROWS, shapes=None) -> Iterator[Case]:
     """Every kernel at every shape; gradients where training has them."""
     kernels: list[tuple[str, int | None, int]] = [("quant", b, 128) for b in (2, 3, 4, 8)]
     kernels += [("quant", 3, -1), ("quant", 3, 64), ("quant", 4, 32)]
@@ -203,7 +187,7 @@ def main() -> int:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     failures = 0
-    for kind, case in itertools.product(arguments.kinds.split(","), cases(rows)):
+    for kind, case in itertools.product(arguments.kinds.split(","), every_case(rows)):
         name = f"{case.operation}{' gradient' if case.gradient else ''} {case.dtype}"
         head = f"| {kind} | {name} | {case.bits or 'bf16'} | {case.group_size} "
         head += f"| {case.inputs} x {case.outputs} | {case.rows} |"

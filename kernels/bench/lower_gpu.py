@@ -9,25 +9,22 @@ to DIR. Values and speed are not checked.
 """
 
 import argparse
-import functools
 import itertools
 import math
 import os
 import re
 import sys
-from collections.abc import Callable
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import topologies
+
+from idp_jax.kernels.bench import cases
 from idp_jax.kernels.bench.shapes import all_shapes
 from idp_jax.kernels.quant_matmul import mosaic_gpu as quant_gpu
-from idp_jax.kernels.quant_matmul.layout import repack
 from idp_jax.kernels.sparse24_matmul import mosaic_gpu as sparse_gpu
-from idp_jax.kernels.sparse24_matmul.layout import from_codes, from_dense
-from idp_jax.kernels.stack import at
-from jax.experimental import topologies
 
 # Device facts of an H100 SXM, as XLA's GpuTargetConfig text proto.
 H100 = """
@@ -46,38 +43,6 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-def _checkpoint(bits: int, group_size: int, inputs: int, outputs: int):
-    groups = 1 if group_size == -1 else inputs // group_size
-    struct = jax.ShapeDtypeStruct
-    return (
-        struct((inputs * bits // 32, outputs), jnp.int32),
-        struct((groups, outputs), jnp.float16),
-        struct((groups, outputs), jnp.uint8),
-    )
-
-
-def quantised(bits: int, group_size: int, inputs: int, outputs: int):
-    """A packed weight that has shapes and no values."""
-    return jax.eval_shape(
-        functools.partial(repack, bits=bits, arrangement="fragments"),
-        *_checkpoint(bits, group_size, inputs, outputs),
-    )
-
-
-def sparse(inputs: int, outputs: int):
-    """A 2:4 weight that has shapes and no values."""
-    dense = jax.ShapeDtypeStruct((inputs, outputs), jnp.bfloat16)
-    return jax.eval_shape(functools.partial(from_dense, arrangement="fragments"), dense)
-
-
-def sparse_codes(bits: int, group_size: int, inputs: int, outputs: int):
-    """A 2:4 weight of quantised values that has shapes and no values."""
-    return jax.eval_shape(
-        functools.partial(from_codes, bits=bits, arrangement="fragments"),
-        *_checkpoint(bits, group_size, inputs, outputs),
-    )
-
-
 def lower(device, multiply, weight, rows: int, dtype):
     """Lowers one case."""
     sharding = jax.sharding.SingleDeviceSharding(device)
@@ -87,12 +52,7 @@ def lower(device, multiply, weight, rows: int, dtype):
 
 def sliced_by_a_walk(device, multiply, weight) -> int:
     """The most elements that the compiled walk over eight layers [N, N] cuts out of an array."""
-    stack = jax.tree.map(lambda a: jax.ShapeDtypeStruct((8, *a.shape), a.dtype), weight)
-
-    def walk(x, stack):
-        step = lambda x, layer: (multiply(x, at(stack, layer)), None)
-        return jax.lax.scan(step, x, jnp.arange(8, dtype=jnp.int32))[0]
-
+    walk, stack = cases.layer_walk(multiply, weight)
     program = lower(device, walk, stack, 1, jnp.bfloat16).compile().as_text() or ""
     shapes = re.findall(r"= \w+\[([\d,]*)\]\S* dynamic-slice\(", program)
     sizes = (math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes)
@@ -110,39 +70,25 @@ def main() -> int:
         platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100
     )
     failures = 0
-    kernels: list[tuple[str, Callable, Callable]] = [
-        (
-            f"{bits} bit, group {group}",
-            quant_gpu.quant_matmul,
-            functools.partial(quantised, bits, group),
-        )
-        for bits, group in itertools.product((2, 3, 4, 8), (-1, 32, 64, 128))
-    ]
-    kernels.append(("2:4", sparse_gpu.sparse24_matmul, sparse))
-    kernels += [
-        (
-            f"2:4, {bits} bit, group {group}",
-            sparse_gpu.sparse24_matmul,
-            functools.partial(sparse_codes, bits, group),
-        )
-        for bits, group in itertools.product((2, 3, 4, 8), (-1, 32, 64, 128))
-    ]
+    operations = {"quant": quant_gpu.quant_matmul, "sparse24": sparse_gpu.sparse24_matmul}
+    kinds = cases.every_kind((-1, 32, 64, 128))
     shapes = all_shapes()[:1] if arguments.quick else all_shapes()
-    for (kernel, multiply, make), (i, o) in itertools.product(kernels, shapes):
-        for rows in (1, 16, 64, 200):
-            dtype = jnp.float32 if rows == 16 else jnp.bfloat16
-            name = f"{kernel}, {i} x {o}, {rows} rows, {dtype.__name__}"
-            try:
-                lowered = lower(topology.devices[0], multiply, make(i, o), rows, dtype)
-                lowered.compile()
-                print(f"{name}: {len(lowered.as_text())} characters", flush=True)
-            except Exception as error:
-                failures += 1
-                print(f"{name}: failed, {str(error).splitlines()[0]}", flush=True)
-    for kernel, multiply, make in kernels:
-        size = sliced_by_a_walk(topology.devices[0], multiply, make(4096, 4096))
+    for kind, shape, rows in itertools.product(kinds, shapes, (1, 16, 64, 200)):
+        dtype = jnp.float32 if rows == 16 else jnp.bfloat16
+        name = f"{kind.name}, {shape[0]} x {shape[1]}, {rows} rows, {dtype.__name__}"
+        weight = cases.abstract_weight(kind, *shape, "fragments")
+        try:
+            lowered = lower(topology.devices[0], operations[kind.operation], weight, rows, dtype)
+            lowered.compile()
+            print(f"{name}: {len(lowered.as_text())} characters", flush=True)
+        except Exception as error:
+            failures += 1
+            print(f"{name}: failed, {str(error).splitlines()[0]}", flush=True)
+    for kind in kinds:
+        weight = cases.abstract_weight(kind, 4096, 4096, "fragments")
+        size = sliced_by_a_walk(topology.devices[0], operations[kind.operation], weight)
         failures += size > 1
-        print(f"{kernel}, a walk over layers: slices of {size} elements", flush=True)
+        print(f"{kind.name}, a walk over layers: slices of {size} elements", flush=True)
     print(f"{failures} failed")
     return failures > 0
 

@@ -9,14 +9,15 @@ feeds the next call, so that nothing is skipped or overlapped.
 """
 
 import argparse
-import functools
 import time
 
 import jax
 import jax.numpy as jnp
+
 from idp_jax.kernels.bench import cases
 from idp_jax.kernels.bench.shapes import ROWS, SHAPES
-from idp_jax.kernels.dispatch import best_backend
+from idp_jax.kernels.devices import best_backend
+from idp_jax.kernels.dispatch import arrangement_of
 
 _CACHE_BYTES = 256 * 2**20
 _REPEATS = 5
@@ -64,18 +65,12 @@ def copies(make, size: int) -> list:
     return [make(jax.random.key(k)) for k in range(count)]
 
 
-def _kernels(backend: str, shape) -> dict:
-    order = cases.arrangement_of(backend)
-    quantised = lambda bits, group, key: cases.quantised(key, bits, group, *shape, order)
-    sparse_codes = lambda bits, group, key: cases.sparse_codes(key, bits, group, *shape, order)
-    made: dict[str, tuple] = {
-        f"{bits} bit g{group}": ("quant", functools.partial(quantised, bits, group))
-        for bits, group in ((2, 128), (3, -1), (3, 128), (4, 128), (8, 128))
-    }
-    made["2:4"] = ("sparse24", lambda key: cases.sparse(key, *shape, order))
-    for bits in (2, 3, 4, 8):
-        made[f"2:4 {bits} bit g128"] = ("sparse24", functools.partial(sparse_codes, bits, 128))
-    return made
+def _kinds() -> list[cases.Kind]:
+    quantised = ((2, 128), (3, -1), (3, 128), (4, 128), (8, 128))
+    sparse = ((None, -1), (2, 128), (3, 128), (4, 128), (8, 128))
+    return [cases.Kind("quant", *case) for case in quantised] + [
+        cases.Kind("sparse24", *case) for case in sparse
+    ]
 
 
 def measure(backend: str, shape: tuple[int, int], rows: int, bandwidth: float) -> list[str]:
@@ -89,14 +84,16 @@ def measure(backend: str, shape: tuple[int, int], rows: int, bandwidth: float) -
     base = seconds_per_call(plain, x, dense)
     del dense
     lines = [f"| bf16 | {shape[0]} x {shape[1]} | {rows} | {base * 1e6:.1f} | | | 1 |"]
-    for name, (kernel, make) in _kernels(backend, shape).items():
+    order = arrangement_of(backend)
+    for kind in _kinds():
+        make = lambda key, kind=kind: cases.random_weight(key, kind, *shape, order)
         stored = cases.stored_bytes(make(jax.random.key(0)))
         weights = copies(make, stored)
-        seconds = seconds_per_call(cases.multiply(kernel, backend), x, weights)
+        seconds = seconds_per_call(cases.multiply(kind.operation, backend), x, weights)
         rate = (stored + 2 * rows * sum(shape)) / seconds
         lines.append(
-            f"| {name} | {shape[0]} x {shape[1]} | {rows} | {seconds * 1e6:.1f} | {rate / 1e9:.0f} "
-            f"| {rate / bandwidth:.0%} | {base / seconds:.2f} |"
+            f"| {kind.name} | {shape[0]} x {shape[1]} | {rows} | {seconds * 1e6:.1f} "
+            f"| {rate / 1e9:.0f} | {rate / bandwidth:.0%} | {base / seconds:.2f} |"
         )
     return lines
 

@@ -12,14 +12,19 @@ import json
 
 import jax
 import jax.numpy as jnp
+
+from idp_jax.kernels import gpu_blocks, tuned
 from idp_jax.kernels.bench import cases
 from idp_jax.kernels.bench.shapes import ROWS, SHAPES
 from idp_jax.kernels.bench.speed import copies, seconds_per_call
-from idp_jax.kernels.dispatch import best_backend
-from idp_jax.kernels.quant_matmul import config
+from idp_jax.kernels.devices import best_backend, device_kind
+from idp_jax.kernels.dispatch import arrangement_of
+from idp_jax.kernels.quant_matmul.sizes import DECODE_ROWS
 
 
-def table_key(backend: str, kernel: str, bits: int | None, shape, rows: int) -> str:
+def table_key(
+    backend: str, kernel: str, bits: int | None, shape: tuple[int, int], rows: int
+) -> str:
     """Where the sizes of a kernel at a shape stand in the table.
 
     Args:
@@ -29,7 +34,7 @@ def table_key(backend: str, kernel: str, bits: int | None, shape, rows: int) -> 
         shape: inputs and outputs.
         rows: of x.
     """
-    few = rows <= config.DECODE_ROWS
+    few = rows <= DECODE_ROWS
     name, taken = {
         ("pallas_tpu", "quant"): ("decode" if few else "prefill", bits),
         ("pallas_tpu", "sparse24"): ("sparse24", bits or 16),
@@ -37,7 +42,7 @@ def table_key(backend: str, kernel: str, bits: int | None, shape, rows: int) -> 
         # For every input half a value and half a position of 2 bits.
         ("mosaic_gpu", "sparse24"): ("gpu", 9) if bits is None else ("gpu512", bits / 2 + 1),
     }[backend, kernel]
-    return config.key(name, taken, *shape, rows)
+    return tuned.key(name, taken, *shape, rows)
 
 
 def candidates(name: str, rows: int) -> list[list[int]]:
@@ -52,22 +57,15 @@ def candidates(name: str, rows: int) -> list[list[int]]:
     return [list(s) for s in itertools.product(block_rows, (1, 2, 4, 8), (2, 4, 8))]
 
 
-def weight_of(kernel: str, bits: int | None, shape: tuple[int, int], order: str, key: jax.Array):
-    """A random weight, quantised ones in groups of 128."""
-    if bits is None:
-        return cases.sparse(key, *shape, order)
-    make = cases.quantised if kernel == "quant" else cases.sparse_codes
-    return make(key, bits, 128, *shape, order)
-
-
 def best_sizes(
     backend: str, kernel: str, bits: int | None, shape: tuple[int, int], rows: int
 ) -> list[int]:
     """The fastest candidate, measured."""
-    kind = jax.devices()[0].device_kind
-    table = config.tuned().setdefault(kind, {})
+    device = device_kind()
+    table = tuned.table().setdefault(device, {})
     name = table_key(backend, kernel, bits, shape, rows)
-    make = functools.partial(weight_of, kernel, bits, shape, cases.arrangement_of(backend))
+    kind = cases.Kind(kernel, bits, -1 if bits is None else 128)
+    make = lambda key: cases.random_weight(key, kind, *shape, arrangement_of(backend))
     weights = copies(make, cases.stored_bytes(make(jax.random.key(0))))
     x = jax.random.normal(jax.random.key(1), (rows, shape[0]), jnp.bfloat16)
     times = {}
@@ -84,7 +82,7 @@ def best_sizes(
         raise ValueError(f"no candidate runs for {name}: extend `candidates` in tune.py")
     best = min(times, key=lambda sizes: times[sizes])
     table[name] = list(best)
-    print(f"{kind}, {name}: {list(best)} {times[best] * 1e6:.1f} us", flush=True)
+    print(f"{device}, {name}: {list(best)} {times[best] * 1e6:.1f} us", flush=True)
     return list(best)
 
 
@@ -102,7 +100,7 @@ def main() -> None:
     if backend == "xla":
         parser.error("there is nothing to tune on a CPU: run this where a TPU or a GPU is")
     numbers = lambda text: list(map(int, text.split(",")))
-    rows_served = config.GPU_ROWS if backend == "mosaic_gpu" else max(ROWS)
+    rows_served = gpu_blocks.MOST_ROWS if backend == "mosaic_gpu" else max(ROWS)
     rows = [m for m in numbers(arguments.rows) if m <= rows_served]
     for kernel in arguments.kernels.split(","):
         values = [None] * (kernel == "sparse24") + numbers(arguments.bits)
@@ -112,9 +110,9 @@ def main() -> None:
 
 
 def _write() -> None:
-    partial = config.TABLE.with_suffix(".partial")
-    partial.write_text(json.dumps(config.tuned(), indent=1, sort_keys=True) + "\n")
-    partial.replace(config.TABLE)
+    partial = tuned.TABLE.with_suffix(".partial")
+    partial.write_text(json.dumps(tuned.table(), indent=1, sort_keys=True) + "\n")
+    partial.replace(tuned.TABLE)
 
 
 if __name__ == "__main__":

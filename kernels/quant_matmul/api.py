@@ -29,28 +29,14 @@ def prepare(
 
     Args: see `layout.repack`; backend is one of `dispatch.BACKENDS` or "auto".
     """
-    backend = dispatch.best_backend() if backend == "auto" else backend
-    arrangement = "fragments" if backend == "mosaic_gpu" else "rows"
+    arrangement = dispatch.arrangement_of(backend)
     return repack(words, scales, zeros, bits=bits, group_index=group_index, arrangement=arrangement)
 
 
 def quant_matmul(
     x: jax.Array, weight: KernelWeight, *, backend: str = "auto", interpret=False
 ) -> jax.Array:
-    """Multiplies by a packed weight.
-
-    Args:
-        x: bfloat16 or float32 [..., I].
-        weight: from `prepare`.
-        backend: "auto" or one of `dispatch.BACKENDS`.
-        interpret: run the TPU kernel on the CPU; for tests.
-
-    Returns:
-        [..., O] of x's dtype, summed in float32.
-
-    Raises:
-        ValueError: x of another width, an unknown backend, or a named one that cannot serve.
-    """
+    """Multiplies x [..., I] by a packed weight, from `prepare`: see `dispatch.multiply`."""
     return dispatch.multiply(
         "quant_matmul", x, weight, _MODULES, backend=backend, interpret=interpret
     )

@@ -10,33 +10,22 @@ for group g. Eight bits fill the mantissa and are converted.
 """
 
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .. import tpu_blocks
-from ..frozen import frozen_product
-from ..stack import stacked
-from . import config
-from .layout import GRID_SPAN, TILE, KernelWeight, fields_of, rows_of_set
+from .. import dispatch, tpu_blocks
+from ..codes import GRID_SPAN, TILE, scales_and_offsets
+from ..devices import device_kind
+from ..frozen import checked, frozen_product
+from ..stack import as_stack
+from ..tpu_blocks import LANES, group_rows, quotient, scaled, unpack_block
+from . import sizes
+from .layout import KernelWeight
 
-_LANES = 128
-
-
-def unsupported(x: jax.Array, weight: KernelWeight) -> str | None:
-    """Why these kernels cannot serve, or None if they can."""
-    if x.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"x is {x.dtype}: bfloat16 and float32 are supported"
-    if weight.arrangement != "rows":
-        return f"the words are arranged as {weight.arrangement}: prepare the weight for pallas_tpu"
-    size = weight.group_size
-    if weight.groups > 1 and size not in (32, 64, 128, 256, 512) and size % GRID_SPAN:
-        return f"group size {size} is not 32, 64, 128, 256, 512 or a multiple of {GRID_SPAN}"
-    return None
+unsupported = functools.partial(dispatch.unsupported, backend="pallas_tpu", span=GRID_SPAN)
 
 
 def quant_matmul(x: jax.Array, weight: KernelWeight, *, interpret=False) -> jax.Array:
@@ -50,38 +39,37 @@ def quant_matmul(x: jax.Array, weight: KernelWeight, *, interpret=False) -> jax.
     Raises:
         ValueError: what `unsupported` says.
     """
-    reason = unsupported(x, weight)
-    if reason:
-        raise ValueError(reason)
     return _product(x, weight, interpret)
 
 
 def _value(x: jax.Array, weight: KernelWeight, interpret) -> jax.Array:
-    kernel = _decode if x.shape[0] <= config.DECODE_ROWS else _prefill
+    kernel = _decode if x.shape[0] <= sizes.DECODE_ROWS else _prefill
     return kernel(x, weight, interpret)
 
 
 def _prefill(
     x: jax.Array, weight: KernelWeight, interpret, *, transposed: bool = False
 ) -> jax.Array:
-    blocks = config.prefill_blocks(
+    blocks = sizes.prefill_blocks(
         device_kind(), weight.bits, weight.inputs, weight.outputs, x.shape[0], x.dtype.itemsize
     )
-    tiles = -(-weight.inputs // TILE)
-    blocks = blocks._replace(i=min(blocks.i, tiles * TILE), o=min(blocks.o, weight.outputs))
+    inputs = -(-weight.inputs // TILE) * TILE
+    blocks = blocks._replace(
+        inputs=min(blocks.inputs, inputs), outputs=min(blocks.outputs, weight.outputs)
+    )
     if weight.groups > 1:
         # A part of a sharded weight has no spare rows in its grid: its blocks must end with it.
         rows_of = lambda i: pl.cdiv(weight.inputs, i) * max(1, i // weight.group_size)
-        while blocks.i > TILE and rows_of(blocks.i) > weight.grid.shape[-2]:
-            blocks = blocks._replace(i=blocks.i // TILE // 2 * TILE)
-    stack, layer = stacked(weight)
+        while blocks.inputs > TILE and rows_of(blocks.inputs) > weight.grid.shape[-2]:
+            blocks = blocks._replace(inputs=blocks.inputs // TILE // 2 * TILE)
+    stack, layer = as_stack(weight)
     return tpu_blocks.product(
         x,
         [
-            tpu_blocks.Operand(stack.words, blocks.i // TILE * 8 * weight.bits),
+            tpu_blocks.Operand(stack.words, blocks.inputs // TILE * 8 * weight.bits),
             tpu_blocks.Operand(stack.grid, None),
         ],
-        functools.partial(expand, weight=weight),
+        functools.partial(_expand, weight=weight),
         blocks=blocks,
         transposed=transposed,
         inputs=weight.inputs,
@@ -91,35 +79,21 @@ def _prefill(
     )
 
 
-def expand(refs, part: tpu_blocks.Part, dtype, *, weight: KernelWeight) -> jax.Array:
+def _expand(refs, part: tpu_blocks.Part, dtype, *, weight: KernelWeight) -> jax.Array:
     """One block of weights [inputs, outputs]: scale * (q - zero), rounded to `dtype`."""
     words_ref, grid_ref = refs
     codes = unpack_block(words_ref[...], weight.bits).astype(jnp.float32)
     rows = grid_ref[...] if weight.groups == 1 else group_rows(grid_ref, part, weight.group_size)
-    scales, zeros = scales_and_offsets(rows, weight.bits, weight.scale_dtype)
-    grouped = codes.reshape(scales.shape[0], -1, codes.shape[1])
-    weights = scales[:, None, :] * (grouped - zeros[:, None, :])
-    return weights.reshape(codes.shape).astype(dtype)
-
-
-def group_rows(grid_ref, part: tpu_blocks.Part, group_size: int) -> jax.Array:
-    """The rows of a grid that belong to one block of inputs."""
-    count = max(1, part.inputs // group_size)
-    first = quotient(part.index * part.inputs, group_size)
-    if count % 8 == 0:
-        return grid_ref[pl.ds(pl.multiple_of(first, 8), count), :]
-    # A window that does not start at a register's first row can only be read row by row.
-    rows = [grid_ref[pl.ds(first + k, 1), :] for k in range(count)]
-    return jnp.concatenate(rows, axis=0)
+    return scaled(codes, *scales_and_offsets(rows, weight.bits, weight.scale_dtype)).astype(dtype)
 
 
 def _decode(x: jax.Array, weight: KernelWeight, interpret) -> jax.Array:
     tiles = -(-weight.inputs // TILE)
-    outputs = config.decode_outputs(
+    outputs = sizes.decode_outputs(
         device_kind(), weight.bits, weight.inputs, weight.outputs, x.shape[0]
     )
     outputs = min(outputs, weight.outputs)
-    stack, layer = stacked(weight)
+    stack, layer = as_stack(weight)
     rows = stack.grid.shape[1]
     x = jnp.pad(x, ((0, 0), (0, tiles * TILE - weight.inputs)))
     stored = (stack.words.nbytes + stack.grid.nbytes) // stack.grid.shape[0]
@@ -153,7 +127,9 @@ def _decode(x: jax.Array, weight: KernelWeight, interpret) -> jax.Array:
     )(layer, x, stack.words, stack.grid)
 
 
-_product = frozen_product(_value, functools.partial(_prefill, transposed=True))
+_product = checked(
+    frozen_product(_value, functools.partial(_prefill, transposed=True)), unsupported
+)
 
 
 def _decode_body(
@@ -188,6 +164,7 @@ def _decode_body(
 
 def _centred(x: jax.Array, codes: jax.Array, offsets: jax.Array) -> jax.Array:
     """x [M, N] @ (codes [N, O] - offsets [1, O]) in float32."""
+    # What is subtracted is the same for all inputs of a group: once from a sum, not from each code.
     sums = jnp.sum(x.astype(jnp.float32), axis=1, keepdims=True)
     return tpu_blocks.dot(x, codes) - sums * offsets
 
@@ -195,90 +172,15 @@ def _centred(x: jax.Array, codes: jax.Array, offsets: jax.Array) -> jax.Array:
 def _scaled_groups(x, codes, scales_ref, offsets_ref, tile, weight: KernelWeight) -> jax.Array:
     """x [M, 256] times one tile of codes, every group scaled."""
     size, total = weight.group_size, jnp.zeros((), jnp.float32)
-    for start in range(0, TILE, _LANES):
-        own, codes_part = x[:, start : start + _LANES], codes[start : start + _LANES]
-        lane = jax.lax.broadcasted_iota(jnp.int32, own.shape, 1)
-        for k in range(max(1, _LANES // size)):
-            if size < _LANES:
+    for start in range(0, TILE, LANES):
+        x_group, codes_part = x[:, start : start + LANES], codes[start : start + LANES]
+        lane = jax.lax.broadcasted_iota(jnp.int32, x_group.shape, 1)
+        for k in range(max(1, LANES // size)):
+            if size < LANES:
                 # The lanes of other groups are zeroed: a slice of lanes would have to be shifted.
                 inside = quotient(lane, size) == k
-                own = jnp.where(inside, x[:, start : start + _LANES].astype(jnp.float32), 0.0)
-                own = own.astype(x.dtype)
+                x_group = jnp.where(inside, x[:, start : start + LANES].astype(jnp.float32), 0.0)
+                x_group = x_group.astype(x.dtype)
             row = pl.ds(quotient(tile * TILE + start, size) + k, 1)
-            total += _centred(own, codes_part, offsets_ref[row, :]) * scales_ref[row, :]
+            total += _centred(x_group, codes_part, offsets_ref[row, :]) * scales_ref[row, :]
     return total
-
-
-def unpack_block(words: jax.Array, bits: int) -> jax.Array:
-    """Words of whole tiles to bfloat16 codes [inputs, outputs]: 2^bits + q, or q with 8 bits."""
-    rows, per_tile = rows_of_set(bits), 8 * bits
-    blocks = []
-    for tile in range(0, words.shape[0], per_tile):
-        sets = [words[tile + part : tile + part + rows] for part in range(0, per_tile, rows)]
-        pairs = [pairs_of_field(sets, pieces, bits) for pieces in fields_of(bits)]
-        blocks += [pltpu.bitcast(words, jnp.bfloat16) for words in pairs]
-    return jnp.concatenate(blocks, axis=0)
-
-
-def pairs_of_field(sets: Sequence[jax.Array], pieces, bits: int) -> jax.Array:
-    """Two codes of every word as two bfloat16 in a word: 2^bits + q, or q with 8 bits.
-
-    Args:
-        sets: words int32 of each set, of one shape, which is that of the result.
-        pieces: a field, from `fields_of`.
-        bits: 2, 3, 4 or 8.
-    """
-    if bits == 8:
-        ((_, shift, _, _),) = pieces
-        low = _bfloat16_bits((sets[0] >> shift) & np.int32(0xFF))
-        high = _bfloat16_bits((sets[0] >> (shift + 16)) & np.int32(0xFF))
-        return jax.lax.shift_right_logical(low, jnp.int32(16)) | high
-    word = jnp.int32((127 + bits) << 7) * jnp.int32(0x00010001)
-    for part, shift, mask, position in pieces:
-        place = 7 - bits + position
-        both = np.uint32(mask << place) * np.uint32(0x00010001)
-        word |= _shifted(sets[part], shift - place) & both.astype(np.int32)
-    return word
-
-
-def _shifted(words: jax.Array, right: int) -> jax.Array:
-    if right == 0:
-        return words
-    if right > 0:
-        return jax.lax.shift_right_logical(words, jnp.int32(right))
-    return jax.lax.shift_left(words, jnp.int32(-right))
-
-
-def _bfloat16_bits(codes: jax.Array) -> jax.Array:
-    """The bfloat16 of integers below 256, exact, in the upper half of a word."""
-    return jax.lax.bitcast_convert_type(codes.astype(jnp.float32), jnp.int32)
-
-
-def scales_and_offsets(grid: jax.Array, bits: int, scale_dtype: str) -> tuple[jax.Array, jax.Array]:
-    """float32 scales and what to subtract from the values of `unpack_block`, from words of `grid`.
-
-    float16 has no place in a TPU's registers: it is taken apart, exactly, subnormal numbers too.
-    """
-    base = 0 if bits == 8 else 2**bits
-    offsets = (jax.lax.shift_right_logical(grid, jnp.int32(16)) + jnp.int32(base)).astype(
-        jnp.float32
-    )
-    if scale_dtype == "bfloat16":
-        return jax.lax.bitcast_convert_type(grid << 16, jnp.float32), offsets
-    exponent = (grid >> 10) & jnp.int32(31)
-    hidden = jnp.where(exponent > 0, jnp.int32(1 << 10), jnp.int32(0))
-    mantissa = ((grid & jnp.int32(0x3FF)) | hidden).astype(jnp.float32)
-    power = (jnp.maximum(exponent, 1) + jnp.int32(127 - 25)) << 23
-    magnitude = mantissa * jax.lax.bitcast_convert_type(power, jnp.float32)
-    negative = (grid & jnp.int32(1 << 15)) != 0
-    return jnp.where(negative, -magnitude, magnitude), offsets
-
-
-def quotient(number: jax.Array | int, divisor: int) -> jax.Array:
-    """number / divisor for numbers that are not negative: `//` would test for a sign."""
-    return jax.lax.div(jnp.asarray(number, jnp.int32), jnp.int32(divisor))
-
-
-def device_kind() -> str:
-    """The kind of the default device, the key of tuned.json."""
-    return jax.devices()[0].device_kind

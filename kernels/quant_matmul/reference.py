@@ -5,14 +5,14 @@ Invariant: nothing is rounded but the result. Arrays must be concrete, so it can
 
 import numpy as np
 
-from ..stack import alone
+from ..packing import unpack
+from ..stack import slice_layer
 from .layout import KernelWeight, restore
-from .packing import unpack
 
 
 def dense(weight: KernelWeight) -> np.ndarray:
     """The matrix float64 [I, O] that a packed weight stands for."""
-    words, scales, zeros, group_index = restore(alone(weight))
+    words, scales, zeros, group_index = restore(slice_layer(weight))
     codes = np.asarray(unpack(words, weight.bits), np.float64)
     if group_index is None:
         index = np.arange(weight.inputs) // weight.group_size

@@ -1,9 +1,8 @@
-"""Products with packed weights in plain XLA: the path that runs everywhere, and what faster kernels
-are measured against.
+"""Products with packed weights in plain XLA: the path that runs everywhere.
 
-Invariant: weights are expanded as scale * (q - zero) in float32 and only then cast; products
-accumulate in float32. Expanded weights never outlive the call, in differentiation neither: the
-backward pass expands them again instead of storing them.
+Faster kernels are measured against it. Invariant: weights are expanded as scale * (q - zero) in
+float32 and only then cast; products accumulate in float32. Expanded weights never outlive the call,
+in differentiation neither: the backward pass expands them again instead of storing them.
 """
 
 import functools
@@ -11,9 +10,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from ..stack import alone
+from ..packing import unpack
+from ..stack import slice_layer
 from .layout import KernelWeight, codes_of, scales_and_zeros
-from .packing import unpack
 
 
 def dequantize(
@@ -91,7 +90,8 @@ def quant_matmul(
             "check bits and the packed axis"
         )
     product = functools.partial(_expand_and_multiply, bits=bits)
-    return jax.checkpoint(product)(x, words, scales, zeros, group_index)
+    with jax.named_scope("quant_matmul.xla"):
+        return jax.checkpoint(product)(x, words, scales, zeros, group_index)
 
 
 def _expand_and_multiply(
@@ -114,7 +114,7 @@ def multiply(x: jax.Array, weight: KernelWeight) -> jax.Array:
     """
 
     def product(x, weight):
-        expanded = expand(alone(weight), x.dtype)
+        expanded = expand(slice_layer(weight), x.dtype)
         return jnp.matmul(x, expanded, preferred_element_type=jnp.float32).astype(x.dtype)
 
     return jax.checkpoint(product)(x, weight)

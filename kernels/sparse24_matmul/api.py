@@ -40,9 +40,7 @@ def from_codes(
 
 
 def _arrangement(backend: str, outputs: int) -> str:
-    if backend == "auto" and outputs % 64 == 0:
-        backend = dispatch.best_backend()
-    return "fragments" if backend == "mosaic_gpu" else "rows"
+    return "rows" if backend == "auto" and outputs % 64 else dispatch.arrangement_of(backend)
 
 
 def unsupported(weight: SparseWeight, backend: str, dtype: str) -> str | None:
@@ -60,20 +58,7 @@ def unsupported(weight: SparseWeight, backend: str, dtype: str) -> str | None:
 def sparse24_matmul(
     x: jax.Array, weight: SparseWeight, *, backend: str = "auto", interpret=False
 ) -> jax.Array:
-    """Multiplies by a 2:4 sparse weight.
-
-    Args:
-        x: bfloat16 or float32 [..., I].
-        weight: from `from_dense` or `from_codes`.
-        backend: "auto" or one of `dispatch.BACKENDS`.
-        interpret: run the TPU kernel on the CPU; for tests.
-
-    Returns:
-        [..., O] of x's dtype, summed in float32.
-
-    Raises:
-        ValueError: x of another width, an unknown backend, or a named one that cannot serve.
-    """
+    """Multiplies x [..., I] by a 2:4 weight, from the above: see `dispatch.multiply`."""
     return dispatch.multiply(
         "sparse24_matmul", x, weight, _MODULES, backend=backend, interpret=interpret
     )

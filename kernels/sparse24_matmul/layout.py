@@ -1,21 +1,22 @@
-"""2:4 sparse weights as the kernels read them: the two kept values of every four inputs, and where
-they stood.
+"""2:4 sparse weights as the kernels read them.
 
-Invariant: `to_dense(from_dense(w))` is w, and `to_codes(from_codes(...))` gives back the codes, bit
-for bit. A quad is four consecutive inputs of one output. The first kept values of all quads come
-before the second ones ([2, quads, O]); a quad's two positions are one code of 4 bits,
-first + 4 * second with first < second, eight codes to a word: in a tile of 64 quads (256 inputs),
-field f of row r is quad 8 f + r, so that one shift and one mask give eight quads in a row.
+They are the two kept values of every four inputs, and where these stood. Invariant:
+`to_dense(from_dense(w))` is w, and `to_codes(from_codes(...))` gives back the codes, bit for bit.
+
+A quad is four consecutive inputs of one output. The first kept values of all quads come before the
+second ones ([2, quads, O]); a quad's two positions are one code of 4 bits, first + 4 * second with
+first < second, eight codes to a word: in a tile of 64 quads (256 inputs), field f of row r is quad
+8 f + r, so that one shift and one mask give eight quads in a row.
 
 Values are bfloat16 (9/16 of the bytes of the dense matrix) or quantised codes. The latter are
-packed by the layout of `quant_matmul`, in tiles of 512 inputs: the first values of their 128
-quads, then the second ones; a group has one scale and zero, and a dropped weight has q = zero.
+packed as in codes.py, in tiles of 512 inputs: the first values of their 128 quads, then the second
+ones; a group has one scale and zero, and a dropped weight has q = zero.
 
 GPUs read another order (`arrangement` "fragments"): the first value of a quad is followed by its
 second one. Two bfloat16 values make a word, the first one below; codes are packed in this order, so
 that two of a quad become such a word. Words of values, like those of positions, are put in the
-order of `quant_matmul`'s `to_fragments`: what a thread needs of eight rows by 64 outputs is one
-vector of four words.
+order of `codes.to_fragments`: what a thread needs of eight rows by 64 outputs is one vector of four
+words.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from ..quant_matmul.layout import (
+from ..codes import (
     from_fragments,
     pack_grid,
     pack_tiles,
@@ -33,7 +34,7 @@ from ..quant_matmul.layout import (
     unpack_grid,
     unpack_tiles,
 )
-from ..quant_matmul.packing import pack, unpack
+from ..packing import pack, unpack
 
 QUADS = 64
 """Quads of a tile of positions: 256 inputs, 8 rows of words."""
@@ -82,6 +83,24 @@ class SparseWeight:
         return self.positions.shape[-1]
 
     @property
+    def axes(self) -> dict[str, tuple[int | None, int]]:
+        """See weight.py."""
+        outputs = -3 if self.arrangement == "fragments" else -1
+        axes: dict[str, tuple[int | None, int]] = {
+            "values": (-2, outputs),
+            "positions": (-2, outputs),
+        }
+        if self.grid is not None:
+            axes["grid"] = (None if self.groups == 1 else -2, -1)
+        return axes
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """See weight.py."""
+        quads = QUADS if self.bits is None else CODED_QUADS
+        return 4 * quads, 64 if self.arrangement == "fragments" else 1
+
+    @property
     def group_size(self) -> int:
         """Inputs of a group."""
         return self.inputs // self.groups
@@ -121,7 +140,7 @@ def from_codes(
     """Compresses a quantised matrix whose dropped weights have the code of zero.
 
     Args:
-        words: int32 [I * bits / 32, O], the checkpoint's layout (see quant_matmul/packing.py).
+        words: int32 [I * bits / 32, O], the checkpoint's layout (see packing.py).
         scales: float16 [G, O].
         zeros: unsigned integers [G, O].
         bits: 2, 3, 4 or 8.

@@ -7,10 +7,8 @@ and 2 b + 9 of every 16 columns of an operand, so if 16 columns are inputs 0 and
 and the next 16 their inputs 2 and 3, it has quads b and b + 4. x is put in that order
 (`reordered`), and no value moves between threads.
 
-Quantised values become bfloat16 codes and lose their zero as in quant_matmul, before they are laid
-out: what was dropped is 0, exactly.
-
-Many rows and the gradient expand the weight in XLA.
+Quantised values become bfloat16 codes and lose their zero before they are laid out: what was
+dropped is 0, exactly. Many rows and the gradient expand the weight in XLA.
 """
 
 import functools
@@ -19,11 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import gpu_blocks
-from ..frozen import frozen_product, gradient_of
-from ..quant_matmul import config
-from ..quant_matmul.mosaic_gpu import add_tile
-from ..stack import stacked
+from .. import dispatch, gpu_blocks
+from ..frozen import checked
+from ..stack import as_stack
 from . import xla
 from .layout import CODED_QUADS, SparseWeight
 
@@ -33,16 +29,7 @@ _CODED_TILE = 4 * CODED_QUADS
 """Inputs of a tile of quantised values; a tile of bfloat16 ones has 256."""
 
 
-def unsupported(x: jax.Array, weight: SparseWeight) -> str | None:
-    """Why this kernel cannot serve, or None if it can."""
-    if x.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"x is {x.dtype}: bfloat16 and float32 are supported"
-    if weight.arrangement != "fragments":
-        return f"the weight is arranged as {weight.arrangement}: compress it for mosaic_gpu"
-    size = weight.group_size
-    if weight.groups > 1 and size not in (32, 64, 128, 256) and size % _CODED_TILE:
-        return f"group size {size} is not 32, 64, 128, 256 or a multiple of {_CODED_TILE}"
-    return None
+unsupported = functools.partial(dispatch.unsupported, backend="mosaic_gpu", span=_CODED_TILE)
 
 
 def sparse24_matmul(x: jax.Array, weight: SparseWeight, *, interpret=None) -> jax.Array:
@@ -56,16 +43,11 @@ def sparse24_matmul(x: jax.Array, weight: SparseWeight, *, interpret=None) -> ja
     Raises:
         ValueError: what `unsupported` says.
     """
-    reason = unsupported(x, weight)
-    if reason:
-        raise ValueError(reason)
-    if x.shape[0] > config.GPU_ROWS:
-        return xla.multiply(x, weight)
     return _product(x, weight, interpret)
 
 
 def _value(x: jax.Array, weight: SparseWeight, interpret) -> jax.Array:
-    stack, layer = stacked(weight)
+    stack, layer = as_stack(weight)
     words, grid = gpu_blocks.words_operand, gpu_blocks.grid_operand
     multiply = functools.partial(
         gpu_blocks.product, reordered(x), outputs=weight.outputs, layer=layer, interpret=interpret
@@ -93,7 +75,7 @@ def _value(x: jax.Array, weight: SparseWeight, interpret) -> jax.Array:
     )
 
 
-_product = frozen_product(_value, gradient_of(xla.multiply))
+_product = checked(gpu_blocks.few_rows_product(_value, xla.multiply), unsupported)
 
 
 def reordered(x: jax.Array) -> jax.Array:
@@ -119,7 +101,7 @@ def _add_tile(x_smem, positions_smem, values_smem, total, *, interpreted: bool):
 def _add_coded_tile(
     x_smem, positions_smem, values_smem, grid_smem, total, *, bits: int, chunk: int, interpreted
 ):
-    """The sum so far and the product of one tile, see quant_matmul."""
+    """The sum so far and the product of one tile of quantised values."""
     positions = [gpu_blocks.load_words(positions_smem, k, interpreted) for k in range(2)]
 
     def lay_out(kept: jax.Array, piece: int) -> jax.Array:
@@ -128,7 +110,7 @@ def _add_coded_tile(
             halves += expand(values, positions[k // _FIELDS], k % _FIELDS)
         return gpu_blocks.operand(halves, interpreted)
 
-    return add_tile(
+    return gpu_blocks.add_coded_tile(
         x_smem,
         values_smem,
         grid_smem,

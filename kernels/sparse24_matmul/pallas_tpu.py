@@ -12,26 +12,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .. import tpu_blocks
-from ..frozen import frozen_product
-from ..quant_matmul.pallas_tpu import device_kind, group_rows, scales_and_offsets, unpack_block
-from ..stack import stacked
-from . import config
+from .. import dispatch, tpu_blocks
+from ..codes import GRID_SPAN, scales_and_offsets
+from ..devices import device_kind
+from ..frozen import checked, frozen_product
+from ..stack import as_stack
+from ..tpu_blocks import LANES, group_rows, scaled, unpack_block
+from . import sizes
 from .layout import CODED_QUADS, QUADS, SparseWeight
 
-_LANES = 128
-
-
-def unsupported(x: jax.Array, weight: SparseWeight) -> str | None:
-    """Why this kernel cannot serve, or None if it can."""
-    if x.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"x is {x.dtype}: bfloat16 and float32 are supported"
-    if weight.arrangement != "rows":
-        return f"the weight is arranged as {weight.arrangement}: compress it for pallas_tpu"
-    size = weight.group_size
-    if weight.groups > 1 and size not in (32, 64, 128, 256, 512) and size % 1024:
-        return f"group size {size} is not 32, 64, 128, 256, 512 or a multiple of 1024"
-    return None
+unsupported = functools.partial(dispatch.unsupported, backend="pallas_tpu", span=GRID_SPAN)
 
 
 def sparse24_matmul(x: jax.Array, weight: SparseWeight, *, interpret=False) -> jax.Array:
@@ -45,30 +35,26 @@ def sparse24_matmul(x: jax.Array, weight: SparseWeight, *, interpret=False) -> j
     Raises:
         ValueError: what `unsupported` says.
     """
-    reason = unsupported(x, weight)
-    if reason:
-        raise ValueError(reason)
     return _product(x, weight, interpret)
 
 
 def _blocked(
     x: jax.Array, weight: SparseWeight, interpret, *, transposed: bool = False
 ) -> jax.Array:
-    blocks = config.blocks(
-        device_kind(),
-        weight.bits,
-        weight.inputs,
-        weight.outputs,
-        x.shape[0],
-        x.dtype.itemsize,
+    blocks = sizes.blocks(
+        device_kind(), weight.bits, weight.inputs, weight.outputs, x.shape[0], x.dtype.itemsize
     )
-    stack, layer = stacked(weight)
-    quads = stack.positions.shape[1] * 8
-    lanes = pl.cdiv(weight.outputs, _LANES) * _LANES
-    blocks = blocks._replace(i=min(blocks.i, quads * 4), o=min(blocks.o, lanes))
-    rows = blocks.i // 4 if weight.bits is None else blocks.i // 512 * 8 * weight.bits
+    stack, layer = as_stack(weight)
+    inputs = stack.positions.shape[1] * 32
+    outputs = pl.cdiv(weight.outputs, LANES) * LANES
+    blocks = blocks._replace(
+        inputs=min(blocks.inputs, inputs), outputs=min(blocks.outputs, outputs)
+    )
+    rows = blocks.inputs // 4
+    if weight.bits is not None:
+        rows = blocks.inputs // (4 * CODED_QUADS) * 8 * weight.bits
     operands = [
-        tpu_blocks.Operand(stack.positions, blocks.i // 32),
+        tpu_blocks.Operand(stack.positions, blocks.inputs // 32),
         tpu_blocks.Operand(stack.values, rows),
     ]
     if stack.grid is not None:
@@ -82,13 +68,15 @@ def _blocked(
         inputs=weight.inputs,
         layer=layer,
         # Stores with a stride need rows of one register's width.
-        scratch=[pltpu.VMEM((blocks.i, _LANES), jnp.float32)] * (blocks.o // _LANES),
+        scratch=[pltpu.VMEM((blocks.inputs, LANES), jnp.float32)] * (blocks.outputs // LANES),
         interpret=interpret,
         name="sparse24_matmul_gradient" if transposed else "sparse24_matmul",
     )
 
 
-_product = frozen_product(_blocked, functools.partial(_blocked, transposed=True))
+_product = checked(
+    frozen_product(_blocked, functools.partial(_blocked, transposed=True)), unsupported
+)
 
 
 def _expand(refs, part: tpu_blocks.Part, dtype, *, weight: SparseWeight) -> jax.Array:
@@ -106,9 +94,11 @@ def _expand(refs, part: tpu_blocks.Part, dtype, *, weight: SparseWeight) -> jax.
         first, second = codes & jnp.int32(3), (codes >> 2) & jnp.int32(3)
         a, b = (plane[tile * QUADS : (tile + 1) * QUADS] for plane in kept)
         for p in range(4):
+            # Row r of `column` is input p of quad r, row 4 r + p of the block. Interleaving four
+            # such arrays in registers would shuffle all their rows; a store takes a stride instead.
             column = jnp.where(first == p, a, jnp.where(second == p, b, jnp.float32(0)))
             for k, strip_ref in enumerate(strips):
-                part_of_row = column[:, k * _LANES : (k + 1) * _LANES]
+                part_of_row = column[:, k * LANES : (k + 1) * LANES]
                 strip_ref[pl.ds(tile * 4 * QUADS + p, QUADS, 4), :] = part_of_row
     return jnp.concatenate([strip_ref[...].astype(dtype) for strip_ref in strips], axis=1)
 
@@ -120,11 +110,6 @@ def _dequantised(values_ref, grid_ref, part: tpu_blocks.Part, weight: SparseWeig
     starts = range(0, codes.shape[0], CODED_QUADS)
     pieces = [codes[start : start + CODED_QUADS] for start in starts]
     rows = grid_ref[...] if weight.groups == 1 else group_rows(grid_ref, part, weight.group_size)
-    scales, offsets = scales_and_offsets(rows, weight.bits, "float16")
-    kept = []
-    for plane in range(2):
-        values = jnp.concatenate(pieces[plane::2], axis=0)
-        grouped = values.reshape(scales.shape[0], -1, values.shape[1])
-        values = scales[:, None, :] * (grouped - offsets[:, None, :])
-        kept.append(values.reshape(-1, values.shape[-1]))
-    return kept
+    grid = scales_and_offsets(rows, weight.bits, "float16")
+    # A tile has the first values of its quads, then their second ones.
+    return [scaled(jnp.concatenate(pieces[plane::2], axis=0), *grid) for plane in range(2)]

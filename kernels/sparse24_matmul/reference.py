@@ -5,14 +5,14 @@ Invariant: nothing is rounded but the result. Arrays must be concrete, so it can
 
 import numpy as np
 
-from ..quant_matmul.packing import unpack
-from ..stack import alone
+from ..packing import unpack
+from ..stack import slice_layer
 from .layout import SparseWeight, to_codes, to_dense
 
 
 def dense(weight: SparseWeight) -> np.ndarray:
     """The matrix float64 [I, O]."""
-    weight = alone(weight)
+    weight = slice_layer(weight)
     if weight.bits is None:
         return np.asarray(to_dense(weight), np.float64)
     words, scales, zeros = to_codes(weight)

@@ -7,7 +7,7 @@ backward pass expands it again.
 import jax
 import jax.numpy as jnp
 
-from ..stack import alone
+from ..stack import slice_layer
 from .layout import SparseWeight, to_dense
 
 
@@ -15,7 +15,7 @@ def multiply(x: jax.Array, weight: SparseWeight) -> jax.Array:
     """Multiplies x [..., I]: [..., O] of x's dtype. Differentiable in x."""
 
     def product(x, weight):
-        expanded = to_dense(alone(weight)).astype(x.dtype)
+        expanded = to_dense(slice_layer(weight)).astype(x.dtype)
         return jnp.matmul(x, expanded, preferred_element_type=jnp.float32).astype(x.dtype)
 
     return jax.checkpoint(product)(x, weight)

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from idp_jax.kernels.quant_matmul.packing import pack
 
 from idp_jax.formats import compressed_tensors, gptq
 from idp_jax.formats.quantization import BITS, Layout, Packing
+from idp_jax.kernels.packing import pack
 from idp_jax.weights import Dense, Quantized
 
 INPUTS, OUTPUTS, GROUPS = 64, 32, 2

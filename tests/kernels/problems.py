@@ -2,7 +2,7 @@
 
 Invariant: a problem is made from its arguments alone, so every test sees the same numbers again.
 
-    packed = checkpoint(3, 256, 40, 8)               # words, scales, zeros in eight groups
+    packed = checkpoint(3, 256, 40, 8)  # words, scales, zeros in eight groups
     check(quant_matmul, reference.quant_matmul, reference.gradient, weight, 5, "float32")
 """
 
@@ -11,8 +11,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from idp_jax.kernels.quant_matmul.packing import pack
+import pytest
 from jax.experimental.mosaic import gpu as mgpu
+
+from idp_jax.kernels.packing import pack
 
 # Of the largest entry. bfloat16 keeps 8 bits: the weight and the result are each rounded by up to
 # 2^-9. float32 sums a few hundred products, the codes' offset adding two bits.
@@ -41,6 +43,12 @@ def checkpoint(
     if kept is not None:
         codes = np.where(kept, codes, np.repeat(zeros, inputs // groups, -2))
     return pack(jnp.asarray(codes), bits, axis=-2), jnp.asarray(scales), jnp.asarray(zeros)
+
+
+def sparse_checkpoint(bits: int, inputs: int, outputs: int, group_size: int):
+    """A `checkpoint` whose codes are 2:4 sparse; a group size of -1 is one group of all inputs."""
+    kept = sparse_mask(inputs, outputs)
+    return checkpoint(bits, inputs, outputs, groups_of(inputs, group_size), kept=kept)
 
 
 def sparse_mask(inputs: int, outputs: int) -> np.ndarray:
@@ -79,6 +87,29 @@ def check(multiply, product, gradient, weight, rows: int, dtype: str, **options)
     upstream = jnp.asarray(rng.normal(size=(rows, weight.outputs)), dtype)
     ours = _value_and_gradient(x, upstream, weight, multiply=multiply, **options)
     assert_near(ours, (product(x, weight), gradient(upstream, weight)), dtype)
+
+
+def check_interpreted(multiply, product, gradient, weight, rows: int, dtype: str) -> None:
+    """`check` of a GPU kernel's walk over the matrix, which JAX interprets.
+
+    Args:
+        multiply: of (x, weight, interpret).
+        product: the exact one, of (x, weight).
+        gradient: the exact one, of (upstream, weight).
+        weight: the weight, arranged as "fragments".
+        rows: of x.
+        dtype: of x.
+    """
+    x = jnp.asarray(np.random.default_rng(rows).normal(size=(rows, weight.inputs)), dtype)
+    interpret = gpu_interpreter()
+    y, pull_back = jax.vjp(lambda x: multiply(x, weight, interpret=interpret), x)
+    assert_near((y, *pull_back(y)), (product(x, weight), gradient(y, weight)), dtype)
+
+
+def gpu_interpreter():
+    """The parameters with which JAX interprets a GPU kernel; skips a test where it has none."""
+    module = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
+    return module.InterpretGPUParams()
 
 
 def assert_near(ours, exact, dtype: str) -> None:

@@ -1,5 +1,6 @@
-"""TPU kernels through the real TPU compiler, a few shapes of each; kernels/bench/compile_tpu.py
-does them all. Needs libtpu, not a TPU.
+"""TPU kernels through the real TPU compiler, a few shapes of each.
+
+Needs libtpu, not a TPU; kernels/bench/compile_tpu.py compiles them all.
 """
 
 import importlib.util

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from idp_jax.kernels.quant_matmul.layout import fields_of, repack, restore, unpack_tiles
-from idp_jax.kernels.quant_matmul.packing import BIT_WIDTHS, pack, unpack
 
+from idp_jax.kernels.codes import fields_of, unpack_tiles
+from idp_jax.kernels.packing import BIT_WIDTHS, pack, unpack
+from idp_jax.kernels.quant_matmul.layout import repack, restore
 from tests.kernels.problems import checkpoint
 
 

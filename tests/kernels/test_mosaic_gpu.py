@@ -1,31 +1,30 @@
-"""The GPU kernel for packed weights on the CPU: its walk over the matrix interpreted, and every
-thread's registers, made by the kernel's own arithmetic from the words that the thread reads, at the
-places that Mosaic's description of a tensor core operand names.
+"""The GPU kernel for packed weights, on the CPU.
 
-What Mosaic makes of that arithmetic needs a GPU: kernels/bench/check_gpu.py runs it there.
+Its walk over the matrix is interpreted. Every thread's registers, made by the kernel's own
+arithmetic from the words that the thread reads, are compared at the places that Mosaic's
+description of a tensor core operand names. What Mosaic makes of that arithmetic needs a GPU:
+kernels/bench/check_gpu.py runs it there.
 """
 
 import functools
 import itertools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from idp_jax.kernels.quant_matmul import config, mosaic_gpu, reference
-from idp_jax.kernels.quant_matmul.layout import TILE, pack_tiles, repack, to_fragments
-from idp_jax.kernels.quant_matmul.packing import BIT_WIDTHS
 
-from idp_jax.kernels import gpu_blocks
+from idp_jax.kernels import gpu_blocks, tuned
+from idp_jax.kernels.codes import TILE, pack_tiles, to_fragments
+from idp_jax.kernels.packing import BIT_WIDTHS
+from idp_jax.kernels.quant_matmul import mosaic_gpu, reference, sizes
+from idp_jax.kernels.quant_matmul.layout import repack
 from tests.kernels.problems import (
-    assert_near,
+    check_interpreted,
     checkpoint,
     groups_of,
     halves_of_registers,
     places_in_registers,
 )
-
-params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
 
 
 def _weight(bits, inputs, outputs, group_size):
@@ -44,13 +43,8 @@ def _weight(bits, inputs, outputs, group_size):
 )
 def test_interpreted(bits, inputs, outputs, group_size, rows, dtype):
     weight = _weight(bits, inputs, outputs, group_size)
-    rng = np.random.default_rng(rows)
-    x = jnp.asarray(rng.normal(size=(rows, inputs)), dtype)
-    multiply = lambda x: mosaic_gpu.quant_matmul(x, weight, interpret=params.InterpretGPUParams())
-    y, pull_back = jax.vjp(multiply, x)
-    (gradient,) = pull_back(y)
-    exact = (reference.quant_matmul(x, weight), reference.gradient(y, weight))
-    assert_near((y, gradient), exact, dtype)
+    exact = (reference.quant_matmul, reference.gradient)
+    check_interpreted(mosaic_gpu.quant_matmul, *exact, weight, rows, dtype)
 
 
 def test_registers_are_those_of_a_tensor_core_operand():
@@ -67,7 +61,7 @@ def test_registers_are_those_of_a_tensor_core_operand():
 def test_every_register_holds_its_two_codes(bits):
     codes = np.random.default_rng(bits).integers(0, 2**bits, (TILE, 64))
     words = to_fragments(pack_tiles(jnp.asarray(codes), bits)).reshape(bits, 2, 256)
-    sets = mosaic_gpu.code_words(list(words), bits)
+    sets = gpu_blocks.code_words(list(words), bits)
     found = halves_of_registers(sets)[places_in_registers(TILE)]
     np.testing.assert_array_equal(found, codes.T + (0 if bits == 8 else 2**bits))
 
@@ -77,7 +71,7 @@ def test_what_it_cannot_serve_is_named():
     rows = repack(*checkpoint(4, 64, 64, 1), bits=4)
     x = jnp.ones((1, 64), jnp.bfloat16)
     assert mosaic_gpu.unsupported(x, weight) is None
-    assert "prepare the weight for mosaic_gpu" in str(mosaic_gpu.unsupported(x, rows))
+    assert "arranged as rows: prepare it for mosaic_gpu" in str(mosaic_gpu.unsupported(x, rows))
     assert "x is float16" in str(mosaic_gpu.unsupported(x.astype(jnp.float16), weight))
     assert "no multiples of 8" in str(mosaic_gpu.unsupported(x, _weight(4, 64, 60, -1)))
     with pytest.raises(ValueError, match="group size 96"):
@@ -85,21 +79,21 @@ def test_what_it_cannot_serve_is_named():
 
 
 def test_sizes_fill_the_machine_and_fit():
-    sizes = functools.partial(config.gpu_sizes, "unknown")
-    assert sizes(3, 4096, 4096, 1) == (8, 4, 8)
-    assert sizes(3, 4096, 11008, 1).shares == 1
-    assert sizes(4, 512, 4096, 1).shares == 1
+    of = functools.partial(gpu_blocks.sizes, "unknown")
+    assert of(3, 4096, 4096, 1) == (8, 4, 8)
+    assert of(3, 4096, 11008, 1).shares == 1
+    assert of(4, 512, 4096, 1).shares == 1
     for bits, rows in itertools.product((2, 3, 4, 8), (8, 64, 200)):
-        block_rows, _, stages = sizes(bits, 4096, 4096, rows)
+        block_rows, _, stages = of(bits, 4096, 4096, rows)
         assert 2 <= stages <= 8
         assert stages * (512 * block_rows + 2048 * bits + 2048) <= 110 * 2**10
-    assert sizes(3.0, 4096, 4096, 1, 512) == (8, 4, 4)
+    assert of(3.0, 4096, 4096, 1, 512) == (8, 4, 4)
 
 
 def test_the_table_comes_first(monkeypatch):
-    name = config.key("gpu", 3, 4096, 4096, 1)
-    monkeypatch.setitem(config.tuned(), "some GPU", {name: [16, 2, 3]})
-    assert config.gpu_sizes("some GPU", 3, 4096, 4096, 1) == (16, 2, 3)
-    name = config.key("prefill", 3, 4096, 4096, 512)
-    monkeypatch.setitem(config.tuned(), "some TPU", {name: [128, 256, 512]})
-    assert config.prefill_blocks("some TPU", 3, 4096, 4096, 512, 2) == (128, 256, 512)
+    name = tuned.key("gpu", 3, 4096, 4096, 1)
+    monkeypatch.setitem(tuned.table(), "some GPU", {name: [16, 2, 3]})
+    assert gpu_blocks.sizes("some GPU", 3, 4096, 4096, 1) == (16, 2, 3)
+    name = tuned.key("prefill", 3, 4096, 4096, 512)
+    monkeypatch.setitem(tuned.table(), "some TPU", {name: [128, 256, 512]})
+    assert sizes.prefill_blocks("some TPU", 3, 4096, 4096, 512, 2) == (128, 256, 512)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from idp_jax.kernels.quant_matmul.packing import BIT_WIDTHS, pack, unpack, word_count
+
+from idp_jax.kernels.packing import BIT_WIDTHS, pack, unpack, word_count
 
 
 def _words_of(values: list[int], bits: int) -> np.ndarray:

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from idp_jax.kernels.quant_matmul.packing import BIT_WIDTHS, pack
+
+from idp_jax.kernels.packing import BIT_WIDTHS, pack
 from idp_jax.kernels.quant_matmul.xla import dequantize, quant_matmul
 
 _INPUTS, _OUTPUTS, _GROUPS = 96, 40, 3

@@ -1,5 +1,6 @@
-"""Every backend of the product with packed weights against float64, in value and gradient; the TPU
-kernels run interpreted.
+"""Every backend of the product with packed weights against float64, in value and gradient.
+
+The TPU kernels run interpreted.
 """
 
 import functools
@@ -9,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from idp_jax.kernels.quant_matmul import config, reference
-from idp_jax.kernels.quant_matmul.api import prepare, quant_matmul
-from idp_jax.kernels.quant_matmul.packing import BIT_WIDTHS
 
 from idp_jax.kernels import dispatch
+from idp_jax.kernels.packing import BIT_WIDTHS
+from idp_jax.kernels.quant_matmul import reference, sizes
+from idp_jax.kernels.quant_matmul.api import prepare, quant_matmul
 from tests.kernels.problems import check, checkpoint, groups_of
 
 _check = functools.partial(check, quant_matmul, reference.quant_matmul, reference.gradient)
@@ -40,16 +41,16 @@ def _weight(bits, inputs, outputs, group_size, *, symmetric=False, dead=False, a
 def test_value_and_gradient(bits, group_size, symmetric):
     weight = _weight(bits, 384, 136, group_size, symmetric=symmetric, dead=group_size != -1)
     # Few rows take the decode kernel, many the other; the gradient always takes the other.
-    for rows, dtype in ((3, "bfloat16"), (config.DECODE_ROWS + 1, "float32")):
+    for rows, dtype in ((3, "bfloat16"), (sizes.DECODE_ROWS + 1, "float32")):
         _check(weight, rows, dtype, backend="pallas_tpu", interpret=True)
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize("rows, dtype", [(1, "float32"), (67, "bfloat16")])
 def test_edges_of_blocks(bits, rows, dtype, monkeypatch):
-    blocks = config.Blocks(32, 128, 512)
-    monkeypatch.setattr(config, "prefill_blocks", lambda *_: blocks)
-    monkeypatch.setattr(config, "decode_outputs", lambda *_: 128)
+    blocks = sizes.Blocks(32, 128, 512)
+    monkeypatch.setattr(sizes, "prefill_blocks", lambda *_: blocks)
+    monkeypatch.setattr(sizes, "decode_outputs", lambda *_: 128)
     weight = _weight(bits, 32 * 37, 200, 32)
     _check(weight, rows, dtype, backend="pallas_tpu", interpret=True)
 

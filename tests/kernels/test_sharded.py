@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+
 from idp_jax.kernels.quant_matmul.api import prepare, quant_matmul
 from idp_jax.kernels.sharded import partition, sharded_matmul
 from idp_jax.kernels.sparse24_matmul.api import from_codes, from_dense, sparse24_matmul
-from jax.sharding import AxisType, NamedSharding
-
 from tests.kernels.problems import checkpoint
 
 _PALLAS = {"backend": "pallas_tpu", "interpret": True}

@@ -1,5 +1,6 @@
-"""Every backend of the product with 2:4 sparse weights against float64, in value and gradient, and
-the compressed form against the matrix it came from; the TPU kernel runs interpreted.
+"""Every backend of the product with 2:4 weights against float64, in value and gradient.
+
+The compressed form is compared with the matrix it came from; the TPU kernel runs interpreted.
 """
 
 import functools
@@ -8,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from idp_jax.kernels.quant_matmul.packing import BIT_WIDTHS
-from idp_jax.kernels.sparse24_matmul import config, reference
+
+from idp_jax.kernels.packing import BIT_WIDTHS
+from idp_jax.kernels.sparse24_matmul import reference, sizes
 from idp_jax.kernels.sparse24_matmul.api import (
     from_codes,
     from_dense,
@@ -17,15 +19,9 @@ from idp_jax.kernels.sparse24_matmul.api import (
     to_codes,
     to_dense,
 )
-
-from tests.kernels.problems import check, checkpoint, groups_of, sparse_mask, sparse_matrix
+from tests.kernels.problems import check, sparse_checkpoint, sparse_matrix
 
 _check = functools.partial(check, sparse24_matmul, reference.sparse24_matmul, reference.gradient)
-
-
-def _quantised(bits, inputs, outputs, group_size):
-    kept = sparse_mask(inputs, outputs)
-    return checkpoint(bits, inputs, outputs, groups_of(inputs, group_size), kept=kept)
 
 
 @pytest.mark.parametrize("inputs", [8, 256, 300])
@@ -41,7 +37,7 @@ def test_round_trip(inputs):
 @pytest.mark.parametrize("bits", BIT_WIDTHS)
 @pytest.mark.parametrize("group_size", [-1, 32])
 def test_quantised_round_trip(bits, group_size):
-    packed = _quantised(bits, 608, 5, group_size)
+    packed = sparse_checkpoint(bits, 608, 5, group_size)
     weight = jax.jit(functools.partial(from_codes, bits=bits))(*packed)
     for before, after in zip(packed, jax.jit(to_codes)(weight), strict=True):
         assert before.dtype == after.dtype
@@ -58,17 +54,17 @@ def test_value_and_gradient(backend, rows, dtype):
 @pytest.mark.parametrize("bits", BIT_WIDTHS)
 @pytest.mark.parametrize("group_size", [-1, 32, 64, 128])
 def test_quantised_value_and_gradient(bits, group_size):
-    weight = from_codes(*_quantised(bits, 384, 72, group_size), bits=bits)
+    weight = from_codes(*sparse_checkpoint(bits, 384, 72, group_size), bits=bits)
     _check(weight, 3, "float32", backend="pallas_tpu", interpret=True)
 
 
 @pytest.mark.parametrize("bits", [None, 3])
 def test_edges_of_blocks(bits, monkeypatch):
-    monkeypatch.setattr(config, "blocks", lambda *_: config.Blocks(16, 128, 512))
+    monkeypatch.setattr(sizes, "blocks", lambda *_: sizes.Blocks(16, 128, 512))
     if bits is None:
         weight = from_dense(sparse_matrix(1020, 200))
     else:
-        weight = from_codes(*_quantised(bits, 992, 200, 32), bits=bits)
+        weight = from_codes(*sparse_checkpoint(bits, 992, 200, 32), bits=bits)
     _check(weight, 17, "bfloat16", backend="pallas_tpu", interpret=True)
 
 

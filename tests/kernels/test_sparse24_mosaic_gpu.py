@@ -1,8 +1,7 @@
-"""The GPU kernel for 2:4 weights on the CPU: its walk over the matrix interpreted, and every
-thread's registers, made by the kernel's own arithmetic from the words that the thread reads,
-against the dense matrix at the places that Mosaic's description of a tensor core operand names.
+"""The GPU kernel for 2:4 weights, on the CPU: see test_mosaic_gpu.py.
 
-What Mosaic makes of that arithmetic needs a GPU: kernels/bench/check_gpu.py runs it there.
+Registers are compared with the dense matrix, at the places that Mosaic's description of a tensor
+core operand names.
 """
 
 import functools
@@ -11,39 +10,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from idp_jax.kernels.quant_matmul.mosaic_gpu import code_words
-from idp_jax.kernels.quant_matmul.packing import BIT_WIDTHS
-from idp_jax.kernels.sparse24_matmul import layout, mosaic_gpu, reference
-from idp_jax.kernels.sparse24_matmul.api import from_codes, from_dense, sparse24_matmul
 
 from idp_jax.kernels import gpu_blocks
+from idp_jax.kernels.packing import BIT_WIDTHS
+from idp_jax.kernels.sparse24_matmul import layout, mosaic_gpu, reference
+from idp_jax.kernels.sparse24_matmul.api import from_codes, from_dense, sparse24_matmul
 from tests.kernels.problems import (
-    assert_near,
-    checkpoint,
-    groups_of,
+    check_interpreted,
     halves_of_registers,
     places_in_registers,
-    sparse_mask,
+    sparse_checkpoint,
     sparse_matrix,
 )
 
-params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
-
-
-def _quantised(bits, inputs, outputs, group_size):
-    kept = sparse_mask(inputs, outputs)
-    return checkpoint(bits, inputs, outputs, groups_of(inputs, group_size), kept=kept)
-
-
-def _check_interpreted(weight, rows, dtype):
-    rng = np.random.default_rng(rows)
-    x = jnp.asarray(rng.normal(size=(rows, weight.inputs)), dtype)
-    interpret = params.InterpretGPUParams()
-    multiply = lambda x: mosaic_gpu.sparse24_matmul(x, weight, interpret=interpret)
-    y, pull_back = jax.vjp(multiply, x)
-    (gradient,) = pull_back(y)
-    exact = (reference.sparse24_matmul(x, weight), reference.gradient(y, weight))
-    assert_near((y, gradient), exact, dtype)
+_check = functools.partial(
+    check_interpreted, mosaic_gpu.sparse24_matmul, reference.sparse24_matmul, reference.gradient
+)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +34,7 @@ def _check_interpreted(weight, rows, dtype):
 )
 def test_interpreted(inputs, outputs, rows, dtype):
     weight = from_dense(sparse_matrix(inputs, outputs), backend="mosaic_gpu")
-    _check_interpreted(weight, rows, dtype)
+    _check(weight, rows, dtype)
 
 
 @pytest.mark.parametrize(
@@ -65,11 +47,11 @@ def test_interpreted(inputs, outputs, rows, dtype):
     ],
 )
 def test_interpreted_codes(bits, inputs, outputs, group_size, rows, dtype):
-    words, scales, zeros = _quantised(bits, inputs, outputs, group_size)
+    words, scales, zeros = sparse_checkpoint(bits, inputs, outputs, group_size)
     if group_size > 0:
         scales = scales.at[0].set(0)
     weight = from_codes(words, scales, zeros, bits=bits, backend="mosaic_gpu")
-    _check_interpreted(weight, rows, dtype)
+    _check(weight, rows, dtype)
 
 
 def _weights_in_registers(halves):
@@ -93,10 +75,10 @@ def test_every_register_holds_its_two_weights():
 
 @pytest.mark.parametrize("bits", BIT_WIDTHS)
 def test_every_register_holds_its_two_codes_less_zero(bits):
-    words, scales, zeros = _quantised(bits, 512, 64, -1)
+    words, scales, zeros = sparse_checkpoint(bits, 512, 64, -1)
     weight = from_codes(words, jnp.ones_like(scales), zeros, bits=bits, backend="mosaic_gpu")
     positions = weight.positions.reshape(2, 2, 256)
-    sets = list(code_words(list(weight.values.reshape(bits, 2, 256)), bits))
+    sets = list(gpu_blocks.code_words(list(weight.values.reshape(bits, 2, 256)), bits))
     offset = jnp.bfloat16(0 if bits == 8 else 2**bits) + zeros[0].astype(jnp.bfloat16)
     kept = gpu_blocks.operand(sets, interpreted=True) - offset[:, None]
     values = gpu_blocks.words_of(kept, interpreted=True)
@@ -119,7 +101,7 @@ def test_round_trip(inputs):
 @pytest.mark.parametrize("bits", BIT_WIDTHS)
 @pytest.mark.parametrize("group_size", [-1, 32])
 def test_round_trip_of_codes(bits, group_size):
-    packed = _quantised(bits, 608, 64, group_size)
+    packed = sparse_checkpoint(bits, 608, 64, group_size)
     compress = functools.partial(from_codes, bits=bits, backend="mosaic_gpu")
     weight = jax.jit(compress)(*packed)
     assert weight.outputs == 64
@@ -144,8 +126,8 @@ def test_what_it_cannot_serve_is_named():
     assert mosaic_gpu.unsupported(x, weight) is None
     assert "x is float16" in str(mosaic_gpu.unsupported(x.astype(jnp.float16), weight))
     rows = from_dense(sparse_matrix(64, 64), backend="xla")
-    assert "compress it for mosaic_gpu" in str(mosaic_gpu.unsupported(x, rows))
-    codes = from_codes(*_quantised(4, 192, 64, 96), bits=4, backend="mosaic_gpu")
+    assert "arranged as rows: prepare it for mosaic_gpu" in str(mosaic_gpu.unsupported(x, rows))
+    codes = from_codes(*sparse_checkpoint(4, 192, 64, 96), bits=4, backend="mosaic_gpu")
     with pytest.raises(ValueError, match="group size 96 is not 32, 64, 128, 256 or a multiple of"):
         mosaic_gpu.sparse24_matmul(jnp.ones((1, 192), jnp.bfloat16), codes)
     with pytest.raises(ValueError, match="cannot serve: it needs a TPU"):
@@ -155,6 +137,6 @@ def test_what_it_cannot_serve_is_named():
     with pytest.raises(ValueError, match="5 outputs are no multiple of 64"):
         from_dense(sparse_matrix(8, 5), backend="mosaic_gpu")
     with pytest.raises(ValueError, match="5 outputs are no multiple of 64"):
-        from_codes(*_quantised(4, 64, 5, -1), bits=4, backend="mosaic_gpu")
+        from_codes(*sparse_checkpoint(4, 64, 5, -1), bits=4, backend="mosaic_gpu")
     with pytest.raises(ValueError, match="arrangement must be rows or fragments, not columns"):
         layout.from_dense(sparse_matrix(8, 5), arrangement="columns")

@@ -1,4 +1,4 @@
-"""A layer multiplied where it lies in a stack, against the same layer alone."""
+"""A layer multiplied where it lies in a stack, against the same layer cut out of it."""
 
 import functools
 
@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+
 from idp_jax.kernels.quant_matmul import api as quant
 from idp_jax.kernels.quant_matmul import mosaic_gpu as quant_gpu
 from idp_jax.kernels.sharded import partition, sharded_matmul
 from idp_jax.kernels.sparse24_matmul import api as sparse
 from idp_jax.kernels.sparse24_matmul import mosaic_gpu as sparse_gpu
-from idp_jax.kernels.stack import alone, at
-from jax.sharding import AxisType, NamedSharding
-
-from tests.kernels.problems import checkpoint, sparse_mask, sparse_matrix
+from idp_jax.kernels.stack import select_layer, slice_layer
+from tests.kernels.problems import checkpoint, gpu_interpreter, sparse_mask, sparse_matrix
 
 _LAYERS = 3
 _PALLAS = {"backend": "pallas_tpu", "interpret": True}
@@ -62,7 +62,7 @@ def test_a_layer_in_its_stack(kind, options, rows):
     # XLA has no product of gathered bfloat16 rows on a CPU.
     x = _x(rows, "float32" if kind == "act-order" else "bfloat16")
     for number in range(_LAYERS):
-        ours = value_and_gradient(x, at(stack, jnp.int32(number)))
+        ours = value_and_gradient(x, select_layer(stack, jnp.int32(number)))
         expected = value_and_gradient(x, _layer(stack, number))
         for array, wanted in zip(ours, expected, strict=True):
             np.testing.assert_array_equal(array, wanted)
@@ -70,13 +70,14 @@ def test_a_layer_in_its_stack(kind, options, rows):
 
 @pytest.mark.parametrize("kind", ["quantised", "sparse", "sparse codes"])
 def test_a_layer_in_its_stack_on_a_gpu(kind):
-    params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
     _, stack = _stack(kind, "mosaic_gpu")
     kernel = quant_gpu.quant_matmul if kind == "quantised" else sparse_gpu.sparse24_matmul
-    multiply = functools.partial(kernel, interpret=params.InterpretGPUParams())
+    multiply = functools.partial(kernel, interpret=gpu_interpreter())
     for number in (0, _LAYERS - 1):
         expected = multiply(_x(3), _layer(stack, number))
-        np.testing.assert_array_equal(multiply(_x(3), at(stack, jnp.int32(number))), expected)
+        np.testing.assert_array_equal(
+            multiply(_x(3), select_layer(stack, jnp.int32(number))), expected
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -90,14 +91,14 @@ def test_on_a_mesh(kind, split):
         sharded_matmul, functools.partial(multiply, backend="xla"), mesh=mesh, axis="model"
     )
     x = _x(4, "float32")
-    ours = jax.jit(functools.partial(product, split=split))(x, at(stack, jnp.int32(1)))
+    ours = jax.jit(functools.partial(product, split=split))(x, select_layer(stack, jnp.int32(1)))
     np.testing.assert_allclose(ours, multiply(x, _layer(stack, 1)), rtol=1e-4, atol=1e-3)
 
 
-def test_alone_is_the_layer():
+def test_a_slice_is_the_layer():
     _, stack = _stack("act-order", "xla")
     for ours, wanted in zip(
-        jax.tree.leaves(alone(at(stack, jnp.int32(2)))),
+        jax.tree.leaves(slice_layer(select_layer(stack, jnp.int32(2)))),
         jax.tree.leaves(_layer(stack, 2)),
         strict=True,
     ):
@@ -111,7 +112,7 @@ def test_walking_layers_stores_no_weight_again(remat):
     square = jnp.eye(128, 1024, dtype=jnp.bfloat16)
 
     def step(x, number):
-        return multiply(x, at(stack, number), **_PALLAS) @ square, None
+        return multiply(x, select_layer(stack, number), **_PALLAS) @ square, None
 
     step = jax.checkpoint(step, prevent_cse=False) if remat else step
     numbers = jnp.arange(_LAYERS, dtype=jnp.int32)

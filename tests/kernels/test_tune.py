@@ -2,9 +2,11 @@
 
 import jax
 import pytest
+
+from idp_jax.kernels import gpu_blocks, tuned
 from idp_jax.kernels.bench import tune
-from idp_jax.kernels.quant_matmul import config
-from idp_jax.kernels.sparse24_matmul import config as sparse_config
+from idp_jax.kernels.quant_matmul import sizes
+from idp_jax.kernels.sparse24_matmul import sizes as sparse_sizes
 
 _SHAPE = (512, 128)
 
@@ -23,8 +25,7 @@ _SHAPE = (512, 128)
 )
 def test_kernels_find_what_was_measured(backend, kernel, bits, rows, monkeypatch):
     table = {}
-    monkeypatch.setattr(config, "tuned", lambda: table)
-    monkeypatch.setattr(sparse_config, "tuned", lambda: table)
+    monkeypatch.setattr(tuned, "table", lambda: table)
     # Each candidate is faster than the one before.
     seconds = iter(range(1000, 0, -1))
     monkeypatch.setattr(tune, "seconds_per_call", lambda *_: next(seconds))
@@ -32,11 +33,11 @@ def test_kernels_find_what_was_measured(backend, kernel, bits, rows, monkeypatch
     kind = jax.devices()[0].device_kind
     if backend == "mosaic_gpu":
         taken, tile = (bits, 256) if kernel == "quant" else (9, 256) if bits is None else (3.0, 512)
-        found = config.gpu_sizes(kind, taken, *_SHAPE, rows, tile)
+        found = gpu_blocks.sizes(kind, taken, *_SHAPE, rows, tile)
     elif kernel == "sparse24":
-        found = sparse_config.blocks(kind, bits, *_SHAPE, rows, 2)
-    elif rows <= config.DECODE_ROWS:
-        found = (config.decode_outputs(kind, bits, *_SHAPE, rows),)
+        found = sparse_sizes.blocks(kind, bits, *_SHAPE, rows, 2)
+    elif rows <= sizes.DECODE_ROWS:
+        found = (sizes.decode_outputs(kind, bits, *_SHAPE, rows),)
     else:
-        found = config.prefill_blocks(kind, bits, *_SHAPE, rows, 2)
+        found = sizes.prefill_blocks(kind, bits, *_SHAPE, rows, 2)
     assert list(found) == best

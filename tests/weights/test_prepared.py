@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from idp_jax.kernels.quant_matmul.layout import KernelWeight
-from idp_jax.kernels.quant_matmul.packing import pack, unpack
-from idp_jax.kernels.sparse24_matmul.layout import SparseWeight
 
 from idp_jax import load_model, save_model
 from idp_jax.formats.quantization import Packing, write_config
+from idp_jax.kernels.packing import pack, unpack
+from idp_jax.kernels.quant_matmul.layout import KernelWeight
+from idp_jax.kernels.sparse24_matmul.layout import SparseWeight
 from idp_jax.models import storage
 from idp_jax.models.storage import prepare, restore, wrong_products
 from idp_jax.sharding import make_mesh, shard

@@ -1,17 +1,14 @@
-"""How large the blocks of the TPU kernel are.
+"""How large the blocks of the TPU kernel are."""
 
-Invariant: looking a size up never measures anything; the table is that of quant_matmul/config.py.
-"""
-
-from ..quant_matmul.config import key, tuned
 from ..tpu_blocks import Blocks
+from ..tuned import measured
 
 
 def blocks(
     device: str, bits: int | None, inputs: int, outputs: int, rows: int, dtype_bytes: int
 ) -> Blocks:
     """Blocks for x [rows, inputs]; inputs come in multiples of 512."""
-    found = tuned().get(device, {}).get(key("sparse24", bits or 16, inputs, outputs, rows))
+    found = measured(device, "sparse24", bits or 16, inputs, outputs, rows)
     if found and dtype_bytes == 2:
         return Blocks(*found)
     # Few rows leave room for wide blocks, whose transfers hide the cost of a step.

@@ -1,5 +1,4 @@
-"""Packs small unsigned integers into 32-bit words, because quantised weights are stored and
-multiplied in that form.
+"""Packs small unsigned integers into 32-bit words, the form in which checkpoints store codes.
 
 Invariant: the words are one little-endian bit stream along the packed axis, the layout of GPTQ
 checkpoints: value k lies at bit `bits * k` of the stream, word w holds bits 32 w .. 32 w + 31. With
@@ -107,9 +106,7 @@ def _spread_fields(words: jax.Array, bits: int, per_word: int, axis: int) -> jax
 def _gather_fields(
     fields: jax.Array, bits: int, per_word: int, axis: int, multiple: int
 ) -> jax.Array:
-    """uint32 [..., N, ...] -> words [..., M, ...], M = ceil(N / per_word) raised to a multiple of
-    `multiple`.
-    """
+    """uint32 [..., N, ...] -> words [..., M, ...], ceil(N / per_word) raised to a `multiple`."""
     padding = [(0, 0)] * fields.ndim
     padding[axis] = (0, -fields.shape[axis] % (per_word * multiple))
     fields = jnp.pad(fields, padding)
@@ -121,8 +118,9 @@ def _gather_fields(
 
 
 def _split_segments(words: jax.Array, axis: int) -> jax.Array:
-    """3-bit words [..., M, ...] -> segments of 24 bits [..., 4 ceil(M / 3), ...]; bits above the
-    24th are junk of the next.
+    """3-bit words [..., M, ...] -> segments of 24 bits [..., 4 ceil(M / 3), ...].
+
+    The bits above the 24th of a segment are junk of the next one.
     """
     padding = [(0, 0)] * words.ndim
     padding[axis] = (0, -words.shape[axis] % 3)
