@@ -12,10 +12,9 @@ from idp_jax.formats import quantization
 
 
 def test_code_on_arrays_alone_knows_the_same():
-    from idp_jax.kernels.dispatch import BACKENDS
-
     from idp_jax.compress.cores.grid import GRID_BITS
     from idp_jax.compress.cores.order import ACT_ORDERS
+    from idp_jax.kernels.dispatch import BACKENDS
 
     assert set(ACT_ORDERS) == set(get_args(choices.ActOrder))
     assert set(GRID_BITS) == set(get_args(choices.Bits))
