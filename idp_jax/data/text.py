@@ -1,5 +1,4 @@
-"""Reading text files, for perplexity and for training data alike, so that both see the same
-documents.
+"""Reading text files, for perplexity and for training alike, so that both see the same documents.
 
 The invariant: documents are joined by one blank line, as the published perplexity protocol joins
 them.
@@ -17,8 +16,7 @@ def read_documents(path: str | Path) -> list[str]:
 
     Args:
         path: `.txt` or `.raw` (the whole file is one document), or `.jsonl` (one document a line,
-          in
-            the field `text` or `page`); each may end in `.gz`.
+            in the field `text` or `page`); each may end in `.gz`.
 
     Raises:
         ValueError: the file is missing, empty or of another kind, or a line is not such a document.

@@ -78,8 +78,10 @@ def read_pool(decoder: Decoder, folder: Path, given: str | Selector | None) -> P
 
 
 def _alignment(decoder: Decoder) -> str:
-    """Where a pool's prompts stand: "right", all ending where the input starts, or "own", each at
-    positions 0 .. n - 1.
+    """How a model's prompts of several lengths stand.
+
+    Returns:
+        "right": all end where the input starts; "own": each at positions 0 .. n - 1.
     """
     return "right" if decoder.config.rope is not None else "own"
 
@@ -119,9 +121,7 @@ def _read_selector(
 
 
 def _name_of_selector(pool: Pool, decoder: Decoder) -> str:
-    """The name that a pool's selector is saved by, and by which one of the same parameters comes
-    again.
-    """
+    """The name that a pool's selector is saved by, checked to give the same parameters again."""
     name, parameters = pool.selector.name, _parameters(pool.selector)
     if name is None:
         raise ValueError(

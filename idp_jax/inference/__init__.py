@@ -1,1 +1,5 @@
 """Generation of text."""
+
+from idp_jax.inference.generation import generate
+
+__all__ = ["generate"]

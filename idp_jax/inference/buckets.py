@@ -2,8 +2,9 @@
 
 
 def bucket(length: int) -> int:
-    """The smallest length in use that is at least `length`: multiples of 32 up to 256, then four
-    steps an octave.
+    """The smallest length in use that is at least `length`.
+
+    Lengths in use are the multiples of 32 up to 256, then four steps an octave.
     """
     if length <= 256:
         return max(32, -(-length // 32) * 32)

@@ -7,49 +7,117 @@ that a whole evaluation compiles a handful of times.
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from idp_jax.inference.buckets import bucket
+from idp_jax.inference.text import decode, encode, is_text
 from idp_jax.models import KV, Decoder
 from idp_jax.models.cache import concatenate
+from idp_jax.models.inputs import ids_and_mask
 from idp_jax.recover import Repaired
 
 
+@overload
 def generate(
     repaired: Repaired | Decoder,
-    input_ids,
-    attention_mask=None,
+    prompts: str,
+    *,
+    tokenizer: Any,
+    max_new_tokens: int,
+    stop_ids: Sequence[int] | None = ...,
+    temperature: float = ...,
+    top_k: int | None = ...,
+    key: jax.Array | None = ...,
+) -> str: ...
+
+
+@overload
+def generate(
+    repaired: Repaired | Decoder,
+    prompts: Sequence[str],
+    *,
+    tokenizer: Any,
+    max_new_tokens: int,
+    stop_ids: Sequence[int] | None = ...,
+    temperature: float = ...,
+    top_k: int | None = ...,
+    key: jax.Array | None = ...,
+) -> list[str]: ...
+
+
+@overload
+def generate(
+    repaired: Repaired | Decoder,
+    prompts: Any,
+    attention_mask: Any = ...,
     *,
     max_new_tokens: int,
-    stop_ids: Sequence[int] = (),
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    key: jax.Array | None = None,
-) -> jax.Array:
-    """Continues every prompt.
+    stop_ids: Sequence[int] | None = ...,
+    temperature: float = ...,
+    top_k: int | None = ...,
+    key: jax.Array | None = ...,
+) -> jax.Array: ...
+
+
+def generate(
+    repaired,
+    prompts,
+    attention_mask=None,
+    *,
+    tokenizer=None,
+    max_new_tokens,
+    stop_ids=None,
+    temperature=0.0,
+    top_k=None,
+    key=None,
+):
+    """Continues every prompt: text in, text out, or ids in, ids out.
 
     Args:
-        input_ids: int [B, T]; shorter prompts are padded on the left.
-        attention_mask: int [B, T], 1 for text and 0 for padding; default all 1.
+        prompts: a text or several; or int [B, T], shorter prompts padded on the left; or what a
+            tokenizer returns of them (a BatchEncoding).
+        attention_mask: int [B, T], 1 for text and 0 for padding; default all 1. With ids only.
+        tokenizer: for text: the model's, see `idp_jax.load_tokenizer`.
         max_new_tokens: tokens to add, unless all rows stop before.
-        stop_ids: tokens that end a row.
+        stop_ids: tokens that end a row. By default the model's own with text, none with ids.
         temperature: 0 takes the likeliest token; above 0 samples, and needs a key.
         top_k: sample among the k likeliest tokens only.
         key: a `jax.random` key; the same key gives the same tokens.
 
     Returns:
-        int32 [B, max_new_tokens]; the stop token that ended a row is repeated to the row's end.
+        The new text, a str or a list as was given, without the token that ended it; or int32
+        [B, max_new_tokens], where the stop token that ended a row is repeated to the row's end.
 
     Raises:
-        ValueError: an empty prompt, a bad setting, an id outside the vocabulary, or more tokens
-          than learned positions.
+        ValueError: an empty prompt, a bad setting, text without a tokenizer, an id outside the
+            vocabulary, or more tokens than learned positions.
     """
     repaired = Repaired.of(repaired)
-    ids = np.asarray(input_ids, np.int32)
-    mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask, np.int32)
+    settings = {"temperature": temperature, "top_k": top_k, "key": key}
+    if not is_text(prompts):
+        ids, mask = ids_and_mask(prompts, attention_mask)
+        stops = () if stop_ids is None else stop_ids
+        return _generate_ids(repaired, ids, mask, max_new_tokens, stops, **settings)
+    if tokenizer is None:
+        raise ValueError("text needs a tokenizer: generate(model, text, tokenizer=...)")
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    stops = repaired.decoder.config.eos_token_ids if stop_ids is None else stop_ids
+    ids, mask = encode(tokenizer, texts)
+    rows = _generate_ids(repaired, ids, mask, max_new_tokens, stops, **settings)
+    written = decode(tokenizer, np.asarray(rows), stops)
+    return written[0] if isinstance(prompts, str) else written
+
+
+def _generate_ids(
+    repaired: Repaired, ids, mask, max_new_tokens: int, stop_ids, *, temperature, top_k, key
+) -> jax.Array:
+    """Prepares the arrays of a few shapes that the compiled part knows."""
+    ids = _array(ids)
+    mask = np.ones_like(ids) if mask is None else _array(mask)
     _check_input(repaired, ids, mask, max_new_tokens)
     _check_settings(repaired.decoder.config.vocab_size, stop_ids, temperature, top_k, key)
     if max_new_tokens == 0:
@@ -66,6 +134,15 @@ def generate(
     }
     limit, scale = np.int32(max_new_tokens), np.float32(temperature)
     return _generate(repaired, ids, mask, stop, limit, scale, key, **settings)[:, :max_new_tokens]
+
+
+def _array(rows) -> np.ndarray:
+    try:
+        return np.asarray(rows, np.int32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "prompts must be text, or rows of ids of one length; pad shorter ones on the left"
+        ) from error
 
 
 def _check_input(
@@ -123,8 +200,10 @@ def prefill(repaired: Repaired, input_ids, attention_mask, slots: int) -> tuple[
 
 
 def decode_step(decoder: Decoder, tokens: jax.Array, cache: KV, slot) -> tuple[jax.Array, KV]:
-    """Reads one token per row, int32 [B], into the cache at `slot`: logits [B, V] of the next, and
-    the cache (traceable).
+    """Reads one token per row, int32 [B], into the cache at `slot` (traceable).
+
+    Returns:
+        float32 [B, V] logits of the next token, and the cache.
     """
     hidden, new = decoder.hidden(tokens[:, None], past=cache, keep=True)
     return decoder.logits(hidden[:, 0]), cache.write(new, slot)

@@ -17,6 +17,7 @@ from jax.core import Tracer
 from idp_jax.models.block import Block, Context, scan_layers
 from idp_jax.models.cache import KV
 from idp_jax.models.config import ModelConfig
+from idp_jax.models.inputs import ids_and_mask
 from idp_jax.models.layers import Norm, rope_frequencies, rotation, visibility
 from idp_jax.sharding import constrain
 from idp_jax.weights import Dense
@@ -61,7 +62,7 @@ class Decoder(nnx.Module):
         """Next-token logits.
 
         Args:
-            input_ids: int [B, T].
+            input_ids: int [B, T], or a BatchEncoding of ids and mask.
             attention_mask: int [B, T], 1 for text and 0 for padding on either side; default all 1.
             past: keys and values that stand before the input.
 
@@ -72,6 +73,7 @@ class Decoder(nnx.Module):
             ValueError: an id lies outside the vocabulary, or the input is longer than learned
                 positions allow.
         """
+        input_ids, attention_mask = ids_and_mask(input_ids, attention_mask)
         input_ids = jnp.asarray(input_ids, jnp.int32)
         self.check(input_ids, past)
         mask = None if attention_mask is None else jnp.asarray(attention_mask, jnp.int32)

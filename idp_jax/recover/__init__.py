@@ -8,5 +8,17 @@ from idp_jax.recover.pool import Pool
 from idp_jax.recover.prefix import PrefixAdapter
 from idp_jax.recover.prompt import SoftPrompt
 from idp_jax.recover.repaired import Repaired
+from idp_jax.recover.selection import find_selector
+from idp_jax.recover.selectors import SELECTORS, ScoreInputs, Selector
 
-__all__ = ["LoraAdapter", "Pool", "PrefixAdapter", "Repaired", "SoftPrompt"]
+__all__ = [
+    "SELECTORS",
+    "LoraAdapter",
+    "Pool",
+    "PrefixAdapter",
+    "Repaired",
+    "ScoreInputs",
+    "Selector",
+    "SoftPrompt",
+    "find_selector",
+]

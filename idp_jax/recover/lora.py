@@ -34,9 +34,7 @@ class LoraAdapter(nnx.Module):
         alpha: float = 16.0,
         targets: tuple[str, ...] = ("q", "v"),
     ) -> "LoraAdapter":
-        """A uniform in +-1/sqrt(I) and B zero, as PEFT starts; so the model is unchanged at
-        first.
-        """
+        """A uniform in +-1/sqrt(I) and B zero, as PEFT starts: the model is unchanged at first."""
         known = decoder.layers.weight_names
         unknown = [name for name in targets if name not in known]
         if unknown:

@@ -11,10 +11,10 @@ from idp_jax.recover.repaired import Repaired, encode_prompts
 
 
 class PrefixAdapter(nnx.Module):
-    """Prefix tuning without a reparameterisation: keys (after RoPE) and values [L, P, K, H] of
-    every layer.
+    """Prefix tuning: keys (after RoPE) and values [L, P, K, H] of every layer.
 
-    Source: "Prefix-Tuning: Optimizing Continuous Prompts for Generation".
+    There is no reparameterisation. Source: "Prefix-Tuning: Optimizing Continuous Prompts for
+    Generation".
     """
 
     def __init__(self, k: jax.Array, v: jax.Array):

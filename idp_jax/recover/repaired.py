@@ -11,6 +11,7 @@ from flax import struct
 
 from idp_jax.models.cache import KV
 from idp_jax.models.decoder import Decoder
+from idp_jax.models.inputs import ids_and_mask
 from idp_jax.recover.selection import Selection, as_selection
 from idp_jax.recover.selectors import Selector, layer0_inputs
 
@@ -65,19 +66,18 @@ class Repaired(struct.PyTreeNode):
         return None if scores is None else jnp.argmax(scores, -1).astype(jnp.int32)
 
     def past(self, input_ids, attention_mask=None) -> KV | None:
-        """The stored keys and values for every row of the input; one shared row where there is no
-        choice.
-        """
+        """The stored keys and values for every row; one shared row where there is no choice."""
         index = self.choose(input_ids, attention_mask)
         return self.prefix if index is None or self.prefix is None else self.prefix.rows(index)
 
     def __call__(self, input_ids, attention_mask=None) -> jax.Array:
-        """Next-token logits, float32 [B, T, V]; arguments as `Decoder.__call__`.
+        """Next-token logits, float32 [B, T, V]; arguments as of `Decoder.__call__`.
 
         Raises:
             ValueError: an id lies outside the vocabulary, or the input is longer than learned
                 positions allow.
         """
+        input_ids, attention_mask = ids_and_mask(input_ids, attention_mask)
         input_ids = jnp.asarray(input_ids, jnp.int32)
         self.decoder.check(input_ids, self.prefix)
         mask = None if attention_mask is None else jnp.asarray(attention_mask, jnp.int32)
@@ -98,15 +98,14 @@ def stack_prompts(prompts: list[jax.Array]) -> jax.Array:
 
 @jax.jit
 def encode_prompts(decoder: Decoder, prompts: list[jax.Array]) -> KV:
-    """Runs soft prompts [n_i, E] through the model, apart from each other, and keeps their keys
-    and values.
+    """Runs soft prompts [n_i, E] through the model, apart from each other.
 
     Prompts of several lengths are padded on the left to the longest, N. With rotary positions all
     end at position N - 1 (only distances matter, so this equals training alone). Learned positions
     are kept as trained, 0 to n_i - 1, and the input starts at n_i.
 
     Returns:
-        A KV with one row per prompt.
+        Their keys and values, one row per prompt.
     """
     embeddings = stack_prompts(prompts).astype(decoder.embedding.dtype)
     longest = embeddings.shape[1]

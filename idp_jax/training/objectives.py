@@ -43,7 +43,7 @@ def next_token(
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
     if batch.loss_mask is None:
         return losses.mean(), {}
-    counted = batch.loss_mask[:, 1:] > 0
+    counted = batch.loss_mask[:, 1:].astype(bool)
     total = jnp.where(counted, losses, 0.0).sum()
     return total / jnp.maximum(counted.sum(), 1).astype(jnp.float32), {}
 

@@ -31,9 +31,9 @@ class TrainState(struct.PyTreeNode):
     @classmethod
     def start(cls, adapter: Any, optimizer: optax.GradientTransformation) -> "TrainState":
         """The state before the first step."""
-        # The state is donated, so no two of its leaves may be one buffer.
+        # The state is donated: no leaf may share a buffer with another, or with the caller's.
         return cls(
-            adapter=adapter,
+            adapter=jax.tree.map(jnp.copy, adapter),
             optimizer=optimizer.init(adapter),
             step=jnp.zeros((), jnp.int32),
             best_adapter=jax.tree.map(jnp.copy, adapter),

@@ -266,6 +266,26 @@ def test_a_pool_of_something_else_is_refused(tmp_path):
         load_adapter(model, folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "alignment", "message"),
+    [
+        ("opt", "right", "another model: .*prompts aligned 'right', this model needs 'own'"),
+        ("llama", "centred", "another model: .*'centred', this model needs 'right'"),
+        ("llama", "own", None),  # only distances count
+        ("opt", None, None),  # a pool put together by hand from PEFT's prompts
+    ],
+)
+def test_a_pool_of_another_alignment_is_refused(tmp_path, name, alignment, message):
+    model = tiny_decoder(name)
+    folder = save_adapter(random_adapter("pool", model), tmp_path / "a", decoder=model)
+    change(folder, "pool.json", alignment=alignment)
+    if message is None:
+        assert same(read_adapter(model, folder), random_adapter("pool", model))
+        return
+    with pytest.raises(ValueError, match=message):
+        load_adapter(model, folder)
+
+
 def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere holds no adapter_config\.json"):
         load_adapter(tiny_decoder("llama"), tmp_path / "nowhere")

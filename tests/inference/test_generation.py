@@ -9,7 +9,7 @@ from idp_jax.inference.buckets import bucket
 from idp_jax.inference.generation import _generate, generate
 from idp_jax.models.config import RopeConfig
 from idp_jax.recover import LoraAdapter, Pool, Repaired, SoftPrompt
-from tests.helpers import quantize_decoder, tiny_decoder, tiny_ids
+from tests.helpers import quantize_decoder, tiny_decoder, tiny_ids, tiny_tokenizer
 
 
 def pool(model, lengths=(3, 5)):
@@ -169,3 +169,55 @@ def test_buckets_cover_every_length():
     lengths = sorted({bucket(n) for n in range(2049)})
     assert len(lengths) == 20
     assert all(n <= bucket(n) <= max(32, n * 1.25 + 32) for n in range(2049))
+
+
+@pytest.fixture(scope="module")
+def speaking():
+    """A model with a tokenizer of bytes."""
+    return tiny_decoder("llama", vocab_size=259), tiny_tokenizer()
+
+
+def test_text_in_text_out(speaking):
+    model, tokenizer = speaking
+    texts = ["tide", "the keeper", "a"]
+    found = generate(model, texts, tokenizer=tokenizer, max_new_tokens=6)
+    for text, written in zip(texts, found, strict=True):
+        ids = np.asarray([tokenizer(text)["input_ids"]])
+        tokens = generate(model, ids, max_new_tokens=6, stop_ids=[2])[0].tolist()
+        tokens = tokens[: tokens.index(2)] if 2 in tokens else tokens
+        assert written == tokenizer.decode(tokens, skip_special_tokens=True)
+        assert generate(model, text, tokenizer=tokenizer, max_new_tokens=6) == written
+
+
+def test_text_ends_before_its_stop_token(speaking):
+    model, tokenizer = speaking
+    ids = np.asarray([tokenizer("tide")["input_ids"]])
+    tokens = generate(model, ids, max_new_tokens=6)[0].tolist()
+    found = generate(model, "tide", tokenizer=tokenizer, max_new_tokens=6, stop_ids=[tokens[3]])
+    assert found == tokenizer.decode(tokens[: tokens.index(tokens[3])], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("tensors", ["np", None])
+def test_a_tokenizers_encoding_may_be_passed(speaking, tensors):
+    model, tokenizer = speaking
+    encoding = tokenizer(
+        ["tide", "the keeper"], padding=True, padding_side="left", return_tensors=tensors
+    )
+    ids, mask = encoding["input_ids"], encoding["attention_mask"]
+    expected = np.asarray(generate(model, ids, mask, max_new_tokens=4))
+    assert (np.asarray(generate(model, encoding, max_new_tokens=4)) == expected).all()
+    for called in (model, Repaired(model)):
+        assert (np.asarray(called(encoding)) == np.asarray(called(ids, mask))).all()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "message"),
+    [
+        ("tide", {}, "text needs a tokenizer"),
+        (["tide", ""], {"tokenizer": tiny_tokenizer()}, "the prompt '' has no tokens"),
+        ([[5, 6], [7]], {}, "rows of ids of one length; pad shorter"),
+    ],
+)
+def test_prompts_that_cannot_be_read(speaking, prompts, settings, message):
+    with pytest.raises(ValueError, match=message):
+        generate(speaking[0], prompts, max_new_tokens=2, **settings)

@@ -11,8 +11,10 @@ import numpy as np
 import optax
 import pytest
 
+from idp_jax import load_adapter, load_model
 from idp_jax.config import ConfigError, Data, Lora, Optimizer, Train
 from idp_jax.data.stream import TrainingText
+from idp_jax.evaluation.perplexity import perplexity
 from idp_jax.jobs.folder import claim
 from idp_jax.models.storage import expand
 from idp_jax.recover import LoraAdapter, PrefixAdapter, SoftPrompt
@@ -332,6 +334,45 @@ def test_a_run_of_a_pool(files, tmp_path):
     assert train(config) == result  # found complete
     with pytest.raises(ConfigError, match=r"holds a run with seed = 0, this one has 1; .*--out"):
         train(run_settings(files, tmp_path / "run", method="idp", pool_lengths=(2, 5), seed=1))
+
+
+MINE = """
+def by_length(inputs):
+    length = inputs.prompt_mask.sum(-1).astype("float32")
+    return -abs(inputs.real.sum(-1)[:, None].astype("float32") - length)
+"""
+
+
+def test_a_selector_of_ones_own_file_is_trained_saved_and_evaluated(files, tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    selector = f"{tmp_path / 'mine.py'}:by_length"
+    config = run_settings(
+        files, tmp_path / "run", method="idp", pool_lengths=(2, 9), selector=selector
+    )
+    train(config)
+    decoder = load_model(files / "model")
+    repaired = load_adapter(decoder, tmp_path / "run" / "adapter")
+    ids, mask = np.full((2, 8), 70), np.ones((2, 8), int)
+    mask[0, :5] = 0
+    assert repaired.choose(jnp.asarray(ids), jnp.asarray(mask)).tolist() == [0, 1]
+    windows = np.random.default_rng(0).integers(3, 259, (4, LENGTH)).astype(np.int32)
+    assert perplexity(repaired, windows, 2).tokens == 4 * (LENGTH - 1)
+
+
+def test_a_selector_with_parameters_needs_joint_training(files, tmp_path):
+    config = run_settings(files, tmp_path / "run", method="idp", selector="linear_router")
+    with pytest.raises(ValueError, match="linear_router has parameters"):
+        train(config)
+
+
+def test_a_checkpoint_of_another_form_is_refused(tmp_path):
+    import orbax.checkpoint as ocp
+
+    with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
+        manager.save(4, args=ocp.args.StandardSave({"leaf_0000": jnp.zeros(3)}))
+        manager.wait_until_finished()
+    with pytest.raises(ValueError, match="checkpoint of another version or method"):
+        run_fit(tmp_path)
 
 
 def test_claims(tmp_path):
