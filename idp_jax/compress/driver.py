@@ -19,13 +19,14 @@ from idp_jax.compress.flow import Flow
 from idp_jax.compress.matrices import compress_matrices
 from idp_jax.compress.rules import allowed_worse, settings_by_name
 from idp_jax.config import Compression, ConfigError
-from idp_jax.formats.names import matrix_shapes, module_names
+from idp_jax.formats.names import module_names
 from idp_jax.formats.quantization import PACKED_FORMS
 from idp_jax.formats.stack import stack
 from idp_jax.jobs.machine import release_memory
-from idp_jax.models.block import STAGES, Block, layer_slice
+from idp_jax.models.block import Block, layer_slice
 from idp_jax.models.config import ModelConfig
 from idp_jax.models.decoder import Decoder
+from idp_jax.models.matrices import Matrix, matrices, stages
 from idp_jax.models.storage import restore
 from idp_jax.weights import Dense, Quantized
 
@@ -62,8 +63,7 @@ def compress(
     progress: Callable = iter,
     times: StageTimes | None = None,
 ) -> tuple[Decoder, list[dict[str, Any]]]:
-    """Compresses every matrix of every block of a model in memory; embeddings, norms and the head
-    stay as they are.
+    """Compresses every matrix of every block of a model in memory; the rest stays as it is.
 
     Args:
         model: with dense matrices.
@@ -120,12 +120,12 @@ def resolve_settings(
     """
     modules = module_names(config)
     by_module = settings_by_name(settings, list(modules.values()))
-    shapes = matrix_shapes(config)
+    by_matrix = {matrix.name: matrix for matrix in matrices(config)}
     resolved = {}
     for (layer, name), module in modules.items():
         own = by_module[module]
         if own is not None:
-            _check_fit(module, shapes[name], own)
+            _check_fit(module, by_matrix[name], own)
             _check_form(module, own, form)
         resolved[layer, name] = own
     return resolved
@@ -136,9 +136,9 @@ def needs_data(by_name: Mapping[Any, Compression | None]) -> bool:
     return any(own is not None and own.needs_data for own in by_name.values())
 
 
-def _check_fit(module: str, shape: tuple[int, int], settings: Compression) -> None:
-    """Refuses settings that a matrix [out, in] cannot take, before any work is done."""
-    outputs, inputs = shape
+def _check_fit(module: str, matrix: Matrix, settings: Compression) -> None:
+    """Refuses settings that a matrix cannot take, before any work is done."""
+    inputs, outputs = matrix.inputs, matrix.outputs
     group = inputs if settings.group_size == -1 else settings.group_size
     if settings.quantizes and inputs % group:
         sizes = [size for size in (32, 64, 128) if inputs % size == 0]
@@ -191,8 +191,8 @@ def compress_block(
     """
     stored, rows = {}, []
     modules = module_names(block.config)
-    for stage, names in enumerate(STAGES):
-        names = tuple(name for name in names if getattr(block, name) is not None)
+    for stage, members in enumerate(stages(block.config)):
+        names = tuple(matrix.name for matrix in members)
         own = {name: by_name[layer, name] for name in names}
         hessian = None
         if flow is not None:
@@ -223,8 +223,9 @@ def compress_block(
 
 @partial(jax.jit, static_argnames="dtype")
 def running(stored: Dense | Quantized, dtype: str) -> Dense:
-    """A matrix as the calibration pass runs it: expanded from what is stored, so that a block read
-    back from disk runs alike.
+    """A matrix as the calibration pass runs it.
+
+    It is expanded from what is stored, so that a block read back from disk runs alike.
     """
     return Dense(stored.dense(dtype), None if stored.bias is None else stored.bias[...])
 
