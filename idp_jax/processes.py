@@ -16,8 +16,7 @@ def mesh_of(config) -> jax.sharding.Mesh | None:
     """The mesh that a `config.Mesh` asks for, or None for one device.
 
     Joins the other processes of the job first, where that is asked for or the launcher is
-    recognised;
-    several processes without a mesh of their own share the batch.
+    recognised; several processes without a mesh of their own share the batch.
     """
     if (config.distributed or _launched_together()) and not jax.distributed.is_initialized():
         # A launcher that JAX knows (SLURM, Open MPI, TPU pods) fills these in by itself.

@@ -1,44 +1,40 @@
 """Where every array lives: one table from logical axis names to mesh axes.
 
-Parameters, packed words and activations all name their axes by what they mean ("embed", "heads",
-...); `RULES` alone says which mesh axis
-cuts which of them. On one device, or outside `jax.set_mesh`, every function here does nothing.
+Every class with parameters says what their axes mean ("embed", "heads", ...) in its method
+`logical_axes`; `RULES` alone says which mesh axis cuts which of them. A parameter that no class
+says anything of is whole on every device. On one device, or outside `jax.set_mesh`, every function
+here does nothing.
 """
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "model")
+TENSOR_AXIS = "model"
+"""The mesh axis that cuts single matrices, and with them the heads and the MLP."""
 
+# Along `embed`, the residual stream's side of every matrix, weights are cut only to be stored
+# (ZeRO-3): XLA gathers them for each product. Activations keep that side whole (`embed_activation`)
+# and are cut over their batch by the same devices, so the two never meet in one array.
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "time": None,
     "layers": None,
     "embed": "fsdp",
     "embed_activation": None,
-    "heads": "model",
-    "kv_heads": "model",
-    "ffw": "model",
-    "vocab": "model",
+    "heads": TENSOR_AXIS,
+    "kv_heads": TENSOR_AXIS,
+    "ffw": TENSOR_AXIS,
+    "vocab": TENSOR_AXIS,
     "groups": None,
     "rank": None,
-    "rows": "model",  # outputs of matrices while they are compressed
-}
-
-# The logical axes of every matrix [in, out]; biases and scales follow their matrix.
-WEIGHT_AXES = {
-    "q": ("embed", "heads"),
-    "k": ("embed", "kv_heads"),
-    "v": ("embed", "kv_heads"),
-    "o": ("heads", "embed"),
-    "gate": ("embed", "ffw"),
-    "up": ("embed", "ffw"),
-    "down": ("ffw", "embed"),
-    "head": ("embed", "vocab"),
-    "project_in": (None, "embed"),
-    "project_out": ("embed", None),
-    "embedding": ("vocab", "embed"),
+    "rows": TENSOR_AXIS,  # outputs of matrices while they are compressed
 }
 
 
@@ -47,8 +43,7 @@ def make_mesh(shape: dict[str, int] | None = None, devices=None) -> jax.sharding
 
     Args:
         shape: sizes by axis; missing axes are 1, and one axis may be -1 (all devices that are
-            left).
-            None puts every device on `data`.
+            left). None puts every device on `data`.
 
     Raises:
         ValueError: an unknown axis, or sizes that do not use every device.
@@ -79,18 +74,13 @@ def spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> Partiti
     """The partition of an array whose axes have these logical names.
 
     An axis whose length its mesh axes do not divide stays whole on every device (three kv heads on
-    a
-    model axis of two, say).
+    a model axis of two, say).
     """
-    parts = []
+    rules = []
     for name, length in zip(names, shape, strict=True):
-        rule = RULES[name] if name is not None else None
-        axes = (rule,) if isinstance(rule, str) else (rule or ())
-        size = 1
-        for axis in axes:
-            size *= mesh.shape[axis]
-        parts.append(rule if size > 1 and length % size == 0 else None)
-    return PartitionSpec(*parts)
+        count = 1 if name is None else parts(name, mesh.shape)
+        rules.append(None if name is None or count == 1 or length % count else RULES[name])
+    return PartitionSpec(*rules)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
@@ -101,31 +91,65 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(names, x.shape, mesh))
 
 
-def _axes_of(path: tuple, leaf: jax.Array) -> tuple[str | None, ...]:
-    """Logical axes of one parameter, from the names on the way to it."""
-    keys = [str(getattr(key, "name", getattr(key, "key", key))) for key in path]
-    matrix = next((key for key in keys if key in WEIGHT_AXES), None)
-    if matrix is None or "group_index" in keys:
-        return (None,) * leaf.ndim
-    if leaf.ndim == 4:  # keys and values of a prefix [L, P, K, H]
-        return ("layers", "time", "kv_heads", None)
-    row, column = WEIGHT_AXES[matrix]
-    parts = {
-        "bias": (column,),
-        "scales": ("groups", column),
-        "zeros": ("groups", column),
-        "a": (row, "rank"),
-        "b": ("rank", column),
-    }
-    own = next((parts[key] for key in keys if key in parts), (row, column))
-    return ("layers",) * (leaf.ndim - len(own)) + own
+def parts(name: str, sizes: Mapping[str, int]) -> int:
+    """How many parts a logical axis is cut into.
+
+    Args:
+        name: one of `RULES`.
+        sizes: of the mesh axes (`mesh.shape`).
+    """
+    rule = RULES[name]
+    axes = (rule,) if isinstance(rule, str) else (rule or ())
+    return math.prod(sizes[axis] for axis in axes)
 
 
-def shardings(tree, mesh: jax.sharding.Mesh):
+def declared_axes(tree) -> Iterator[tuple[tuple, jax.Array, tuple[str | None, ...] | None]]:
+    """Every parameter of a model, an adapter, or an optimiser state over them.
+
+    A class says what the axes of its parameters mean in `logical_axes()`: a mapping from its
+    attributes to names of axes (a tuple), or for a part with parameters of its own to that part's
+    mapping. Weights take as arguments what their inputs and outputs mean, which the block that
+    holds them knows. An optimiser state holds trees of the same classes, so it needs nothing more.
+
+    Returns:
+        In the order of the tree's leaves: path, parameter, and the names of its axes, or None where
+        no class names them.
+    """
+    declares = lambda node: hasattr(node, "logical_axes")
+    is_variable = lambda node: isinstance(node, nnx.Variable)
+    flatten = jax.tree_util.tree_flatten_with_path
+    for path, node in flatten(tree, is_leaf=declares)[0]:
+        names = node.logical_axes() if declares(node) else {}
+        for inner, parameter in flatten(node, is_leaf=is_variable)[0]:
+            found = _lookup(names, inner)
+            value = parameter.get_value() if is_variable(parameter) else parameter
+            for rest, leaf in flatten(value)[0]:
+                yield (*path, *inner, *rest), leaf, _stacked(_lookup(found, rest), leaf.ndim)
+
+
+def _lookup(names, path: tuple):
+    for key in path:
+        word = getattr(key, "name", getattr(key, "key", getattr(key, "idx", None)))
+        # Only an exact path counts: an `up` inside a part that its parent does not name is not
+        # the MLP's.
+        names = names.get(word) if isinstance(names, Mapping) else None
+    return names
+
+
+def _stacked(names, ndim: int) -> tuple[str | None, ...] | None:
+    """Names of all axes, those of layers in front where a parameter is a stack of them."""
+    if names is None or isinstance(names, Mapping) or len(names) > ndim:
+        return None
+    return ("layers",) * (ndim - len(names)) + tuple(names)
+
+
+def shardings(tree, mesh: jax.sharding.Mesh) -> Any:
     """A NamedSharding for every array of a model, an adapter or an optimiser state over them."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, spec(_axes_of(path, leaf), leaf.shape, mesh)), tree
-    )
+    places = [
+        NamedSharding(mesh, spec(names or (None,) * leaf.ndim, leaf.shape, mesh))
+        for _, leaf, names in declared_axes(tree)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(tree), places)
 
 
 def shard(tree, mesh: jax.sharding.Mesh | None):
@@ -138,11 +162,6 @@ def shard(tree, mesh: jax.sharding.Mesh | None):
     return jax.tree.map(_place, tree, shardings(tree, mesh))
 
 
-def batch_parts(mesh: jax.sharding.Mesh | None) -> int:
-    """How many parts `shard_batch` cuts a batch into."""
-    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-
-
 def shard_batch(batch, mesh: jax.sharding.Mesh | None):
     """Places host arrays [B, ...] with the batch cut over `data` and `fsdp`.
 
@@ -153,14 +172,14 @@ def shard_batch(batch, mesh: jax.sharding.Mesh | None):
     """
     if mesh is None:
         return jax.tree.map(jax.numpy.asarray, batch)
-    parts = batch_parts(mesh)
+    count = parts("batch", mesh.shape)
     sharding = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
     def place(x):
-        if x.shape[0] % parts:
+        if x.shape[0] % count:
             raise ValueError(
-                f"a batch of {x.shape[0]} rows does not divide over data x fsdp = {parts} devices; "
-                f"choose a multiple of {parts}"
+                f"a batch of {x.shape[0]} rows does not divide over data x fsdp = {count} devices; "
+                f"choose a multiple of {count}"
             )
         return _place(x, sharding)
 

@@ -4,7 +4,7 @@ The invariant: everything is random (biases and norms too) and large enough that
 shows in the logits.
 
     model = tiny_decoder("llama")                     # or "opt"; ModelConfig's fields by keyword
-    model = quantize_decoder(tiny_decoder("opt"), 4)  # its matrices packed, two groups each
+    model = quantize_decoder(tiny_decoder("opt"), 4)  # its matrices packed, groups of 32
     ids = tiny_ids(model, batch=2, time=12)
     folder = tiny_folder(tmp_path / "model", "llama") # a Hugging Face folder, tokenizer included
 """
@@ -12,18 +12,19 @@ shows in the logits.
 import importlib.util
 import json
 from pathlib import Path
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from idp_jax.kernels.packing import pack
 from idp_jax.models import KV, Decoder, ModelConfig
-from idp_jax.models.block import Block, layer_slice, stack_layers
+from idp_jax.models.abstract import Storage, random, random_layers, random_weight
+from idp_jax.models.block import layer_slice
 from idp_jax.models.config import RopeConfig
-from idp_jax.models.layers import Norm
-from idp_jax.weights import Dense, Quantized
+from idp_jax.models.matrices import Matrix
+from idp_jax.weights import Quantized
 
 _LLAMA = {
     "num_kv_heads": 2,
@@ -85,51 +86,7 @@ def tiny_decoder(architecture: str = "llama", *, seed: int = 0, **overrides) -> 
         overrides: fields of `ModelConfig`, e.g. `num_layers=3`, `embedding_dim=32` (projected
             embedding, opt), `norm_before=False, final_norm=False` (as OPT-350m).
     """
-    config = tiny_config(architecture, **overrides)
-    rng = np.random.default_rng(seed)
-
-    def draw(*shape: int, std: float) -> jax.Array:
-        return jnp.asarray(rng.normal(0, std, shape), jnp.float32)
-
-    def linear(rows: int, columns: int, bias: bool = False) -> Dense:
-        kernel = draw(rows, columns, std=rows**-0.5)
-        return Dense(kernel, draw(columns, std=0.2) if bias else None)
-
-    def norm():
-        scale = 1 + draw(config.hidden_dim, std=0.2) if config.norm_affine else None
-        centred = architecture == "opt"
-        bias = draw(config.hidden_dim, std=0.2) if config.norm_affine and centred else None
-        return Norm(scale, bias, centred=centred, epsilon=config.norm_epsilon)
-
-    def block():
-        hidden, ffw = config.hidden_dim, config.ffw_dim
-        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        shapes = {
-            "q": (hidden, queries),
-            "k": (hidden, keys),
-            "v": (hidden, keys),
-            "o": (queries, hidden),
-        }
-        weights = {n: linear(*shape, config.attention_bias) for n, shape in shapes.items()}
-        mlp = {"gate": (hidden, ffw), "up": (hidden, ffw), "down": (ffw, hidden)}
-        if architecture == "opt":
-            del mlp["gate"]
-        weights |= {n: linear(*shape, config.mlp_bias) for n, shape in mlp.items()}
-        return Block(weights, norm(), norm(), config)
-
-    embed, hidden = config.embedding_dim, config.hidden_dim
-    projected = embed != hidden
-    learned = config.rope is None
-    return Decoder(
-        config,
-        embedding=draw(config.vocab_size, embed, std=0.4),
-        layers=stack_layers([block() for _ in range(config.num_layers)]),
-        final_norm=norm() if config.final_norm else None,
-        head=None if config.tied_embeddings else linear(embed, config.vocab_size),
-        positions=draw(config.max_positions + 2, hidden, std=0.4) if learned else None,
-        project_in=linear(embed, hidden) if projected else None,
-        project_out=linear(hidden, embed) if projected else None,
-    )
+    return random(tiny_config(architecture, **overrides), jax.random.key(seed))
 
 
 def tiny_ids(model: Decoder, batch: int = 2, time: int = 12, seed: int = 0) -> jax.Array:
@@ -156,51 +113,33 @@ def close(x, y, tolerance: float = 2e-5) -> bool:
 
 
 def random_quantized(
-    rng: np.random.Generator,
     inputs: int,
     outputs: int,
     bits: int,
-    groups: int = 2,
+    group_size: int = 32,
     *,
-    act_order=False,
-    bias=None,
+    seed: int = 0,
+    act_order: bool = False,
+    bias: bool = False,
 ) -> Quantized:
-    """A packed weight: random codes, every zero point possible, values of about 1 / sqrt(I)."""
-    codes = rng.integers(0, 2**bits, (inputs, outputs))
-    scales = rng.uniform(0.5, 1.5, (groups, outputs)) / 2 ** (bits - 1) * inputs**-0.5
-    zeros = rng.integers(0, 2**bits, (groups, outputs))
-    index = rng.permutation(np.arange(inputs) % groups) if act_order else None
-    return Quantized(
-        pack(jnp.asarray(codes, jnp.uint32), bits),
-        jnp.asarray(scales, jnp.float16),
-        jnp.asarray(zeros, jnp.uint8),
-        bits=bits,
-        group_index=None if index is None else jnp.asarray(index, jnp.int32),
-        bias=bias,
-    )
+    """One packed weight [I, O]: random codes, every zero point possible."""
+    matrix = Matrix("weight", inputs, outputs, ("embed", "heads"), stage=0, bias=bias)
+    storage = Storage(bits, group_size, act_order=act_order)
+    weight = random_weight(matrix, jax.random.key(seed), storage)
+    return layer_slice(cast(Quantized, weight), 0)
 
 
 def quantize_decoder(
-    model: Decoder, bits: int = 4, *, groups: int = 2, seed: int = 0, act_order: bool = False
+    model: Decoder, bits: int = 4, *, group_size: int = 32, seed: int = 0, act_order: bool = False
 ) -> Decoder:
-    """The model with every matrix of its layers replaced by random packed codes; biases stay.
+    """The model with other random matrices in its layers, packed; all else stays.
 
     The function is another than the dense model's: compare it with itself (sharded, reloaded).
     """
-    rng = np.random.default_rng(seed)
-    blocks = []
-    for layer in range(model.config.num_layers):
-        block = layer_slice(model.layers, layer)
-        packed = {}
-        for name in block.weight_names:
-            weight = getattr(block, name)
-            inputs, outputs = weight.kernel[...].shape
-            bias = None if weight.bias is None else weight.bias[...]
-            packed[name] = random_quantized(
-                rng, inputs, outputs, bits, groups, act_order=act_order, bias=bias
-            )
-        blocks.append(block.replace(**packed))
-    return model.with_layers(stack_layers(blocks))
+    storage = Storage(bits, group_size, act_order=act_order)
+    layers = random_layers(model.config, jax.random.key(seed), weights=storage)
+    packed = {name: getattr(layers, name) for name in layers.weight_names}
+    return model.with_layers(model.layers.replace(**packed))
 
 
 def hf_config(config: ModelConfig):

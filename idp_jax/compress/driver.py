@@ -19,13 +19,14 @@ from idp_jax.compress.flow import Flow
 from idp_jax.compress.matrices import compress_matrices
 from idp_jax.compress.rules import allowed_worse, settings_by_name
 from idp_jax.config import Compression, ConfigError
-from idp_jax.formats.names import matrix_shapes, module_names
+from idp_jax.formats.names import module_names
 from idp_jax.formats.quantization import PACKED_FORMS
 from idp_jax.formats.stack import stack
 from idp_jax.jobs.machine import release_memory
-from idp_jax.models.block import STAGES, Block, layer_slice
+from idp_jax.models.block import Block, layer_slice
 from idp_jax.models.config import ModelConfig
 from idp_jax.models.decoder import Decoder
+from idp_jax.models.matrices import Matrix, matrices, stages
 from idp_jax.models.storage import restore
 from idp_jax.weights import Dense, Quantized
 
@@ -121,12 +122,12 @@ def resolve_settings(
     """
     modules = module_names(config)
     by_module = settings_by_name(settings, list(modules.values()))
-    shapes = matrix_shapes(config)
+    by_matrix = {matrix.name: matrix for matrix in matrices(config)}
     resolved = {}
     for (layer, name), module in modules.items():
         chosen = by_module[module]
         if chosen is not None:
-            _check_fit(module, shapes[name], chosen)
+            _check_fit(module, by_matrix[name], chosen)
             _check_form(module, chosen, form)
         resolved[layer, name] = chosen
     return resolved
@@ -137,9 +138,9 @@ def needs_data(by_name: Mapping[Any, Compression | None]) -> bool:
     return any(chosen is not None and chosen.needs_data for chosen in by_name.values())
 
 
-def _check_fit(module: str, shape: tuple[int, int], settings: Compression) -> None:
-    """Refuses settings that a matrix [out, in] cannot take, before any work is done."""
-    outputs, inputs = shape
+def _check_fit(module: str, matrix: Matrix, settings: Compression) -> None:
+    """Refuses settings that a matrix cannot take, before any work is done."""
+    inputs, outputs = matrix.inputs, matrix.outputs
     group = inputs if settings.group_size == -1 else settings.group_size
     if settings.quantizes and inputs % group:
         sizes = [size for size in (32, 64, 128) if inputs % size == 0]
@@ -192,8 +193,8 @@ def compress_block(
     """
     stored, rows = {}, []
     modules = module_names(block.config)
-    for stage, names in enumerate(STAGES):
-        names = tuple(name for name in names if getattr(block, name) is not None)
+    for stage, members in enumerate(stages(block.config)):
+        names = tuple(matrix.name for matrix in members)
         chosen = {name: by_name[layer, name] for name in names}
         hessian = None
         if flow is not None:

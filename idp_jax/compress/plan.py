@@ -16,9 +16,9 @@ from idp_jax.compress.cores.gptq import gptq
 from idp_jax.compress.cores.hessian import accumulate, empty_state, inverse_factor
 from idp_jax.compress.flow import KEPT_BYTES
 from idp_jax.config import Compress, Compression
-from idp_jax.formats.names import matrix_shapes
-from idp_jax.models.block import STAGES
 from idp_jax.models.config import ModelConfig
+from idp_jax.models.matrices import Matrix, matrices, stages
+from idp_jax.sharding import MESH_AXES, parts
 
 _FLOAT = 4  # bytes; streams, Hessians and what the cores work on are float32
 # The Hessian, the matrix that becomes its factor, the factor, and masks of a byte an entry.
@@ -79,14 +79,14 @@ def plan(
         settings: whose mesh gives the number of devices, -1 counting as 1.
         by_name: the settings of every matrix, from `driver.resolve_settings`.
     """
-    data = max(settings.mesh.data, 1) * max(settings.mesh.fsdp, 1)
-    rows = max(settings.mesh.model, 1)
-    shapes = matrix_shapes(config)
+    mesh = {axis: max(getattr(settings.mesh, axis), 1) for axis in MESH_AXES}
+    data, rows = parts("batch", mesh), parts("rows", mesh)
+    sizes = {matrix.name: matrix.inputs * matrix.outputs for matrix in matrices(config)}
     tokens = settings.samples * settings.sequence_length
-    weights = sum(outputs * inputs for outputs, inputs in shapes.values())
+    weights = sum(sizes.values())
     has_text = any(chosen is not None and chosen.needs_data for chosen in by_name.values())
-    stages = [[shapes[name] for name in stage if name in shapes] for stage in STAGES]
-    squares, swept = max((_stage_bytes(stage, rows, has_text) for stage in stages), key=sum)
+    of_stages = [_stage_bytes(stage, rows, has_text) for stage in stages(config)]
+    squares, swept = max(of_stages, key=sum)
     device = {"one block's weights": weights * _FLOAT // rows, "a stage's matrices": swept}
     if has_text:
         batch = min(settings.batch_size * data, settings.samples) * settings.sequence_length
@@ -97,20 +97,18 @@ def plan(
             "a micro-batch": batch * (config.ffw_dim + config.hidden_dim) * _FLOAT // data,
             "Hessian and its factor": squares,
         }
-    bits = {key: _bits(chosen) for key, chosen in by_name.items()}
-    sizes = {key: shapes[key[1]][0] * shapes[key[1]][1] for key in by_name}
-    disk = sum(int(sizes[key] * bits[key] / 8) for key in by_name)
+    disk = sum(int(sizes[name] * _bits(chosen) / 8) for (_, name), chosen in by_name.items())
     host = {"one block, as read": weights * 2, "libraries, programs": _LIBRARIES}
     # As read, of two bytes, and as the calibration pass runs it.
     entry = config.vocab_size * config.embedding_dim * (2 + _FLOAT) if has_text else 0
-    work = _work(config, settings, by_name, stages if has_text else [])
+    work = _work(config, settings, by_name, has_text)
     return Plan(data * rows, device, host, entry, work, disk)
 
 
-def _stage_bytes(stage: list[tuple[int, int]], rows: int, has_text: bool) -> tuple[int, int]:
+def _stage_bytes(stage: tuple[Matrix, ...], rows: int, has_text: bool) -> tuple[int, int]:
     """Bytes of what has the Hessian's shape, and of what has the matrices'."""
-    inputs = stage[0][1]
-    outputs = sum(outputs for outputs, _ in stage)
+    inputs = stage[0].inputs
+    outputs = sum(matrix.outputs for matrix in stage)
     return inputs**2 * _SQUARE * has_text, outputs * inputs * _ROW // rows
 
 
@@ -122,41 +120,42 @@ def _bits(settings: Compression | None) -> float:
     return settings.bits + (16 + settings.bits) / group if group > 0 else float(settings.bits)
 
 
-def _work(config: ModelConfig, settings: Compress, by_name, stages) -> dict[str, float]:
+def _work(config: ModelConfig, settings: Compress, by_name, has_text: bool) -> dict[str, float]:
+    walks = stages(config) if has_text else ()
     tokens, layers = settings.samples * settings.sequence_length, config.num_layers
     attention = 2 * config.num_heads * config.head_dim * settings.sequence_length  # causal: half
-    forward = sum(2 * o * i for stage in stages for o, i in stage) + attention * 2
-    if stages and tokens * config.ffw_dim * _FLOAT > KEPT_BYTES:
-        forward += sum(2 * o * i for o, i in stages[2])  # the inner activations a second time
-    shapes = matrix_shapes(config)
+    forward = sum(_products(stage) for stage in walks) + attention * 2
+    if walks and tokens * config.ffw_dim * _FLOAT > KEPT_BYTES:
+        forward += _products(walks[2])  # the inner activations a second time
+    by_matrix = {matrix.name: matrix for matrix in matrices(config)}
     used = {key: chosen for key, chosen in by_name.items() if chosen is not None}
-    sizes = {key: shapes[key[1]][0] * shapes[key[1]][1] for key in used}
+    matrix_of = {key: by_matrix[key[1]] for key in used}
+    sizes = {key: matrix.inputs * matrix.outputs for key, matrix in matrix_of.items()}
     walked = {key for key, chosen in used.items() if chosen.method in _WALKS}
     searched = {key for key, chosen in used.items() if chosen.quantizes and chosen.grid == "mse"}
-    stage_of = {name: stage for stage in STAGES for name in stage}
-    products = sum(2 * sizes[key] * shapes[key[1]][1] for key in used) if stages else 0
+    products = sum(2 * sizes[key] * matrix_of[key].inputs for key in used) if walks else 0
     return {
-        "forward": float(layers * tokens * forward if stages else 0),
-        "Hessian": float(layers * tokens * sum(2 * stage[0][1] ** 2 for stage in stages)),
-        "factor": float(sum(4 / 3 * i**3 for i in _factored(walked, shapes))),
-        "sweep": float(sum(2 * sizes[key] * shapes[key[1]][1] for key in walked)),
+        "forward": float(layers * tokens * forward if walks else 0),
+        "Hessian": float(layers * tokens * sum(2 * stage[0].inputs ** 2 for stage in walks)),
+        "factor": float(sum(4 / 3 * i**3 for i in _factored(walked, by_matrix))),
+        "sweep": float(sum(2 * sizes[key] * matrix_of[key].inputs for key in walked)),
         # Of the matrix, its result and its baseline; the walk's own is part of its rate.
         "errors": float(2 * products),
         # The baseline searches too.
         "grids": float(sum(sizes[key] * (2 if key in walked else 1) for key in searched)),
-        "compilation": float(len({(chosen, stage_of[name]) for (_, name), chosen in used.items()})),
+        "compilation": float(len({(chosen, matrix_of[key].stage) for key, chosen in used.items()})),
     }
 
 
-def _factored(walked: set[tuple[int, str]], shapes: dict[str, tuple[int, int]]) -> list[int]:
+def _products(stage: tuple[Matrix, ...]) -> int:
+    """Multiplications and additions of one token's products with a stage's matrices."""
+    return sum(2 * matrix.outputs * matrix.inputs for matrix in stage)
+
+
+def _factored(walked: set[tuple[int, str]], by_matrix: dict[str, Matrix]) -> list[int]:
     """The widths of the Hessians that are factorised: one a stage."""
-    stages = {
-        (layer, stage): shapes[name][1]
-        for layer, name in walked
-        for stage in STAGES
-        if name in stage
-    }
-    return list(stages.values())
+    widths = {(layer, by_matrix[name].stage): by_matrix[name].inputs for layer, name in walked}
+    return list(widths.values())
 
 
 def rates(batch: int = 4096, width: int = 1024) -> dict[str, float]:

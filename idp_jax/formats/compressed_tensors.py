@@ -125,7 +125,7 @@ def from_weight(weight: Quantized) -> dict[str, np.ndarray]:
     """
     words = np.asarray(weight.words[...])
     scales = np.asarray(weight.scales[...]).astype(np.float32)
-    inputs, outputs = words.shape[0] * 32 // weight.bits, words.shape[1]
+    inputs, outputs = weight.inputs, weight.outputs
     tensors = {
         "weight_packed": words.T,
         "weight_scale": scales.T,
@@ -135,7 +135,7 @@ def from_weight(weight: Quantized) -> dict[str, np.ndarray]:
         zeros = jnp.asarray(np.asarray(weight.zeros[...]).T)
         tensors["weight_zero_point"] = np.asarray(pack(zeros, weight.bits))
     if weight.group_index is not None:
-        tensors["weight_g_idx"] = group_index(weight, inputs)
+        tensors["weight_g_idx"] = group_index(weight)
     return tensors
 
 

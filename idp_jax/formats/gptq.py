@@ -101,11 +101,11 @@ def groups_of(
     return None if plain else index.astype(np.int32)
 
 
-def group_index(weight: Quantized, inputs: int) -> np.ndarray:
+def group_index(weight: Quantized) -> np.ndarray:
     """The group of every input, int32 [I], written out."""
     if weight.group_index is not None:
         return np.asarray(weight.group_index[...], np.int32)
-    return np.arange(inputs, dtype=np.int32) // np.int32(inputs // weight.zeros.shape[0])
+    return np.arange(weight.inputs, dtype=np.int32) // np.int32(weight.inputs // weight.groups)
 
 
 def from_weight(name: str, weight: Quantized, form: str) -> dict[str, np.ndarray]:
@@ -115,7 +115,7 @@ def from_weight(name: str, weight: Quantized, form: str) -> dict[str, np.ndarray
         ValueError: scales that float16 cannot hold, or sizes that are no multiples of 32.
     """
     zeros = np.asarray(weight.zeros[...])
-    outputs, inputs = zeros.shape[1], weight.words.shape[0] * 32 // weight.bits
+    inputs, outputs = weight.inputs, weight.outputs
     if inputs % 32 or outputs % 32:
         raise ValueError(
             f"{name} of {inputs} x {outputs} cannot be stored: GPTQ files need multiples of 32; "
@@ -136,7 +136,7 @@ def from_weight(name: str, weight: Quantized, form: str) -> dict[str, np.ndarray
         "qweight": np.asarray(weight.words[...]),
         "qzeros": np.asarray(pack(jnp.asarray(zeros), weight.bits, axis=-1)),
         "scales": halves,
-        "g_idx": group_index(weight, inputs),
+        "g_idx": group_index(weight),
     }
 
 

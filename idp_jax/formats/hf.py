@@ -14,7 +14,7 @@ from numpy.typing import DTypeLike
 
 from idp_jax.config.choices import FloatType
 from idp_jax.formats import compressed_tensors, gptq
-from idp_jax.formats.names import NAMES, matrix_shapes
+from idp_jax.formats.names import NAMES
 from idp_jax.formats.quantization import (
     DENSE,
     PACK_QUANTIZED,
@@ -25,13 +25,14 @@ from idp_jax.formats.quantization import (
 )
 from idp_jax.formats.source import CheckpointError, Source
 from idp_jax.formats.stack import expanded, stack
+from idp_jax.models.abstract import abstract
 from idp_jax.models.block import Block, layer_slice
 from idp_jax.models.config import ModelConfig, from_hf
-from idp_jax.models.decoder import OPT_POSITION_OFFSET, Decoder
+from idp_jax.models.decoder import Decoder
 from idp_jax.models.layers import Norm
+from idp_jax.models.matrices import matrices
 from idp_jax.weights import Dense, Quantized
 
-_BIASES = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
 _DTYPES = get_args(FloatType)
 _UNUSED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 
@@ -66,6 +67,7 @@ class Reader:
         self.names = NAMES[self.config.architecture]
         self.dtype = None if dtype == "auto" else _float_dtype(dtype)
         self.layout = read_config(source.quantization)
+        self._expected = abstract(self.config)
         self._used: set[str] = set()
 
     def tensor(
@@ -136,56 +138,45 @@ class Reader:
         }
         return parts, packing, self.layout
 
-    def norm(self, name: str) -> Norm:
-        """The norm of module `name`."""
-        config = self.config
-        layer_norm, shape = config.architecture == "opt", (config.hidden_dim,)
-        scale = self.tensor(f"{name}.weight", shape) if config.norm_affine else None
-        bias = self.tensor(f"{name}.bias", shape) if config.norm_affine and layer_norm else None
-        return Norm(scale, bias, centred=layer_norm, epsilon=config.norm_epsilon)
+    def norm(self, name: str, like: Norm) -> Norm:
+        """The norm of module `name`, with the parameters that `like` has."""
+        shape = (self.config.hidden_dim,)
+        scale = None if like.scale is None else self.tensor(f"{name}.weight", shape)
+        bias = None if like.bias is None else self.tensor(f"{name}.bias", shape)
+        return Norm(scale, bias, centred=like.centred, epsilon=like.epsilon)
 
     def block(self, layer: int) -> Block:
         """One layer, each matrix as it is stored; leaves are numpy arrays."""
-        config, names, shapes = self.config, self.names, matrix_shapes(self.config)
-        biased = (
-            *(_BIASES["attention"] if config.attention_bias else ()),
-            *(_BIASES["mlp"] if config.mlp_bias else ()),
-        )
+        config, names, expected = self.config, self.names, self._expected.layers
         weights = {
-            name: self.weight(names.weight(layer, name), shapes[name], name in biased)
-            for name in names.weights
+            m.name: self.weight(names.weight(layer, m.name), (m.outputs, m.inputs), m.bias)
+            for m in matrices(config)
         }
         prefix = names.layer.format(layer)
-        norms = self.norm(prefix + names.attention_norm), self.norm(prefix + names.mlp_norm)
-        return Block(weights, *norms, config)
+        attention_norm = self.norm(prefix + names.attention_norm, expected.attention_norm)
+        mlp_norm = self.norm(prefix + names.mlp_norm, expected.mlp_norm)
+        return Block(weights, attention_norm, mlp_norm, config)
 
     def without_layers(self) -> Decoder:
         """The model but for its layers (`layers` is None): embedding, positions, norm, head."""
         return Decoder(self.config, layers=cast(Block, None), **self._outer())
 
     def _outer(self) -> dict[str, Any]:
-        config, names = self.config, self.names
-        embedding = self.tensor(
-            f"{names.embedding}.weight", (config.vocab_size, config.embedding_dim)
-        )
-        projected = config.embedding_dim != config.hidden_dim
-        inward, outward = (
-            (config.hidden_dim, config.embedding_dim),
-            (config.embedding_dim, config.hidden_dim),
-        )
-        places = (config.max_positions + OPT_POSITION_OFFSET, config.hidden_dim)
-        return {
-            "embedding": embedding,
-            "final_norm": self.norm(names.final_norm) if config.final_norm else None,
-            "head": None
-            if config.tied_embeddings
-            else self.weight(names.head, (config.vocab_size, config.embedding_dim), False),
-            "positions": self.tensor(f"{names.positions}.weight", places)
-            if names.positions
-            else None,
-            "project_in": self.weight(names.project_in, inward, False) if projected else None,
-            "project_out": self.weight(names.project_out, outward, False) if projected else None,
-        }
+        names, expected = self.names, self._expected
+        outer: dict[str, Any] = {"final_norm": None}
+        for name in ("embedding", "positions"):
+            like = getattr(expected, name)
+            file_name = f"{getattr(names, name)}.weight"
+            outer[name] = None if like is None else self.tensor(file_name, like.shape)
+        if expected.final_norm is not None:
+            outer["final_norm"] = self.norm(names.final_norm, expected.final_norm)
+        for name in ("head", "project_in", "project_out"):
+            like = getattr(expected, name)
+            outer[name] = None
+            if like is not None:
+                inputs, outputs = like.kernel.shape
+                outer[name] = self.weight(getattr(names, name), (outputs, inputs), False)
+        return outer
 
     def decoder(self, progress: Callable = iter) -> Decoder:
         """The whole model, with numpy arrays as leaves.
@@ -294,12 +285,12 @@ def block_packings(
 
 
 def _packing(weight: Quantized, announced: Packing | None) -> Packing:
-    groups, inputs = weight.zeros.shape[0], weight.words.shape[0] * 32 // weight.bits
+    groups, inputs = weight.groups, weight.inputs
     size = inputs // groups if groups > 1 else -1
     if announced and announced.group_size > 0 and -(-inputs // announced.group_size) == groups:
         size = announced.group_size
     runs = np.arange(inputs) // (size if size > 0 else inputs)
-    indexed = not np.array_equal(gptq.group_index(weight, inputs), runs)
+    indexed = not np.array_equal(gptq.group_index(weight), runs)
     return Packing(weight.bits, size, compressed_tensors.is_symmetric(weight), indexed)
 
 

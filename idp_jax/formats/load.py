@@ -11,7 +11,7 @@ from idp_jax.formats import gguf, hf
 from idp_jax.formats.source import open_source, resolve
 from idp_jax.kernels.dispatch import machine_backend
 from idp_jax.models.decoder import Decoder
-from idp_jax.models.storage import better_dense, expand, prepare, restore, wrong_products
+from idp_jax.models.storage import better_dense, expand, repack, restore, wrong_products
 from idp_jax.sharding import shard
 
 _logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ def load_model(
     dtype: str = "float32",
     weights: str = "packed",
     kernel: str = "auto",
-    sparse: bool = True,
+    use_sparse24: bool = True,
     mesh: jax.sharding.Mesh | None = None,
     progress: Callable = iter,
 ) -> Decoder:
@@ -39,8 +39,9 @@ def load_model(
         kernel: what multiplies by packed and 2:4 sparse matrices: "pallas_tpu", "mosaic_gpu", "xla"
             (packed ones are expanded inside every product, sparse ones dense), or "auto", the best
             that this machine has.
-        sparse: whether 2:4 matrices that are bfloat16 numbers go to a 2:4 kernel, which reads fewer
-            bytes; dense ones need no expanding where many rows meet them, as in training.
+        use_sparse24: whether 2:4 matrices that are bfloat16 numbers go to a 2:4 kernel, which reads
+            fewer bytes. Where many rows meet a matrix, as in training, a dense one may be faster,
+            because it needs no expanding.
         mesh: where to place the parameters, see `idp_jax.sharding.make_mesh`.
         progress: wraps the iteration over layers, for a progress bar.
 
@@ -59,7 +60,7 @@ def load_model(
         return expand(model)
     if backend == "xla":
         return model
-    model = prepare(model, kernel, mesh, sparse=sparse)
+    model = repack(model, kernel, mesh, use_sparse24=use_sparse24)
     wrong = wrong_products(model, mesh)
     if wrong and kernel != "auto":
         raise ValueError(f"{kernel} multiplies wrongly by {wrong[0]} on this machine; use xla")

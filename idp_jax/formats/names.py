@@ -1,11 +1,12 @@
 """Hugging Face's names: one table per architecture, for all that reads or writes tensors.
 
-The invariant: `weights` has the matrices of `models.block.STAGES`, each with its module's name.
+The invariant: `weights` has every matrix of `models.matrices`, each with its module's name.
 """
 
 from dataclasses import dataclass
 
 from idp_jax.models.config import ModelConfig
+from idp_jax.models.matrices import matrices
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Names:
     project_out: str = ""
 
     def weight(self, layer: int, name: str) -> str:
-        """The module that holds matrix `name` (as in `block.STAGES`) of a layer."""
+        """The module that holds matrix `name` of a layer."""
         return self.layer.format(layer) + self.weights[name]
 
 
@@ -67,26 +68,10 @@ NAMES = {
 
 
 def module_names(config: ModelConfig) -> dict[tuple[int, str], str]:
-    """(layer, matrix as in `block.STAGES`) -> Hugging Face module name, layer by layer."""
+    """(layer, matrix) -> Hugging Face module name, layer by layer."""
     names = NAMES[config.architecture]
     return {
-        (layer, name): names.weight(layer, name)
+        (layer, matrix.name): names.weight(layer, matrix.name)
         for layer in range(config.num_layers)
-        for name in names.weights
+        for matrix in matrices(config)
     }
-
-
-def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(out, in) of every matrix of a layer."""
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    wide, narrow = config.ffw_dim, config.hidden_dim
-    shapes = {
-        "q": (queries, narrow),
-        "k": (keys, narrow),
-        "v": (keys, narrow),
-        "o": (narrow, queries),
-        "gate": (wide, narrow),
-        "up": (wide, narrow),
-        "down": (narrow, wide),
-    }
-    return {name: shapes[name] for name in NAMES[config.architecture].weights}

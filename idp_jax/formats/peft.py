@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from idp_jax.formats.hf import NAMES
+from idp_jax.formats.names import NAMES
 from idp_jax.models.config import ModelConfig
 from idp_jax.models.decoder import Decoder
-from idp_jax.recover.lora import LoraAdapter, matrix_shape
+from idp_jax.models.matrices import matrices
+from idp_jax.recover.lora import LoraAdapter
 from idp_jax.recover.methods import Adapter
 from idp_jax.recover.prefix import PrefixAdapter
 from idp_jax.recover.prompt import SoftPrompt
@@ -179,7 +180,8 @@ def _read_lora(decoder: Decoder, folder: Path, settings, tensors) -> LoraAdapter
             raise ValueError(f"{folder}: LoRA with {key} is not supported")
     config, names = decoder.config, NAMES[decoder.config.architecture]
     a, b, used = {}, {}, 0
-    for name in decoder.layers.weight_names:
+    for matrix in matrices(config):
+        name = matrix.name
         modules = [f"base_model.model.{names.weight(i, name)}" for i in range(config.num_layers)]
         found = [m for m in modules if f"{m}.lora_A.weight" in tensors]
         if not found:
@@ -188,7 +190,7 @@ def _read_lora(decoder: Decoder, folder: Path, settings, tensors) -> LoraAdapter
             raise other_model(folder, f"{name} in {len(found)} layers", f"{len(modules)} layers")
         a[name] = np.stack([tensors[f"{m}.lora_A.weight"].T for m in modules])
         b[name] = np.stack([tensors[f"{m}.lora_B.weight"].T for m in modules])
-        wanted = matrix_shape(decoder, name)
+        wanted = (matrix.inputs, matrix.outputs)
         if (a[name].shape[1], b[name].shape[2]) != wanted:
             raise other_model(
                 folder, f"{name} of {(a[name].shape[1], b[name].shape[2])}", str(wanted)

@@ -42,7 +42,7 @@ def stack(blocks: list[Block]) -> Block:
 
 def _groups(weights: list) -> bool:
     """Whether the numbers of groups differ."""
-    return len({weight.zeros.shape for weight in weights if isinstance(weight, Quantized)}) > 1
+    return len({weight.groups for weight in weights if isinstance(weight, Quantized)}) > 1
 
 
 def alike(weights: list[Dense | Quantized]) -> list[Dense] | list[Quantized]:
@@ -55,7 +55,7 @@ def alike(weights: list[Dense | Quantized]) -> list[Dense] | list[Quantized]:
     if len(packed) < len(weights):
         return [weight if isinstance(weight, Dense) else expanded(weight) for weight in weights]
     bits = max(weight.bits for weight in packed)
-    counts = [weight.zeros.shape[0] for weight in packed]
+    counts = [weight.groups for weight in packed]
     indexed = any(weight.group_index is not None for weight in packed)
     groups = max(counts) if indexed else math.lcm(*counts)
     return [_converted(weight, bits, groups, indexed) for weight in packed]
@@ -74,12 +74,12 @@ def _dense(weight: Quantized) -> jax.Array:
 
 def _converted(weight: Quantized, bits: int, groups: int, indexed: bool) -> Quantized:
     words, index = np.asarray(weight.words[...]), None
-    inputs, held = words.shape[0] * 32 // weight.bits, weight.zeros.shape[0]
+    held = weight.groups
     if bits != weight.bits:
         words = np.asarray(pack(unpack(jnp.asarray(words), weight.bits), bits))
     if indexed:
         # Groups beyond those of this layer are never named: what stands there is of no account.
-        index = group_index(weight, inputs)
+        index = group_index(weight)
         finer = lambda x: np.pad(x, ((0, groups - held), (0, 0)), mode="edge")
     else:
         finer = lambda x: np.repeat(x, groups // held, axis=0)

@@ -17,7 +17,7 @@ from idp_jax.inference.buckets import bucket
 from idp_jax.inference.text import decode, encode, is_text
 from idp_jax.models import KV, Decoder
 from idp_jax.models.cache import concatenate
-from idp_jax.models.inputs import ids_and_mask
+from idp_jax.models.inputs import token_arrays
 from idp_jax.recover import Repaired
 
 
@@ -99,7 +99,7 @@ def generate(
     repaired = Repaired.of(repaired)
     settings = {"temperature": temperature, "top_k": top_k, "key": key}
     if not is_text(prompts):
-        ids, mask = ids_and_mask(prompts, attention_mask)
+        ids, mask = token_arrays(prompts, attention_mask)
         stops = () if stop_ids is None else stop_ids
         return _generate_ids(repaired, ids, mask, max_new_tokens, stops, **settings)
     if tokenizer is None:
@@ -116,8 +116,8 @@ def _generate_ids(
     repaired: Repaired, ids, mask, max_new_tokens: int, stop_ids, *, temperature, top_k, key
 ) -> jax.Array:
     """Prepares the arrays of a few shapes that the compiled part knows."""
-    ids = _array(ids)
-    mask = np.ones_like(ids) if mask is None else _array(mask)
+    ids = np.asarray(ids)
+    mask = np.ones_like(ids) if mask is None else np.asarray(mask)
     _check_input(repaired, ids, mask, max_new_tokens)
     _check_settings(repaired.decoder.config.vocab_size, stop_ids, temperature, top_k, key)
     if max_new_tokens == 0:
@@ -134,15 +134,6 @@ def _generate_ids(
     }
     limit, scale = np.int32(max_new_tokens), np.float32(temperature)
     return _generate(repaired, ids, mask, stop, limit, scale, key, **settings)[:, :max_new_tokens]
-
-
-def _array(rows) -> np.ndarray:
-    try:
-        return np.asarray(rows, np.int32)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            "prompts must be text, or rows of ids of one length; pad shorter ones on the left"
-        ) from error
 
 
 def _check_input(

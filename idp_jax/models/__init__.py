@@ -1,6 +1,4 @@
-"""Decoder-only language models as flax modules: LLaMA and OPT behind one scan over stacked
-layers.
-"""
+"""Decoder-only language models as flax modules: LLaMA and OPT behind one scan over layers."""
 
 from idp_jax.models.cache import KV
 from idp_jax.models.config import ModelConfig

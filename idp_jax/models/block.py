@@ -1,8 +1,8 @@
 """One transformer block, written as the four stages that compression needs.
 
-Within a stage all matrices read the same input (q, k, v | o | gate, up | down), so a Hessian is
-shared by a stage. The forward pass is the
-composition of the stages and nothing else: what is calibrated is what runs.
+Within a stage all matrices read the same input (`matrices.py` has the table), so a Hessian is
+shared by a stage. The forward pass is the composition of the stages and nothing else: what is
+calibrated is what runs.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,10 @@ from flax import nnx, struct
 from idp_jax.kernels.stack import select_layer
 from idp_jax.models.config import ModelConfig
 from idp_jax.models.layers import Norm, attention, rotate
+from idp_jax.models.matrices import matrices
 from idp_jax.sharding import constrain
 from idp_jax.weights import is_compressed
 
-STAGES = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 _Layers = TypeVar("_Layers")  # a block, or one of its weights
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -44,21 +44,36 @@ class Context(struct.PyTreeNode):
 class Block(nnx.Module):
     """Attention and MLP of one layer (or of all of them, stacked, before `scan_layers`).
 
-    Weights `q k v o up down` and, in gated MLPs, `gate` are modules of `idp_jax.weights`.
+    Its matrices, those that `matrices(config)` lists, are modules of `idp_jax.weights`.
     """
 
+    q: Any
+    k: Any
+    v: Any
+    o: Any
+    gate: Any = None  # gated MLPs only
+    up: Any
+    down: Any
+
     def __init__(self, weights: dict, attention_norm: Norm, mlp_norm: Norm, config: ModelConfig):
-        self.q, self.k, self.v, self.o = (weights[name] for name in "qkvo")
-        self.gate = weights.get("gate")
-        self.up, self.down = weights["up"], weights["down"]
+        for matrix in matrices(config):
+            setattr(self, matrix.name, weights[matrix.name])
         self.attention_norm = attention_norm
         self.mlp_norm = mlp_norm
         self.config = config
 
     @property
     def weight_names(self) -> tuple[str, ...]:
-        """The matrices of this block, in the order of `STAGES`."""
-        return tuple(n for stage in STAGES for n in stage if getattr(self, n) is not None)
+        """The matrices of this block, in the order in which they are used."""
+        return tuple(matrix.name for matrix in matrices(self.config))
+
+    def logical_axes(self) -> dict[str, Any]:
+        """What the axes of the parameters mean, see `sharding.declared_axes`."""
+        norms = {"attention_norm": self.attention_norm, "mlp_norm": self.mlp_norm}
+        return {name: norm.logical_axes() for name, norm in norms.items()} | {
+            matrix.name: getattr(self, matrix.name).logical_axes(*matrix.axes)
+            for matrix in matrices(self.config)
+        }
 
     def replace(self, **weights) -> "Block":
         """The same block with some of its weights exchanged."""
@@ -110,9 +125,11 @@ class Block(nnx.Module):
 
     def __call__(self, h, context: Context, past=None):
         """The whole block: the new residual stream [B, T, D], and keys and values [B, T, K, H]."""
-        attended, kv = self.attention_output(self.attention_input(h), context, past)
-        h, x = self.mlp_input(h, attended)
-        h = self.output(h, self.mlp_hidden(x))
+        with jax.named_scope("attention"):
+            attended, kv = self.attention_output(self.attention_input(h), context, past)
+            h, x = self.mlp_input(h, attended)
+        with jax.named_scope("mlp"):
+            h = self.output(h, self.mlp_hidden(x))
         return constrain(h, "batch", "time", "embed_activation"), kv
 
 
@@ -124,8 +141,10 @@ def layer_slice(layers: _Layers, index) -> _Layers:
 def scan_layers(step: Callable, carry: Any, layers: Block, others: Any) -> tuple[Any, Any]:
     """`lax.scan` over stacked layers.
 
-    What kernels read stays whole, and every layer's block names its number instead of holding a
-    slice: see kernels/stack.py.
+    `lax.scan` cuts a layer's slice out of every array that it is given. XLA fuses that into its own
+    products, but copies it for a kernel, which it cannot look into. So the arrays that kernels read
+    are no part of the scan: the loop's body closes over the whole stacks, and each layer's block
+    holds them with the number of its layer (see kernels/stack.py).
 
     Args:
         step: of (carry, (one layer's block, its part of `others`)).
@@ -137,10 +156,10 @@ def scan_layers(step: Callable, carry: Any, layers: Block, others: Any) -> tuple
     numbers = jnp.arange(jax.tree.leaves(layers)[0].shape[0], dtype=jnp.int32)
 
     def one_layer(carry, xs):
-        number, parts, own = xs
-        pairs = zip(whole, parts, strict=True)
-        here = [p if w is None else select_layer(w, number) for w, p in pairs]
-        return step(carry, (jax.tree.unflatten(tree, here), own))
+        number, slices, other = xs
+        pairs = zip(whole, slices, strict=True)
+        here = [s if w is None else select_layer(w, number) for w, s in pairs]
+        return step(carry, (jax.tree.unflatten(tree, here), other))
 
     return jax.lax.scan(one_layer, carry, (numbers, cut, others))
 

@@ -1,11 +1,11 @@
-"""Keys and values that stand before the input: a soft prompt's prefix, a pool's choice, or a
-decoding cache.
+"""Keys and values that stand before the input: a prompt's, a pool's choice, or a decoding cache.
 
 By causality a prompt's keys and values do not depend on the input that follows it, so a prefix is
-computed once per model and
-stored. One class serves prefixes and caches; the models only ever attend to a `KV` followed by the
-input itself.
+computed once per model and stored. One class serves prefixes and caches; the models only ever
+attend to a `KV` followed by the input itself.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +37,7 @@ class KV(struct.PyTreeNode):
         return self.k.shape[2]
 
     def repeat(self, batch: int) -> "KV":
-        """The same prefix for `batch` rows; a KV that already has its own rows is returned as it
-        is.
-        """
+        """The same prefix for `batch` rows; a KV with rows of its own stays as it is."""
         if self.batch != 1 or batch == 1:
             return self
         rows = lambda x, axis: jnp.repeat(x, batch, axis)
@@ -57,9 +55,7 @@ class KV(struct.PyTreeNode):
         )
 
     def write(self, new: "KV", slot: jax.Array) -> "KV":
-        """Puts the tokens of `new` [L, B, T, K, H] into the slots from `slot` on (in place when
-        donated).
-        """
+        """Puts `new`, of T tokens, into the slots from `slot` on (in place when donated)."""
         slot = jnp.asarray(slot, jnp.int32)
         zero = jnp.int32(0)
         put = lambda old, x: jax.lax.dynamic_update_slice(
@@ -68,11 +64,14 @@ class KV(struct.PyTreeNode):
         mask = jax.lax.dynamic_update_slice(self.mask, new.mask, (zero, slot))
         return KV(put(self.k, new.k), put(self.v, new.v), mask, new.next_position)
 
+    def logical_axes(self) -> dict[str, Any]:
+        """What the axes of the arrays mean, see `sharding.declared_axes`."""
+        stored = ("layers", "batch", "time", "kv_heads", None)
+        return {"k": stored, "v": stored, "mask": ("batch", "time"), "next_position": ("batch",)}
+
 
 def concatenate(first: KV, second: KV) -> KV:
-    """Two stretches of keys and values, one after the other, as one; `second` gives the next
-    position.
-    """
+    """Two stretches of keys and values as one; `second`, the later, gives the next position."""
     batch = max(first.batch, second.batch)
     first, second = first.repeat(batch), second.repeat(batch)
     return KV(

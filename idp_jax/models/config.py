@@ -1,10 +1,8 @@
-"""What a decoder needs to know of a Hugging Face `config.json`, and the refusal of what it cannot
-do.
+"""What a decoder needs to know of a Hugging Face `config.json`; what it cannot do is refused.
 
 The invariant: every key of the configuration that changes the function computed is either honoured
-here or refused by name. Numbers come
-from the configuration (class defaults included, through transformers), never from a default of
-ours.
+here or refused by name. Numbers come from the configuration (class defaults included, through
+transformers), never from a default of ours.
 """
 
 from dataclasses import dataclass
@@ -28,9 +26,7 @@ _ROPE_KEYS = {
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary positions: base, kind of scaling and that kind's own numbers (as in
-    `rope_parameters`).
-    """
+    """Rotary positions: base, kind of scaling, and what that kind needs of `rope_parameters`."""
 
     theta: float
     kind: str
@@ -45,8 +41,7 @@ class ModelConfig:
     """The shape and the variants of a decoder.
 
     `embedding_dim` differs from `hidden_dim` where the word embedding is projected (OPT-350m); a
-    soft
-    prompt has `embedding_dim`. `rope` is None where positions are learned (OPT).
+    soft prompt has `embedding_dim`. `rope` is None where positions are learned (OPT).
     """
 
     architecture: Literal["llama", "opt"]
@@ -131,8 +126,8 @@ def _rope(config: Any) -> RopeConfig:
     missing = _ROPE_KEYS[kind] - parameters.keys()
     if missing:
         raise ValueError(f"rope_parameters lacks {sorted(missing)} for rope_type {kind!r}")
-    own = tuple((key, float(parameters[key])) for key in sorted(_ROPE_KEYS[kind]))
-    return RopeConfig(float(parameters["rope_theta"]), kind, own)
+    numbers = tuple((key, float(parameters[key])) for key in sorted(_ROPE_KEYS[kind]))
+    return RopeConfig(float(parameters["rope_theta"]), kind, numbers)
 
 
 def _from_llama(config: Any) -> ModelConfig:

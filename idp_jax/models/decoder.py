@@ -1,13 +1,11 @@
 """The decoder: embeddings, one scan over the stacked layers, the final norm and the head.
 
 Compile time does not grow with depth, because the layers are one loop. Everything that stands
-before an input (a soft prompt's
-prefix, a pool's choice, a decoding cache) is a `KV`; the decoder attends to it and to the input,
-and
-knows nothing else of prompts.
+before an input (a soft prompt's prefix, a pool's choice, a decoding cache) is a `KV`; the decoder
+attends to it and to the input, and knows nothing else of prompts.
 """
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +15,7 @@ from jax.core import Tracer
 from idp_jax.models.block import Block, Context, scan_layers
 from idp_jax.models.cache import KV
 from idp_jax.models.config import ModelConfig
-from idp_jax.models.inputs import ids_and_mask
+from idp_jax.models.inputs import token_arrays
 from idp_jax.models.layers import Norm, rope_frequencies, rotation, visibility
 from idp_jax.sharding import constrain
 from idp_jax.weights import Dense
@@ -62,7 +60,7 @@ class Decoder(nnx.Module):
         """Next-token logits.
 
         Args:
-            input_ids: int [B, T], or a BatchEncoding of ids and mask.
+            input_ids: int [B, T]; or what a tokenizer returns, which has the mask too.
             attention_mask: int [B, T], 1 for text and 0 for padding on either side; default all 1.
             past: keys and values that stand before the input.
 
@@ -70,13 +68,11 @@ class Decoder(nnx.Module):
             float32 [B, T, V]; rows of padding hold no meaning.
 
         Raises:
-            ValueError: an id lies outside the vocabulary, or the input is longer than learned
-                positions allow.
+            ValueError: an id lies outside the vocabulary, the input is longer than learned
+                positions allow, or its rows have different lengths.
         """
-        input_ids, attention_mask = ids_and_mask(input_ids, attention_mask)
-        input_ids = jnp.asarray(input_ids, jnp.int32)
+        input_ids, mask = token_arrays(input_ids, attention_mask)
         self.check(input_ids, past)
-        mask = None if attention_mask is None else jnp.asarray(attention_mask, jnp.int32)
         return _logits(self, input_ids, mask, past)
 
     def check(self, input_ids, past: KV | None = None) -> None:
@@ -100,13 +96,13 @@ class Decoder(nnx.Module):
         if self.config.rope is None and end > self.config.max_positions:
             raise ValueError(
                 f"{end} tokens (prompt included) exceed the {self.config.max_positions} learned "
-                "positions; "
-                "shorten the input"
+                "positions; shorten the input"
             )
 
     def embed(self, input_ids) -> jax.Array:
         """Word embeddings [B, T, E]."""
-        return self.embedding[...][input_ids]
+        with jax.named_scope("embed"):
+            return self.embedding[...][input_ids]
 
     def start(self, embeddings, attention_mask=None, past: KV | None = None):
         """The residual stream that enters layer 0, and the context that all layers share.
@@ -118,6 +114,10 @@ class Decoder(nnx.Module):
         Returns:
             h [B, T, D], the `Context`, and the position of the token after each row's last, [B].
         """
+        with jax.named_scope("embed"):
+            return self._start(embeddings, attention_mask, past)
+
+    def _start(self, embeddings, attention_mask, past: KV | None):
         if attention_mask is None:
             attention_mask = jnp.ones(embeddings.shape[:2], jnp.int32)
         visible = visibility(attention_mask)
@@ -199,7 +199,8 @@ class Decoder(nnx.Module):
 
         step = jax.checkpoint(step, prevent_cse=False) if remat else step
         stored = None if past is None else (past.k, past.v)
-        h, kept = scan_layers(step, h, self.layers, stored)
+        with jax.named_scope("layers"):
+            h, kept = scan_layers(step, h, self.layers, stored)
         h = self.finish(h)
         if not keep:
             return h
@@ -209,9 +210,10 @@ class Decoder(nnx.Module):
 
     def finish(self, h: jax.Array) -> jax.Array:
         """The final norm and projection: [B, T, D] -> [B, T, E]."""
-        if self.final_norm is not None:
-            h = self.final_norm(h)
-        return h if self.project_out is None else self.project_out(h)
+        with jax.named_scope("head"):
+            if self.final_norm is not None:
+                h = self.final_norm(h)
+            return h if self.project_out is None else self.project_out(h)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 logits [..., V] of hidden states [..., E]."""
@@ -220,9 +222,10 @@ class Decoder(nnx.Module):
         else:
             kernel, contract = self.embedding[...], 1
         dims = (((hidden.ndim - 1,), (contract,)), ((), ()))
-        logits = jax.lax.dot_general(
-            hidden, kernel.astype(hidden.dtype), dims, preferred_element_type=jnp.float32
-        )
+        with jax.named_scope("head"):
+            logits = jax.lax.dot_general(
+                hidden, kernel.astype(hidden.dtype), dims, preferred_element_type=jnp.float32
+            )
         names = ("batch",) + ("time",) * (logits.ndim - 2) + ("vocab",)
         return constrain(logits, *names)
 
@@ -231,6 +234,28 @@ class Decoder(nnx.Module):
         copy = jax.tree.map(lambda x: x, self)
         copy.layers = layers
         return copy
+
+    def logical_axes(self) -> dict[str, Any]:
+        """What the axes of the parameters mean, see `sharding.declared_axes`."""
+        axes: dict[str, Any] = {
+            "embedding": ("vocab", "embed"),
+            "positions": (None, "embed_activation"),
+        }
+        # The word embedding's width is whole where it is not the residual stream's.
+        outer = {
+            "head": ("embed", "vocab"),
+            "project_in": (None, "embed"),
+            "project_out": ("embed", None),
+        }
+        for name, meaning in outer.items():
+            weight = getattr(self, name)
+            if weight is not None:
+                axes[name] = weight.logical_axes(*meaning)
+        for name in ("layers", "final_norm"):
+            part = getattr(self, name)
+            if part is not None:
+                axes[name] = part.logical_axes()
+        return axes
 
 
 @jax.jit

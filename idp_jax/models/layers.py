@@ -4,6 +4,8 @@ Normalisation, rotation and softmax run in float32 whatever the dtype of the act
 Dims: B batch, T query time, S stored (past) time, N heads, K kv heads, G = N / K, H head dim.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +37,10 @@ class Norm(nnx.Module):
         if self.bias is not None:
             x32 = x32 + self.bias[...].astype(jnp.float32)
         return x32.astype(x.dtype)
+
+    def logical_axes(self) -> dict[str, Any]:
+        """What the axes of the parameters mean, see `sharding.declared_axes`."""
+        return {"scale": ("embed_activation",), "bias": ("embed_activation",)}
 
 
 def rope_frequencies(
@@ -96,10 +102,14 @@ def visibility(attention_mask: jax.Array) -> jax.Array:
 
     Args:
         attention_mask: int [B, T]. 0 is padding and 1 ordinary text, as in transformers. A
-            number above 1 marks a branch:
-            its tokens see the text marked 1 and their own branch, so several continuations of one
-            context are scored in one row.
+            number above 1 marks a branch: its tokens see the text marked 1 and their own branch, so
+            several continuations of one context are scored in one row.
     """
+    # Text never sees a branch, because its mask of 1 equals no branch's number: an answer that
+    # stands before more text, or another answer, changes nothing behind it. Positions follow from
+    # this table too (`Decoder.start`): a token stands behind as many as it sees, so every branch
+    # begins where the context ends, and padding on the left counts for nothing. A row of padding
+    # may still see text before it; nothing ever reads it, because no key of it is visible.
     length = attention_mask.shape[1]
     causal = jnp.tril(jnp.ones((length, length), bool))
     query, key = attention_mask[:, :, None], attention_mask[:, None, :]
@@ -113,13 +123,11 @@ def attention(
     visible_BTT: jax.Array,
     past: tuple[jax.Array, jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
-    """Attention of the input over the past and itself; the past is always visible where it holds
-    something.
+    """Attention of the input over itself and the past, which is visible where it holds something.
 
     Queries go in blocks, each against the keys up to its own end, because later ones are hidden
-    anyway: half the work, and the
-    scores of a block stay in cache. There are at most eight blocks, so that the program does not
-    grow with the input.
+    anyway: half the work, and the scores of a block stay in cache. There are at most eight blocks,
+    so that the program does not grow with the input.
 
     Args:
         visible_BTT: bool, from `visibility`; it must be causal.

@@ -19,7 +19,10 @@ from idp_jax.kernels.sparse24_matmul import api as sparse24
 from idp_jax.kernels.stack import select_layer
 from idp_jax.models.block import Block, layer_slice
 from idp_jax.models.decoder import Decoder
-from idp_jax.weights import Dense, Prepared, Quantized, for_kernels
+from idp_jax.models.matrices import Matrix, matrices
+from idp_jax.sharding import TENSOR_AXIS, parts
+from idp_jax.weights import Dense, Quantized, Repacked
+from idp_jax.weights import repack as repack_weight
 
 _logger = logging.getLogger(__name__)
 
@@ -27,8 +30,12 @@ _logger = logging.getLogger(__name__)
 _LARGEST_DIFFERENCE = 0.05
 
 
-def prepare(
-    model: Decoder, kernel: str, mesh: jax.sharding.Mesh | None = None, *, sparse: bool = True
+def repack(
+    model: Decoder,
+    kernel: str,
+    mesh: jax.sharding.Mesh | None = None,
+    *,
+    use_sparse24: bool = True,
 ) -> Decoder:
     """The same function with packed and 2:4 sparse matrices in the layout of the kernels.
 
@@ -38,15 +45,16 @@ def prepare(
     Args:
         kernel: see `load_model`.
         mesh: where the model lies.
-        sparse: see `load_model`.
+        use_sparse24: see `load_model`.
 
     Raises:
         ValueError: a packed matrix that the named kernel does not take; with "auto" it stays as it
             is, and so does a dense one.
     """
     with jax.set_mesh(mesh) if mesh is not None else nullcontext():
-        for name in model.layers.weight_names:
-            weight, reason = getattr(model.layers, name), None
+        for matrix in matrices(model.config):
+            name, reason = matrix.name, None
+            weight = getattr(model.layers, name)
             if isinstance(weight, Quantized):
                 weight = _narrowed(weight)
                 reason = _no_kernel(weight)
@@ -55,24 +63,21 @@ def prepare(
             if reason is not None:
                 _logger.warning("%s: no kernel multiplies by it (%s); using xla", name, reason)
                 continue
-            if isinstance(weight, Dense) and not sparse:
+            if isinstance(weight, Dense) and not use_sparse24:
                 continue
-            # The model axis cuts what these read.
-            options = {"backend": kernel, "split": "inputs" if name in ("o", "down") else "outputs"}
-            is_sparse = _sparse_kernel(name, weight, model.embedding.dtype.name, **options)
+            is_sparse = _sparse_kernel(matrix, weight, model.embedding.dtype.name, kernel)
             if isinstance(weight, Dense) and not is_sparse:
                 continue
-            prepared = _for_kernels(weight, **options, sparse=is_sparse)
-            model = model.with_layers(model.layers.replace(**{name: prepared}))
+            options = {"backend": kernel, "split": matrix.split}
+            repacked = _repack_weight(weight, **options, use_sparse24=is_sparse)
+            model = model.with_layers(model.layers.replace(**{name: repacked}))
     return model
 
 
-_for_kernels = jax.jit(for_kernels, static_argnames=("backend", "split", "sparse"))
+_repack_weight = jax.jit(repack_weight, static_argnames=("backend", "split", "use_sparse24"))
 
 
-def _sparse_kernel(
-    name: str, weight: Dense | Quantized, dtype: str, backend: str, split: str
-) -> bool:
+def _sparse_kernel(matrix: Matrix, weight: Dense | Quantized, dtype: str, backend: str) -> bool:
     """Whether a 2:4 kernel multiplies by a matrix; says why not where the matrix is 2:4 sparse."""
     backend = best_backend() if backend == "auto" else backend
     if backend == "xla" or getattr(weight, "group_index", None) is not None:
@@ -82,9 +87,11 @@ def _sparse_kernel(
         return False
     reason = "its values are no bfloat16 numbers"
     if exact:
-        reason = _no_sparse_kernel(weight, dtype, backend, split)
+        reason = _no_sparse_kernel(weight, dtype, backend, matrix.split)
     if reason is not None and isinstance(weight, Dense):
-        _logger.warning("%s: no 2:4 kernel multiplies by it (%s); it stays dense", name, reason)
+        _logger.warning(
+            "%s: no 2:4 kernel multiplies by it (%s); it stays dense", matrix.name, reason
+        )
     return reason is None
 
 
@@ -92,17 +99,17 @@ def _no_sparse_kernel(
     weight: Dense | Quantized, dtype: str, backend: str, split: str
 ) -> str | None:
     mesh = jax.sharding.get_abstract_mesh()
-    if isinstance(weight, Dense) and not mesh.empty and mesh.shape["fsdp"] > 1:
+    if isinstance(weight, Dense) and not mesh.empty and parts("embed", mesh.shape) > 1:
         return "fsdp cuts it finer as a dense one"
-    make = partial(for_kernels, backend=backend, sparse=True)
+    make = partial(repack_weight, backend=backend, use_sparse24=True)
     try:
-        prepared = jax.eval_shape(lambda weight: make(layer_slice(weight, 0)), weight)
+        repacked = jax.eval_shape(lambda weight: make(layer_slice(weight, 0)), weight)
     except ValueError as error:
         return str(error)
-    packed = prepared.packed.get_value()
+    packed = repacked.packed.get_value()
     reason = sparse24.unsupported(packed, backend, dtype)
     if reason is None and not mesh.empty:
-        reason = unsplittable(packed, split, mesh.shape["model"])
+        reason = unsplittable(packed, split, mesh.shape[TENSOR_AXIS])
     return reason
 
 
@@ -140,7 +147,7 @@ def _narrowed(weight: Quantized) -> Quantized:
 
 def _no_kernel(weight: Quantized) -> str | None:
     """Why a weight has no place in the layout of the kernels, or None."""
-    groups = weight.zeros.shape[-2]
+    groups = weight.groups
     if weight.scales.dtype not in (jnp.float16, jnp.bfloat16):
         return f"its scales are {weight.scales.dtype}, and no 16-bit numbers"
     if weight.group_index is None:
@@ -160,7 +167,7 @@ def wrong_products(model: Decoder, mesh: jax.sharding.Mesh | None = None) -> lis
     with jax.set_mesh(mesh) if mesh is not None else nullcontext():
         for name in model.layers.weight_names:
             weight = getattr(model.layers, name)
-            if isinstance(weight, Prepared):
+            if isinstance(weight, Repacked):
                 off = _difference(weight, model.embedding.dtype.name)
                 if off > _LARGEST_DIFFERENCE:
                     wrong.append(name)
@@ -168,15 +175,15 @@ def wrong_products(model: Decoder, mesh: jax.sharding.Mesh | None = None) -> lis
 
 
 @partial(jax.jit, static_argnames="dtype")
-def _difference(weight: Prepared, dtype: str) -> jax.Array:
+def _difference(weight: Repacked, dtype: str) -> jax.Array:
     """Between both products with the last layer, relative to the largest."""
     last = jax.tree.leaves(weight)[0].shape[0] - 1
-    alone = layer_slice(weight, last)
-    bias = None if alone.bias is None else alone.bias[...]
-    dense = Dense(alone.dense(dtype), bias)
+    one = layer_slice(weight, last)
+    bias = None if one.bias is None else one.bias[...]
+    dense = Dense(one.dense(dtype), bias)
     # As the model has it: where it lies in the stack.
     here = select_layer(weight.packed.get_value(), jnp.int32(last))
-    weight = Prepared(here, bias=bias, backend=weight.backend, split=weight.split)
+    weight = Repacked(here, bias=bias, backend=weight.backend, split=weight.split)
     largest = jnp.float32(0)
     for rows in (1, 128):  # few and many may be different kernels
         x = jax.random.normal(jax.random.key(0), (rows, dense.kernel[...].shape[0]), dtype)
@@ -190,7 +197,7 @@ def _difference(weight: Prepared, dtype: str) -> jax.Array:
 def restore(model: Decoder) -> Decoder:
     """The same model with packed and sparse matrices in the layout of the files again."""
     named = {name: getattr(model.layers, name) for name in model.layers.weight_names}
-    back = {name: w.restored() for name, w in named.items() if isinstance(w, Prepared)}
+    back = {name: w.restored() for name, w in named.items() if isinstance(w, Repacked)}
     return model.with_layers(model.layers.replace(**back)) if back else model
 
 
@@ -232,6 +239,6 @@ def _expand_layers(layers: Block, like: jax.Array) -> Block:
 def expand(model: Decoder) -> Decoder:
     """The same function with every matrix written out."""
     named = (getattr(model.layers, name) for name in model.layers.weight_names)
-    if not any(isinstance(weight, Quantized | Prepared) for weight in named):
+    if not any(isinstance(weight, Quantized | Repacked) for weight in named):
         return model
     return model.with_layers(_expand_layers(model.layers, model.embedding[...]))

@@ -1,10 +1,13 @@
 """Low-rank updates beside the frozen matrices."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from idp_jax.models.decoder import Decoder
+from idp_jax.models.matrices import matrices, matrix_axes
 from idp_jax.recover.repaired import Repaired
 from idp_jax.weights import Lora
 
@@ -35,7 +38,7 @@ class LoraAdapter(nnx.Module):
         targets: tuple[str, ...] = ("q", "v"),
     ) -> "LoraAdapter":
         """A uniform in +-1/sqrt(I) and B zero, as PEFT starts: the model is unchanged at first."""
-        known = decoder.layers.weight_names
+        known = {matrix.name: matrix for matrix in matrices(decoder.config)}
         unknown = [name for name in targets if name not in known]
         if unknown:
             raise ValueError(
@@ -47,11 +50,10 @@ class LoraAdapter(nnx.Module):
             raise ValueError(f"LoRA rank {rank} must be at least 1")
         a, b = {}, {}
         for name, subkey in zip(targets, jax.random.split(key, len(targets)), strict=True):
-            inputs, outputs = matrix_shape(decoder, name)
-            layers = decoder.config.num_layers
-            bound = inputs**-0.5
-            a[name] = jax.random.uniform(subkey, (layers, inputs, rank), jnp.float32, -bound, bound)
-            b[name] = jnp.zeros((layers, rank, outputs), jnp.float32)
+            matrix, layers = known[name], decoder.config.num_layers
+            bound, shape = matrix.inputs**-0.5, (layers, matrix.inputs, rank)
+            a[name] = jax.random.uniform(subkey, shape, jnp.float32, -bound, bound)
+            b[name] = jnp.zeros((layers, rank, matrix.outputs), jnp.float32)
         return cls(a, b, alpha)
 
     @property
@@ -73,17 +75,9 @@ class LoraAdapter(nnx.Module):
         }
         return Repaired(decoder.with_layers(decoder.layers.replace(**with_updates)))
 
-
-def matrix_shape(decoder: Decoder, name: str) -> tuple[int, int]:
-    """(inputs, outputs) of a matrix of the blocks."""
-    c = decoder.config
-    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    return {
-        "q": (c.hidden_dim, queries),
-        "k": (c.hidden_dim, keys),
-        "v": (c.hidden_dim, keys),
-        "o": (queries, c.hidden_dim),
-        "gate": (c.hidden_dim, c.ffw_dim),
-        "up": (c.hidden_dim, c.ffw_dim),
-        "down": (c.ffw_dim, c.hidden_dim),
-    }[name]
+    def logical_axes(self) -> dict[str, Any]:
+        """What the axes of the parameters mean, see `sharding.declared_axes`."""
+        return {
+            "a": {name: (matrix_axes(name)[0], "rank") for name in self.a},
+            "b": {name: ("rank", matrix_axes(name)[1]) for name in self.b},
+        }

@@ -1,5 +1,7 @@
 """Inference-time dynamic prompting: a pool of prompts, one chosen per input."""
 
+from typing import Any
+
 from flax import nnx
 
 from idp_jax.models.decoder import Decoder
@@ -30,6 +32,10 @@ class Pool(nnx.Module):
     def lengths(self) -> list[int]:
         """The number of tokens of every prompt."""
         return [prompt.length for prompt in self.prompts]
+
+    def logical_axes(self) -> dict[str, Any]:
+        """What the axes of the parameters mean, see `sharding.declared_axes`."""
+        return {"prompts": {i: prompt.logical_axes() for i, prompt in enumerate(self.prompts)}}
 
     def repair(self, decoder: Decoder) -> Repaired:
         """The model with the pool's prefixes stored, one row each."""

@@ -1,5 +1,7 @@
 """Prefix tuning: trained keys and values of every layer."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -20,6 +22,11 @@ class PrefixAdapter(nnx.Module):
     def __init__(self, k: jax.Array, v: jax.Array):
         self.k = nnx.Param(k)
         self.v = nnx.Param(v)
+
+    def logical_axes(self) -> dict[str, Any]:
+        """What the axes of the parameters mean, see `sharding.declared_axes`."""
+        stored = ("layers", "time", "kv_heads", None)
+        return {"k": stored, "v": stored}
 
     @classmethod
     def init(cls, decoder: Decoder, length: int, key: jax.Array) -> "PrefixAdapter":

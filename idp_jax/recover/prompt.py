@@ -1,5 +1,7 @@
 """Prompt tuning: trained embeddings before the input's."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -16,6 +18,10 @@ class SoftPrompt(nnx.Module):
 
     def __init__(self, embeddings: jax.Array):
         self.embeddings = nnx.Param(embeddings)
+
+    def logical_axes(self) -> dict[str, Any]:
+        """What the axes of the parameters mean, see `sharding.declared_axes`."""
+        return {"embeddings": ("time", "embed_activation")}
 
     @classmethod
     def init(cls, decoder: Decoder, length: int, key: jax.Array) -> "SoftPrompt":

@@ -11,7 +11,7 @@ from flax import struct
 
 from idp_jax.models.cache import KV
 from idp_jax.models.decoder import Decoder
-from idp_jax.models.inputs import ids_and_mask
+from idp_jax.models.inputs import token_arrays
 from idp_jax.recover.selection import Selection, as_selection
 from idp_jax.recover.selectors import Selector, layer0_inputs
 
@@ -71,16 +71,9 @@ class Repaired(struct.PyTreeNode):
         return self.prefix if index is None or self.prefix is None else self.prefix.rows(index)
 
     def __call__(self, input_ids, attention_mask=None) -> jax.Array:
-        """Next-token logits, float32 [B, T, V]; arguments as of `Decoder.__call__`.
-
-        Raises:
-            ValueError: an id lies outside the vocabulary, or the input is longer than learned
-                positions allow.
-        """
-        input_ids, attention_mask = ids_and_mask(input_ids, attention_mask)
-        input_ids = jnp.asarray(input_ids, jnp.int32)
+        """Next-token logits, float32 [B, T, V]; arguments and errors as of `Decoder.__call__`."""
+        input_ids, mask = token_arrays(input_ids, attention_mask)
         self.decoder.check(input_ids, self.prefix)
-        mask = None if attention_mask is None else jnp.asarray(attention_mask, jnp.int32)
         return _logits(self, input_ids, mask)
 
 

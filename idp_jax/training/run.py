@@ -68,7 +68,7 @@ def _train(config: Train, out: Path, mesh, progress: Progress) -> dict[str, Any]
         dtype=config.dtype,
         weights=config.weights,
         kernel=config.kernel,
-        sparse=False,
+        use_sparse24=False,
         mesh=mesh,
         progress=progress.tracker("loading"),
     )

@@ -7,12 +7,13 @@ layer of it (models/block.py).
 Kernels are kept as [I, O] (inputs first), so that activations multiply from the left without a
 transpose; checkpoints and the papers' compression algorithms use [O, I], and the formats turn them
 on the way in and out. The invariant: `w(x)` equals `x @ w.dense() + bias`. To add a kind, write a
-module with `__call__(x)`, `dense(dtype)` and `bias`; the models need nothing else.
+module with `__call__(x)`, `dense(dtype)`, `bias` and `logical_axes(inputs, outputs)`; the models
+need nothing else.
 """
 
 from idp_jax.weights.dense import Dense
 from idp_jax.weights.lora import Lora
-from idp_jax.weights.prepared import Prepared, for_kernels, is_compressed
 from idp_jax.weights.quantized import Quantized
+from idp_jax.weights.repacked import Repacked, is_compressed, repack
 
-__all__ = ["Dense", "Lora", "Prepared", "Quantized", "for_kernels", "is_compressed"]
+__all__ = ["Dense", "Lora", "Quantized", "Repacked", "is_compressed", "repack"]

@@ -1,5 +1,7 @@
 """A plain matrix, and what every kind of weight multiplies by."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,3 +38,7 @@ class Dense(nnx.Module):
     def dense(self, dtype=jnp.float32) -> jax.Array:
         """The matrix [..., I, O]."""
         return self.kernel[...].astype(dtype)
+
+    def logical_axes(self, inputs: str | None, outputs: str | None) -> dict[str, Any]:
+        """What the axes of the parameters mean, see `sharding.declared_axes`."""
+        return {"kernel": (inputs, outputs), "bias": (outputs,)}

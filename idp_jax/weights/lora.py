@@ -1,12 +1,14 @@
 """A frozen weight with a low-rank update beside it."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from idp_jax.weights.dense import Dense, product
-from idp_jax.weights.prepared import Prepared
 from idp_jax.weights.quantized import Quantized
+from idp_jax.weights.repacked import Repacked
 
 
 class Lora(nnx.Module):
@@ -21,7 +23,7 @@ class Lora(nnx.Module):
     """
 
     def __init__(
-        self, base: "Dense | Quantized | Prepared", a: jax.Array, b: jax.Array, scale: float
+        self, base: Dense | Quantized | Repacked, a: jax.Array, b: jax.Array, scale: float
     ):
         self.base = base
         self.a = nnx.Param(a)
@@ -43,3 +45,11 @@ class Lora(nnx.Module):
         update = jnp.matmul(self.a[...], self.b[...], precision=jax.lax.Precision.HIGHEST)
         merged = self.base.dense(jnp.float32) + update.astype(jnp.float32) * jnp.float32(self.scale)
         return merged.astype(dtype)
+
+    def logical_axes(self, inputs: str | None, outputs: str | None) -> dict[str, Any]:
+        """What the axes of the parameters mean, see `sharding.declared_axes`."""
+        return {
+            "base": self.base.logical_axes(inputs, outputs),
+            "a": (inputs, "rank"),
+            "b": ("rank", outputs),
+        }

@@ -1,5 +1,7 @@
 """Integer codes packed into words, as GPTQ packs them."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,8 +11,9 @@ from idp_jax.weights.dense import add_bias
 
 
 class Quantized(nnx.Module):
-    """Integer codes packed into words, in GPTQ's layout: w[i, o] = scales[g(i), o] * (code[i, o] -
-    zeros[g(i), o]).
+    """Integer codes packed into words, in GPTQ's layout.
+
+    The matrix meant is w[i, o] = scales[g(i), o] * (code[i, o] - zeros[g(i), o]).
 
     Attributes:
         words: int32 [..., I * bits / 32, O]: a little-endian bit stream along the inputs.
@@ -30,6 +33,21 @@ class Quantized(nnx.Module):
         self.group_index = None if group_index is None else nnx.Param(group_index)
         self.bias = None if bias is None else nnx.Param(bias)
         self.bits = bits
+
+    @property
+    def inputs(self) -> int:
+        """I."""
+        return self.words.shape[-2] * 32 // self.bits
+
+    @property
+    def outputs(self) -> int:
+        """O."""
+        return self.words.shape[-1]
+
+    @property
+    def groups(self) -> int:
+        """G."""
+        return self.zeros.shape[-2]
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Multiplies x [..., I]: [..., O] in the dtype of x, summed in float32."""
@@ -56,3 +74,14 @@ class Quantized(nnx.Module):
         for _ in range(self.words.ndim - 2):
             one_layer = jax.vmap(one_layer)
         return one_layer(self.words[...], self.scales[...], self.zeros[...], group_index)
+
+    def logical_axes(self, inputs: str | None, outputs: str | None) -> dict[str, Any]:
+        """What the axes of the parameters mean, see `sharding.declared_axes`."""
+        return {
+            "words": (inputs, outputs),
+            "scales": ("groups", outputs),
+            "zeros": ("groups", outputs),
+            # Every device needs the groups of all inputs: a part's groups may lie anywhere.
+            "group_index": (None,),
+            "bias": (outputs,),
+        }

@@ -215,7 +215,7 @@ def test_a_tokenizers_encoding_may_be_passed(speaking, tensors):
     [
         ("tide", {}, "text needs a tokenizer"),
         (["tide", ""], {"tokenizer": tiny_tokenizer()}, "the prompt '' has no tokens"),
-        ([[5, 6], [7]], {}, "rows of ids of one length; pad shorter"),
+        ([[5, 6], [7]], {}, "rows of 1 and 2 tokens make no array"),
     ],
 )
 def test_prompts_that_cannot_be_read(speaking, prompts, settings, message):

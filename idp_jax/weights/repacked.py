@@ -1,7 +1,7 @@
 """Packed and 2:4 sparse weights in the layout of the kernels."""
 
-import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +14,16 @@ from idp_jax.kernels.sharded import partition, sharded_matmul, unsplittable
 from idp_jax.kernels.sparse24_matmul import api as sparse_kernels
 from idp_jax.kernels.sparse24_matmul.layout import SparseWeight
 from idp_jax.kernels.stack import slice_layer
+from idp_jax.sharding import TENSOR_AXIS, spec
 from idp_jax.weights.dense import Dense, add_bias
 from idp_jax.weights.quantized import Quantized
 
 
-class Prepared(nnx.Module):
-    """A `Quantized` or 2:4 sparse weight in the layout of the kernels, for models on an
-    accelerator.
+class Repacked(nnx.Module):
+    """A `Quantized` or 2:4 sparse weight in the layout of the kernels, for an accelerator.
 
-    Made by `for_kernels`, turned back by `restored`. On a mesh the kernel runs on every device's
-    part of the matrix.
+    Made by `repack`, turned back by `restored`. On a mesh the kernel runs on every device's part of
+    the matrix.
 
     Attributes:
         packed: see the layout.py of kernels/quant_matmul and kernels/sparse24_matmul; layers
@@ -31,7 +31,7 @@ class Prepared(nnx.Module):
         bias: [..., O] or None.
         dtype: of the matrix that was read, where that was a dense one.
         backend: "auto", or the backend that must serve.
-        split: what a mesh's `model` axis cuts, "outputs" or "inputs".
+        split: what tensor parallelism cuts, "outputs" or "inputs".
     """
 
     def __init__(
@@ -57,7 +57,16 @@ class Prepared(nnx.Module):
         multiply = partial(operation, backend=self.backend)
         if mesh.empty or mesh.size == 1 or self.backend == "xla":
             return add_bias(multiply(x, packed), self.bias)
-        return add_bias(_on_mesh(multiply, x, packed, mesh, self.split), self.bias)
+        y = sharded_matmul(
+            multiply,
+            x,
+            packed,
+            mesh=mesh,
+            axis=_cutting_axis(packed, self.split, mesh),
+            split=self.split,
+            batch=spec(("batch",), x.shape[:1], mesh)[0],
+        )
+        return add_bias(y, self.bias)
 
     def dense(self, dtype=jnp.float32) -> jax.Array:
         """The matrix [..., I, O] that is meant."""
@@ -76,31 +85,34 @@ class Prepared(nnx.Module):
         assert packed.bits is not None
         return Quantized(words, scales, zeros, bits=packed.bits, group_index=group_index, bias=bias)
 
+    def logical_axes(self, inputs: str | None, outputs: str | None) -> dict[str, Any]:
+        """What the axes of the parameters mean, see `sharding.declared_axes`.
+
+        A kernel takes a weight that is cut on one side only, so the other side stays whole.
+        """
+        name = inputs if self.split == "inputs" else outputs
+        names = partition(self.packed.get_value(), name, self.split)
+        return {"packed": vars(names), "bias": (outputs,)}
+
 
 def is_compressed(node) -> bool:
     """Whether a node of a model's tree is a weight in the layout of the kernels."""
     return isinstance(node, KernelWeight | SparseWeight)
 
 
-def _on_mesh(multiply, x: jax.Array, packed, mesh, split: str) -> jax.Array:
-    # What cannot be cut is multiplied whole by every device of the model axis.
-    parts = mesh.shape["model"]
-    whole = unsplittable(packed, split, parts) is not None
-    batch = tuple(axis for axis in ("data", "fsdp") if mesh.shape[axis] > 1)
-    rows = math.prod(mesh.shape[axis] for axis in batch)
-    cut = batch if batch and x.shape[0] % rows == 0 else None
-    return sharded_matmul(
-        multiply, x, packed, mesh=mesh, axis=None if whole else "model", split=split, batch=cut
-    )
+def _cutting_axis(packed: KernelWeight | SparseWeight, split: str, mesh) -> str | None:
+    """The mesh axis that cuts a weight; None where it stays whole on every device of it."""
+    whole = unsplittable(packed, split, mesh.shape[TENSOR_AXIS]) is not None
+    return None if whole else TENSOR_AXIS
 
 
-def for_kernels(
+def repack(
     weight: Dense | Quantized,
     *,
     backend: str = "auto",
     split: str = "outputs",
-    sparse: bool = False,
-) -> Dense | Quantized | Prepared:
+    use_sparse24: bool = False,
+) -> Dense | Quantized | Repacked:
     """Brings a packed or 2:4 sparse weight into the layout of the kernels; can be jitted.
 
     Where XLA is what "auto" chooses (on a CPU, say), the weight stays as it is. Inside
@@ -109,33 +121,34 @@ def for_kernels(
     Args:
         weight: one layer, or layers stacked in front.
         backend: "auto", "pallas_tpu", "mosaic_gpu" or "xla".
-        split: what a mesh's `model` axis cuts, "outputs" or "inputs".
-        sparse: at most two of every four inputs are not zero, and what is not packed are bfloat16
-            numbers; then a matrix that is not packed is taken too.
+        split: what tensor parallelism cuts, "outputs" or "inputs".
+        use_sparse24: store two of every four inputs. The others must be zero, and what is not
+            packed must be bfloat16 numbers; then a matrix that is not packed is taken too.
 
     Raises:
         ValueError: scales that kernels do not take (see `kernels.prepare`).
     """
     chosen = best_backend() if backend == "auto" else backend
-    if chosen == "xla" or (isinstance(weight, Dense) and not sparse):
+    if chosen == "xla" or (isinstance(weight, Dense) and not use_sparse24):
         return weight
-    packed = _packed(weight, chosen, sparse)
+    packed = _packed(weight, chosen, use_sparse24)
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:
-        whole = unsplittable(packed, split, mesh.shape["model"]) is not None
-        places = partition(packed, None if whole else "model", split)
+        places = partition(packed, _cutting_axis(packed, split, mesh), split)
         packed = jax.lax.with_sharding_constraint(packed, places)
     bias = None if weight.bias is None else weight.bias[...]
     dtype = weight.kernel.dtype.name if isinstance(weight, Dense) else "float32"
-    return Prepared(packed, bias=bias, dtype=dtype, backend=backend, split=split)
+    return Repacked(packed, bias=bias, dtype=dtype, backend=backend, split=split)
 
 
-def _packed(weight: Dense | Quantized, backend: str, sparse: bool) -> KernelWeight | SparseWeight:
+def _packed(
+    weight: Dense | Quantized, backend: str, use_sparse24: bool
+) -> KernelWeight | SparseWeight:
     if isinstance(weight, Dense):
         kernel = weight.kernel[...].astype(jnp.bfloat16)
         return _over_layers(partial(sparse_kernels.from_dense, backend=backend), kernel)
     arrays = weight.words[...], weight.scales[...], weight.zeros[...]
-    if sparse:
+    if use_sparse24:
         make = partial(sparse_kernels.from_codes, bits=weight.bits, backend=backend)
         return _over_layers(make, *arrays)
     index = None if weight.group_index is None else weight.group_index[...]
@@ -144,4 +157,4 @@ def _packed(weight: Dense | Quantized, backend: str, sparse: bool) -> KernelWeig
 
 def _over_layers(make, *arrays: jax.Array):
     # One layer at a time: taking quads apart needs several times the memory of what they hold.
-    return jax.lax.map(lambda own: make(*own), arrays) if arrays[0].ndim > 2 else make(*arrays)
+    return jax.lax.map(lambda layer: make(*layer), arrays) if arrays[0].ndim > 2 else make(*arrays)
