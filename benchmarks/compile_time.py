@@ -11,24 +11,26 @@ import time
 
 import jax
 import jax.numpy as jnp
-import llama_model
+from transformers import LlamaConfig
 
 from idp_jax.models import Decoder
-from idp_jax.weights import Dense
+from idp_jax.models.abstract import abstract
+from idp_jax.models.config import from_hf
 
 DEPTHS = (4, 32)
 
 
 def model_of(layers: int, width: int) -> Decoder:
     """A LLaMA of this depth whose arrays are shapes only: compiling needs no numbers."""
-    config = llama_model.configuration(
-        layers, width, head_dim=64, ffw=3 * width, vocabulary=1024, tied=True
+    config = LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=width,
+        num_attention_heads=max(1, width // 64),
+        intermediate_size=3 * width,
+        vocab_size=1024,
+        tie_word_embeddings=True,
     )
-
-    def empty(_, inputs: int, outputs: int) -> Dense:
-        return Dense(jnp.zeros((layers, inputs, outputs), jnp.float32))
-
-    return jax.eval_shape(lambda: llama_model.decoder(config, empty, jnp.float32))
+    return abstract(from_hf(config))
 
 
 def forward(model: Decoder, prompt: jax.Array, ids: jax.Array) -> jax.Array:

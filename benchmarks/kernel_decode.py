@@ -11,50 +11,29 @@ choose between both:
 """
 
 import argparse
-from functools import partial
 
 import jax
-import jax.numpy as jnp
-import llama_model
+from transformers import LlamaConfig
 
 from idp_jax.evaluation.latency import latency
 from idp_jax.kernels.bench.speed import copy_bandwidth
 from idp_jax.kernels.devices import best_backend
 from idp_jax.models import ModelConfig
-from idp_jax.weights import Dense, Quantized, for_kernels
+from idp_jax.models.abstract import Storage, random
+from idp_jax.models.config import from_hf
 
 
 def configuration(layers: int, hidden: int) -> ModelConfig:
     """LLaMA-7B's shape, or a smaller one of the same proportions."""
-    ffw = -(-hidden * 8 // 3 // 256) * 256
-    return llama_model.configuration(
-        layers, hidden, head_dim=128, ffw=ffw, vocabulary=32000, tied=False
+    heads = max(1, hidden // 128)
+    config = LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        intermediate_size=-(-hidden * 8 // 3 // 256) * 256,
+        vocab_size=32000,
     )
-
-
-@partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _dense(key: jax.Array, layers: int, inputs: int, outputs: int, dtype: str) -> Dense:
-    kernel = jax.random.normal(key, (layers, inputs, outputs), dtype)
-    return Dense(kernel * jnp.asarray(inputs**-0.5, dtype))
-
-
-@partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6))
-def _packed(
-    key: jax.Array, layers: int, inputs: int, outputs: int, bits: int, group_size: int, backend: str
-):
-    groups = 1 if group_size == -1 else inputs // group_size
-    keys = jax.random.split(key, 3)
-    words = jax.random.bits(keys[0], (layers, inputs * bits // 32, outputs), jnp.uint32)
-    scale = inputs**-0.5 / 2 ** (bits - 1)
-    scales = jax.random.uniform(keys[1], (layers, groups, outputs), minval=0.5, maxval=1.5) * scale
-    zeros = jax.random.randint(keys[2], (layers, groups, outputs), 0, 2**bits)
-    weight = Quantized(
-        jax.lax.bitcast_convert_type(words, jnp.int32),
-        scales.astype(jnp.float16),
-        zeros.astype(jnp.uint8),
-        bits=bits,
-    )
-    return for_kernels(weight, backend=backend)
+    return from_hf(config)
 
 
 def main() -> None:
@@ -76,16 +55,10 @@ def main() -> None:
     device = jax.devices()[0].device_kind
     chosen = best_backend() if arguments.backend == "auto" else arguments.backend
     print(f"{device}, jax {jax.__version__}, backend {chosen}, copy {bandwidth / 1e9:.0f} GB/s")
-    layers = config.num_layers
-    packed = lambda key, i, o: _packed(
-        key, layers, i, o, arguments.bits, arguments.group_size, arguments.backend
-    )
+    packed = Storage(arguments.bits, arguments.group_size, backend=arguments.backend)
     base = None
-    for name, make in (
-        (arguments.dtype, lambda key, i, o: _dense(key, layers, i, o, arguments.dtype)),
-        (f"{arguments.bits} bit", packed),
-    ):
-        model = llama_model.decoder(config, make, jnp.dtype(arguments.dtype))
+    for name, weights in ((arguments.dtype, Storage()), (f"{arguments.bits} bit", packed)):
+        model = random(config, jax.random.key(0), dtype=arguments.dtype, weights=weights)
         # Of the embedding a step reads one row.
         read = sum(leaf.nbytes for leaf in jax.tree.leaves(model)) - model.embedding[...].nbytes
         step = latency(

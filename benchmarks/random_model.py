@@ -7,20 +7,19 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-import ml_dtypes
+import jax
 import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from idp_jax.formats.names import NAMES, matrix_shapes
-from idp_jax.models.config import ModelConfig, from_hf
-from idp_jax.models.decoder import OPT_POSITION_OFFSET
-
-_DEVIATION = 0.02
+from idp_jax.formats.hf import block_tensors, outer_tensors
+from idp_jax.models.abstract import random, random_layers
+from idp_jax.models.block import layer_slice
+from idp_jax.models.config import from_hf
 
 
 def opt_config(layers: int, width: int, vocabulary: int = 50272, positions: int = 2048) -> dict:
@@ -45,7 +44,7 @@ def write_model(folder: Path, config: dict, *, seed: int = 0) -> int:
 
     Args:
         folder: made by this call.
-        config: a LLaMA's or an OPT's config.json, embedding and head tied, without projections.
+        config: a LLaMA's or an OPT's config.json.
 
     Returns:
         Bytes of its safetensors.
@@ -54,9 +53,14 @@ def write_model(folder: Path, config: dict, *, seed: int = 0) -> int:
     (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}, indent=2))
     known = from_hf(AutoConfig.from_pretrained(folder))
     _tokenizer(known.vocab_size).save_pretrained(folder)
-    rng, places, size = np.random.default_rng(seed), {}, 0
+    key, one_layer = jax.random.key(seed), replace(known, num_layers=1)
+    places, size = {}, 0
     for number in range(known.num_layers + 1):
-        tensors = dict(_outer(known, rng) if number == 0 else _layer(known, number - 1, rng))
+        if number == 0:
+            tensors = dict(outer_tensors(random(one_layer, key, dtype="bfloat16")))
+        else:
+            layers = random_layers(one_layer, jax.random.fold_in(key, number), dtype="bfloat16")
+            tensors = dict(block_tensors(known, number - 1, layer_slice(layers, 0), "dense"))
         file = folder / f"model-{number + 1:05d}-of-{known.num_layers + 1:05d}.safetensors"
         save_file(tensors, file, metadata={"format": "pt"})
         places |= dict.fromkeys(tensors, file.name)
@@ -94,36 +98,3 @@ def _tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
-def _draw(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    values = rng.standard_normal(shape, np.float32)
-    values *= _DEVIATION
-    return values.astype(ml_dtypes.bfloat16)
-
-
-def _outer(config: ModelConfig, rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray]]:
-    names = NAMES[config.architecture]
-    yield f"{names.embedding}.weight", _draw(rng, config.vocab_size, config.hidden_dim)
-    if names.positions:
-        rows = config.max_positions + OPT_POSITION_OFFSET
-        yield f"{names.positions}.weight", _draw(rng, rows, config.hidden_dim)
-    yield from _norm(names.final_norm, config)
-
-
-def _layer(
-    config: ModelConfig, layer: int, rng: np.random.Generator
-) -> Iterator[tuple[str, np.ndarray]]:
-    names = NAMES[config.architecture]
-    for name, shape in matrix_shapes(config).items():
-        yield f"{names.weight(layer, name)}.weight", _draw(rng, *shape)
-        if config.attention_bias:
-            yield f"{names.weight(layer, name)}.bias", _draw(rng, shape[0])
-    for norm in (names.attention_norm, names.mlp_norm):
-        yield from _norm(names.layer.format(layer) + norm, config)
-
-
-def _norm(name: str, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
-    yield f"{name}.weight", np.ones(config.hidden_dim, ml_dtypes.bfloat16)
-    if config.architecture == "opt":
-        yield f"{name}.bias", np.zeros(config.hidden_dim, ml_dtypes.bfloat16)

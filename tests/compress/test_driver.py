@@ -12,7 +12,8 @@ from idp_jax.compress.cores.gptq import gptq
 from idp_jax.compress.driver import CompressionError, StageTimes, compress, resolve_settings
 from idp_jax.compress.flow import Flow
 from idp_jax.config import Compression, ConfigError
-from idp_jax.models.block import STAGES, layer_slice
+from idp_jax.models.block import layer_slice
+from idp_jax.models.matrices import stages
 from idp_jax.models.storage import expand
 from idp_jax.sharding import make_mesh, shard
 from idp_jax.weights import Dense, Quantized
@@ -95,13 +96,14 @@ def test_every_stage_sees_the_compressed_matrices_before_it(name):
     untouched = read_by_matrices(model_of(name), tokens_of(name))
     number = 0
     for layer, (inputs, before) in enumerate(zip(reads, untouched, strict=True)):
-        for stage in STAGES:
-            expected = hessian_of(inputs[stage[-1]])
+        for stage in stages(model.config):
+            last = stage[-1].name
+            expected = hessian_of(inputs[last])
             # Scales are stored in float16 and sums taken in float32.
             error = np.abs(hessians[number] - expected).max() / np.abs(expected).max()
             assert error <= 2e-3, (layer, stage)
-            other = np.abs(hessian_of(before[stage[-1]]) - expected).max() / np.abs(expected).max()
-            first = layer == 0 and stage[-1] == "v"
+            other = np.abs(hessian_of(before[last]) - expected).max() / np.abs(expected).max()
+            first = layer == 0 and last == "v"
             assert (other < 1e-6) if first else (other > 1e-2), (layer, stage)
             number += 1
     assert number == len(hessians)
@@ -413,9 +415,10 @@ def test_each_matrix_has_its_own_settings(monkeypatch):
     settings = Compression(group_size=32, grid="minmax", rules=rules, allow_worse=(".",))
     model, report = compress(model_of("llama"), settings, tokens_of("llama"))
     by_name = {(row["layer"], row["matrix"]): row for row in report}
-    stages = iter(made)
+    results = iter(made)
     for layer in range(2):
-        stored = {n: r.weight for _ in STAGES for n, r in next(stages).items()}
+        in_block = [next(results) for _ in stages(model.config)]
+        stored = {name: result.weight for stage in in_block for name, result in stage.items()}
         block = layer_slice(model.layers, layer)
         for name, weight in stored.items():
             np.testing.assert_array_equal(getattr(block, name).dense(), weight.dense())

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 from idp_jax import load_adapter, load_model
 from idp_jax.formats import save_adapter
 from idp_jax.formats.adapters import read_adapter
+from idp_jax.models.matrices import matrices
 from idp_jax.recover import LoraAdapter, Pool, PrefixAdapter
-from idp_jax.recover.lora import matrix_shape
 from idp_jax.recover.selectors import fixed_scores
 from tests.helpers import hf_config, tiny_decoder, write_folder
 from tests.recover.test_adapters import random_lora, random_prompt
@@ -101,7 +101,9 @@ def test_lora_files(tmp_path, name, stem, modules):
     lora = random_adapter("lora", model)
     for matrix, module in zip(("q", "o", "up"), modules, strict=True):
         key = f"base_model.model.{stem}.1.{module}"
-        inputs, outputs = matrix_shape(model, matrix)
+        inputs, outputs = next(
+            (m.inputs, m.outputs) for m in matrices(model.config) if m.name == matrix
+        )
         assert tensors[f"{key}.lora_A.weight"].shape == (3, inputs)
         assert tensors[f"{key}.lora_B.weight"].shape == (outputs, 3)
         assert (tensors[f"{key}.lora_A.weight"].T == np.asarray(lora.a[matrix][...])[1]).all()

@@ -204,7 +204,7 @@ def test_files_hold_the_documented_layout(tmp_path, bits, version):
 
 
 def test_symmetric_zeros_are_the_words_known_from_other_packers():
-    weight = random_quantized(np.random.default_rng(0), 64, 32, 4)
+    weight = random_quantized(64, 32, 4)
     weight.zeros[...] = jnp.full((2, 32), 8, jnp.uint8)
     for version, word in (("gptq", 0x77777777), ("gptq_v2", 0x88888888)):
         assert (gptq.from_weight("q_proj", weight, version)["qzeros"].view(np.uint32) == word).all()

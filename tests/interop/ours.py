@@ -64,7 +64,7 @@ def random_codes(out: Path, *, bits: int, form: str, act_order: bool = False) ->
     """A folder of random codes in groups of 32, in which every zero point occurs."""
     sizes = {"vocab_size": 259, "hidden_dim": 64, "ffw_dim": 64}
     like = tiny_source(out.with_name(f"{out.name}-dense"), **sizes)
-    model = quantize_decoder(tiny_decoder("llama", **sizes), bits, groups=2, act_order=act_order)
+    model = quantize_decoder(tiny_decoder("llama", **sizes), bits, act_order=act_order)
     packing = Packing(bits, 32, symmetric=False, act_order=act_order)
     names = module_names(model.config).values()
     settings = write_config(form, dict.fromkeys(names, packing))

@@ -1,21 +1,22 @@
 """A repair computes what its definition says: the prompt before the input, the update beside W."""
 
 import functools
-from types import SimpleNamespace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from idp_jax.models.block import Block
+from idp_jax.formats.source import open_config
+from idp_jax.models.abstract import abstract
+from idp_jax.models.config import from_hf
 from idp_jax.models.decoder import Decoder
-from idp_jax.models.layers import Norm
+from idp_jax.models.matrices import matrices
 from idp_jax.recover import LoraAdapter, Pool, PrefixAdapter, Repaired, SoftPrompt
-from idp_jax.recover.lora import matrix_shape
 from idp_jax.recover.methods import parameter_count
 from idp_jax.weights import Dense
-from tests.helpers import close, quantize_decoder, tiny_config, tiny_decoder, tiny_ids
+from tests.helpers import close, quantize_decoder, tiny_decoder, tiny_ids
 
 MODELS = {
     "llama": lambda: tiny_decoder("llama"),
@@ -120,9 +121,10 @@ def random_lora(model: Decoder, targets, rank: int = 3) -> LoraAdapter:
     rng = np.random.default_rng(5)
     a, b = {}, {}
     for name in targets:
-        inputs, outputs = matrix_shape(model, name)
-        a[name] = jnp.asarray(rng.normal(0, inputs**-0.5, (2, inputs, rank)), jnp.float32)
-        b[name] = jnp.asarray(rng.normal(0, 0.5, (2, rank, outputs)), jnp.float32)
+        matrix = next(matrix for matrix in matrices(model.config) if matrix.name == name)
+        bound, shape = matrix.inputs**-0.5, (2, matrix.inputs, rank)
+        a[name] = jnp.asarray(rng.normal(0, bound, shape), jnp.float32)
+        b[name] = jnp.asarray(rng.normal(0, 0.5, (2, rank, matrix.outputs)), jnp.float32)
     return LoraAdapter(a, b, 5.0)
 
 
@@ -199,33 +201,6 @@ def test_a_repaired_model_checks_its_input():
         repaired(np.ones((1, 251), np.int32))
 
 
-def llama_7b() -> Decoder:
-    """LLaMA-7B in zeros, for `jax.eval_shape`, which allocates nothing."""
-    config = tiny_config(
-        "llama",
-        hidden_dim=4096,
-        num_heads=32,
-        num_kv_heads=32,
-        num_layers=32,
-        ffw_dim=11008,
-        vocab_size=32000,
-        max_positions=2048,
-    )
-    sized = SimpleNamespace(config=config)
-    names = ("q", "k", "v", "o", "gate", "up", "down")
-    weights = {n: Dense(jnp.zeros((32, *matrix_shape(sized, n)), "float32")) for n in names}
-
-    def norm(*shape):
-        return Norm(jnp.zeros(shape, "float32"), centred=False, epsilon=1e-6)
-
-    return Decoder(
-        config,
-        embedding=jnp.zeros((32000, 4096), "float32"),
-        layers=Block(weights, norm(32, 4096), norm(32, 4096), config),
-        final_norm=norm(4096),
-    )
-
-
 @pytest.mark.parametrize(
     ("start", "count"),
     [
@@ -237,4 +212,6 @@ def llama_7b() -> Decoder:
     ids=["prompt", "prefix", "lora", "pool"],
 )
 def test_parameter_counts_of_llama_7b(start, count):
-    assert parameter_count(jax.eval_shape(lambda: start(llama_7b()))) == count
+    folder = Path(__file__).parents[2] / "configs/models/llama-7b"
+    llama_7b = abstract(from_hf(open_config(folder)))
+    assert parameter_count(jax.eval_shape(start, llama_7b)) == count

@@ -111,7 +111,7 @@ def test_packed_parameters_are_cut():
     assert local(model.layers.q.scales) == local(model.layers.q.zeros) == (2, 2, 16)
     assert local(model.layers.q.group_index) == (2, 64)
     assert local(model.layers.down.words) == (2, 3, 32)
-    assert local(model.layers.down.scales) == (2, 2, 32)
+    assert local(model.layers.down.scales) == (2, 3, 32)
 
 
 def test_every_device_holds_its_share():
