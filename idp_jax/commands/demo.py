@@ -6,7 +6,7 @@ import time
 from rich.console import Console
 
 from idp_jax import config, experiments
-from idp_jax.commands.tables import comparison_table, percent, task_table
+from idp_jax.commands.tables import comparison_table, task_table
 from idp_jax.evaluation.results import Comparison, Results, VariantResult
 from idp_jax.jobs.progress import Bars, console
 
@@ -54,9 +54,10 @@ def _verdict(pair: Comparison) -> str:
     parts = []
     if change is not None:
         sure = "a real change" if change.excludes(0) else "no clear change"
-        parts.append(f"accuracy {percent(change, '+')} points: {sure}")
+        value, low, high = (100 * x for x in (change.value, change.low, change.high))
+        parts.append(f"accuracy {value:+.1f} points [{low:+.1f}, {high:+.1f}], {sure}")
     if ratio is not None:
-        parts.append(f"perplexity x {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]")
+        parts.append(f"perplexity times {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]")
     return f"{pair.second} against {pair.first}: {'; '.join(parts)}."
 
 

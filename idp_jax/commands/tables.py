@@ -33,12 +33,12 @@ def columns(title: str, first: str, others: Sequence[str]) -> Table:
     return table
 
 
-def percent(estimate: Estimate | None, sign: str = "") -> str:
-    """An accuracy or a difference of accuracies with its interval, in percent."""
+def percent(estimate: Estimate | None) -> str:
+    """An accuracy with its interval, in percent."""
     if estimate is None:
         return ""
     value, low, high = (100 * x for x in (estimate.value, estimate.low, estimate.high))
-    return f"{value:{sign}.1f} [{low:{sign}.0f}, {high:{sign}.0f}]"
+    return f"{value:.1f} [{low:.0f},{high:.0f}]"
 
 
 def variant_table(variant: VariantResult) -> Table:
@@ -83,9 +83,13 @@ def task_table(variants: Sequence[VariantResult], title: str) -> Table:
     """One row for each task, one column for each variant that is no control."""
     shown = [variant for variant in variants if variant.role != "control"]
     table = columns(title, "task", [variant.name for variant in shown])
-    for task in variants[0].tasks:
-        cells = (_accuracy(variant.tasks[task]) for variant in shown)
-        table.add_row(task.replace("_", " "), *cells)
+    tasks = variants[0].tasks
+    # Tasks of a group begin with its name; where all do, the title says it.
+    shared = (f"{group}_" for group in variants[0].groups)
+    prefix = next((name for name in shared if all(task.startswith(name) for task in tasks)), "")
+    for task in tasks:
+        name = task.removeprefix(prefix).replace("_", " ")
+        table.add_row(name, *(_accuracy(variant.tasks[task]) for variant in shown))
     return table
 
 
