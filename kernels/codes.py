@@ -2,11 +2,11 @@
 
 A checkpoint's order would need values shuffled between lanes; this one needs a shift and a mask of
 whole words. Inputs come in tiles of 256 (the last one is filled with zero codes); a tile is
-8 * bits rows of words, whole registers of a TPU. Both 16-bit halves of a word hold the same fields:
-field f of row r holds input f * 2R + 2r of the tile in the low half and the next input in the high
-half, R being the rows of a set (all rows of the tile, or 8 with 3 bits). One shift and one mask of
-a set therefore give 2R consecutive inputs as a block of 16-bit values, in the order in which a TPU
-packs two rows into a register and a GPU's tensor core takes two columns.
+`8 * bits` rows of words, whole registers of a TPU. Both 16-bit halves of a word hold the same
+fields: field f of row r holds input f * 2R + 2r of the tile in the low half and the next input in
+the high half, R being the rows of a set (all rows of the tile, or 8 with 3 bits). One shift and one
+mask of a set therefore give 2R consecutive inputs as a block of 16-bit values, in the order in
+which a TPU packs two rows into a register and a GPU's tensor core takes two columns.
 
 Three bits have three sets of five fields each, and the sixteenth field is spread over bit 15 of
 every half: bit i lies in set i. No value straddles a word and no bit is wasted.

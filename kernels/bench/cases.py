@@ -1,4 +1,4 @@
-"""The weights that the checks and the measurements share: random ones, and their shapes alone."""
+"""The weights that the checks and the measurements share: random ones, or only their shapes."""
 
 import functools
 import itertools

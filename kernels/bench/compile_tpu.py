@@ -5,8 +5,8 @@
 It needs `pip install libtpu` (the version that `jax[tpu]` asks for). "bytes" is what XLA's analysis
 says the compiled program accesses (of a kernel, what it declares), over packed weight + x + y;
 "walked" is what the blocks of the grid move between HBM and VMEM, over the same; VMEM is the scoped
-memory of the largest kernel.
-A compiled kernel fits and uses what the hardware has; how fast it runs is not known from this.
+memory of the largest kernel. A compiled kernel fits and uses what the hardware has; how fast it
+runs is not known from this.
 """
 
 import argparse

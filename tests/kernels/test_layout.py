@@ -54,10 +54,10 @@ def test_a_thread_finds_its_share_of_an_operand():
     rows = dataclasses.replace(repack(words, ones, zeros, bits=3), words=words)
     fragments = repack(*restore(rows)[:3], bits=3, arrangement="fragments")
     # Thread 77 = 32 * 2 + 4 * 3 + 1, third set of rows, second block of outputs.
-    mine = fragments.words[1, 2, 4 * 77 : 4 * 78]
+    share = fragments.words[1, 2, 4 * 77 : 4 * 78]
     outputs, in_set = 64 + 16 * 2 + 3, 16 + 1
     wanted = [words[in_set + r, outputs + o] for r in (0, 4) for o in (0, 8)]
-    np.testing.assert_array_equal(mine, wanted)
+    np.testing.assert_array_equal(share, wanted)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
