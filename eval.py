@@ -1,6 +1,4 @@
-"""Scores a model: python eval.py --model DIR_OR_NAME [--adapter DIR] --tasks a,b --out
-results.json.
-"""
+"""`idp-jax eval` as a script: python eval.py --model NAME --tasks a,b --out results.json."""
 
 import sys
 

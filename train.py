@@ -1,6 +1,4 @@
-"""Trains a prompt, a prefix, a LoRA or an IDP pool: python train.py --config_path configs/X.yaml
-[--key value].
-"""
+"""`idp-jax train` as a script: python train.py --config_path configs/X.yaml [--key value]."""
 
 import sys
 

@@ -1,7 +1,7 @@
 """`idp-jax eval`: scores a model and prints one table for each variant."""
 
 from idp_jax import config
-from idp_jax.commands.tables import variant_table
+from idp_jax.commands.tables import chosen, variant_table
 from idp_jax.evaluation.job import score
 from idp_jax.jobs.progress import Bars, console
 
@@ -13,7 +13,6 @@ def run(settings: config.Evaluate) -> None:
         console.print(variant_table(variant))
         for task, row in variant.tasks.items():
             if row.choices is not None:
-                counts = zip(variant.prompt_lengths, row.choices, strict=True)
-                chosen = ", ".join(f"{length} tokens {count}x" for length, count in counts)
-                console.print(f"{task}: prompts chosen: {chosen}", highlight=False)
+                counts = chosen(variant, row.choices)
+                console.print(f"{task}: prompts chosen: {counts}", highlight=False)
     console.print(f"written to {settings.out}", highlight=False)

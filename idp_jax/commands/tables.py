@@ -9,7 +9,7 @@ from rich.table import Table
 
 from idp_jax.compress.plan import Plan
 from idp_jax.evaluation.comparison import pooled_accuracy
-from idp_jax.evaluation.results import TaskResult, VariantResult
+from idp_jax.evaluation.results import Comparison, TaskResult, VariantResult
 from idp_jax.evaluation.statistics import Estimate
 
 # Column of the report of a compression: what it shows of several layers' numbers.
@@ -91,6 +91,34 @@ def task_table(variants: Sequence[VariantResult], title: str) -> Table:
         name = task.removeprefix(prefix).replace("_", " ")
         table.add_row(name, *(_accuracy(variant.tasks[task]) for variant in shown))
     return table
+
+
+def change_table(comparisons: Sequence[Comparison], title: str) -> Table:
+    """One row for each comparison; a direction is named only where the interval holds no other."""
+    table = columns(title, "variant", ("against", "accuracy, points", "", "perplexity, times", ""))
+    for pair in comparisons:
+        points, ratio = pair.overall, pair.perplexity_ratio
+        cells = ["", "", "", ""]
+        if points is not None:
+            value, low, high = (100 * x for x in (points.value, points.low, points.high))
+            cells[:2] = f"{value:+.1f} [{low:+.1f}, {high:+.1f}]", _direction(points, 0)
+        if ratio is not None:
+            shown = f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
+            cells[2:] = shown, _direction(ratio, 1)
+        table.add_row(pair.second, pair.first, *cells)
+    return table
+
+
+def _direction(change: Estimate, nothing: float) -> str:
+    if not change.excludes(nothing):
+        return "unclear"
+    return "higher" if change.value > nothing else "lower"
+
+
+def chosen(variant: VariantResult, counts: Sequence[int]) -> str:
+    """How often each prompt of a pool was chosen."""
+    pairs = zip(variant.prompt_lengths, counts, strict=True)
+    return ", ".join(f"{length} tokens {count}x" for length, count in pairs)
 
 
 def _accuracy(task: TaskResult) -> str:

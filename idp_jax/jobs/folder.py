@@ -19,8 +19,7 @@ from idp_jax.jobs.files import write_text
 
 
 def claim(out: Path, settings: Any, *, free: tuple[str, ...] = ("out",), **facts: str) -> None:
-    """Writes the resolved configuration to `out`/config.yaml, or checks that the job found there
-    has the same.
+    """Writes the configuration to `out`/config.yaml, or checks that the job there has the same.
 
     Args:
         free: settings that may change from call to call.
@@ -41,8 +40,7 @@ def claim(out: Path, settings: Any, *, free: tuple[str, ...] = ("out",), **facts
         if key not in free and found.get(key) != wanted.get(key):
             raise ConfigError(
                 f"{out} holds a run with {key} = {found.get(key)!r}, this one has "
-                f"{wanted.get(key)!r}; "
-                "give another --out, or remove the folder"
+                f"{wanted.get(key)!r}; give another --out, or remove the folder"
             )
 
 

@@ -64,8 +64,9 @@ def available_memory() -> int | None:
 
 
 def release_memory() -> None:
-    """Gives freed host memory back to the system, where the C library keeps it otherwise (glibc):
-    a long job of arrays of many sizes would end with the sum of what each size ever took.
+    """Gives freed host memory back to the system, where the C library would keep it (glibc).
+
+    A long job of arrays of many sizes would end with the sum of what each size ever took.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

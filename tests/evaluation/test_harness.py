@@ -1,6 +1,4 @@
-"""The harness's requests against the plain definition: every pair alone, without branches, buckets
-or padding.
-"""
+"""The harness's requests against the plain definition: pair by pair, no branches, no padding."""
 
 import jax
 import jax.numpy as jnp
@@ -51,9 +49,7 @@ _past = jax.jit(Repaired.past)
 
 
 def plain_score(model, context, continuation, chooses=None):
-    """Reads context and continuation as one text; a pool chooses from `chooses`, by default the
-    context.
-    """
+    """Reads both as one text; a pool chooses from `chooses`, by default the context."""
     repaired = Repaired.of(model)
     chooses = context if chooses is None else chooses
     past = _past(

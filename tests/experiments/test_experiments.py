@@ -1,5 +1,6 @@
 """Experiments: the variants say what is made, and nothing is made twice."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,20 +9,20 @@ import pytest
 from idp_jax.cli import main
 from idp_jax.config import ConfigError, Demo, Experiment, Variant
 from idp_jax.config.files import from_dict
-from idp_jax.evaluation import read
+from idp_jax.evaluation import compare, read
 from idp_jax.experiments import run, stages
+from tests.evaluation.test_results import results, task, text, variant
 from tests.helpers import tiny_folder
 
 ADAPTERS = {
     "idp": {"method": "idp", "pool_lengths": [2, 4]},
-    "lora": {"method": "lora", "lora": {"rank": 2}, "selector": "first"},
+    "prompt": {"method": "prompt", "prompt_length": 3},
 }
 VARIANTS = [
     Variant("dense", "dense"),
     Variant("small", "compressed", "four"),
-    Variant("long, random", "repaired", "four", "idp"),
-    Variant("short", "repaired", "four", "idp/prompt_0_2_tokens"),
-    Variant("pool on dense", "control", None, "idp", "random"),
+    Variant("pool, random", "repaired", "four", "idp", "random"),
+    Variant("prompt on dense", "control", None, "prompt"),
 ]
 
 
@@ -43,59 +44,56 @@ def tree(folder, **changes) -> dict:
     return {**common, **sizes, **training, **recipes, "timing": timing, **changes}
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished experiment: its settings, results and the stages it went through."""
-    folder = tmp_path_factory.mktemp("experiment")
-    tiny_folder(folder / "model", num_layers=1, max_positions=512)
-    settings, said = from_dict(Experiment, tree(folder)), []
-    return settings, run(settings, begin=said.append), said
+def test_what_the_variants_say_is_made_compared_and_not_made_twice(tmp_path, monkeypatch):
+    """One run and one that goes on, in one test: the run is the slow part."""
+    tiny_folder(tmp_path / "model", num_layers=1, max_positions=512)
+    settings, said = from_dict(Experiment, tree(tmp_path)), []
+    results = run(settings, begin=said.append)
+    assert said == [
+        "text", "compression: four", "adapter: idp", "adapter: prompt", "evaluation: dense",
+        "evaluation: small", "evaluation: pool, random", "evaluation: prompt on dense",
+    ]  # fmt: skip
+    assert read(settings.out / "results.json") == results
+    check_variants(settings, results)
+    check_going_on(settings, results, monkeypatch)
 
 
-def test_the_table_has_the_variants_with_their_roles(finished):
-    settings, results, _ = finished
+def check_variants(settings, results):
+    """Every variant in its role, measured, and compared with its own model."""
     assert [(row.name, row.role) for row in results.variants] == [
         (row.name, row.role) for row in VARIANTS
     ]
-    assert read(settings.out / "results.json") == results
-    dense, small, pool, short, control = results.variants
-    assert dense.model == str(settings.model) and dense.extra_parameters == 0
-    assert small.model == str(settings.out / "models" / "four")
+    dense, small, pool, control = results.variants
+    assert dense.model == settings.model and dense.extra_parameters == 0
+    assert small.model == pool.model == str(settings.out / "models" / "four")
     assert pool.prompt_lengths == [2, 4] and pool.extra_parameters == 6 * 64
-    assert short.prompt_lengths == [2] and short.extra_parameters == 2 * 64
-    assert control.selector == "random" and "dense" in control.adapter
+    assert pool.selector == "random" and sum(pool.choices) == 1
+    assert control.prompt_lengths == [3] and control.model == settings.model
     assert all(row.latency and row.perplexity.windows == 2 for row in results.variants)
     report = json.loads((settings.out / "models" / "four" / "compression.json").read_text())
     assert report["config"]["bits"] == 4 and report["config"]["group_size"] == 32
     assert (settings.out / "figure.png").stat().st_size > 1000
-
-
-def test_every_variant_is_compared_with_its_model(finished):
-    _, results, _ = finished
     assert [(pair.first, pair.second) for pair in results.comparisons] == [
         ("dense", "small"),
-        ("small", "long, random"),
-        ("small", "short"),
-        ("dense", "pool on dense"),
+        ("small", "pool, random"),
+        ("dense", "prompt on dense"),
     ]
     assert all(pair.perplexity_ratio and pair.overall for pair in results.comparisons)
 
 
-def test_a_stage_whose_result_is_there_is_not_run_again(finished, monkeypatch):
-    settings, results, said = finished
-    assert said[:2] == ["text", "compression: four"]
+def check_going_on(settings, results, monkeypatch):
+    """Nothing that is there is made again; what is missing is, alike."""
     again = lambda *args, **options: pytest.fail("a finished stage ran again")
-    for name in ("sample_documents", "compress", "measure"):
-        monkeypatch.setattr(stages, name, again)
-    monkeypatch.setattr("idp_jax.formats.load_model", again)
-    assert run(settings).variants == results.variants
-    monkeypatch.undo()
-    # One that is missing is.
-    file = stages.result_file(settings, settings.variants[3])
-    assert file.name == "short.json" and len(read(file).variants) == 1
+    with monkeypatch.context() as patched:
+        for name in ("sample_documents", "compress", "measure"):
+            patched.setattr(stages, name, again)
+        patched.setattr("idp_jax.formats.load_model", again)
+        assert run(settings).variants == results.variants
+    file = stages.result_file(settings, settings.variants[2])
+    assert file.name == "pool_random.json" and len(read(file).variants) == 1
     file.unlink()
     once_more = run(settings).variants
-    assert once_more[3].perplexity == results.variants[3].perplexity and file.is_file()
+    assert once_more[2].perplexity == results.variants[2].perplexity and file.is_file()
     with pytest.raises(ConfigError, match="holds a run with seed = 0"):
         run(from_dict(Experiment, tree(settings.out.parent, seed=1)))
 
@@ -104,20 +102,22 @@ def test_without_variants_it_is_the_whole_grid():
     recipes = {"compressions": {"a": {}, "b": {"bits": 4}}, "adapters": ADAPTERS}
     grid = from_dict(Experiment, {"model": "m", "out": "o", **recipes})
     assert [row.name for row in grid.rows] == [
-        "dense", "a", "b", "a + idp", "a + lora", "b + idp", "b + lora",
+        "dense", "a", "b", "a + idp", "a + prompt", "b + idp", "b + prompt",
     ]  # fmt: skip
     names = {row.name: grid.reference(row) for row in grid.rows}
     assert names["dense"] is None and names["a"].name == "dense" and names["b + idp"].name == "b"
     # Adapters of one recipe are trained beside each model.
     first, second = (stages.adapter_of(grid, row) for row in (grid.rows[3], grid.rows[5]))
     assert first != second
+    part = Variant("short", "repaired", "a", "idp/prompt_0_2_tokens")
+    assert stages.adapter_of(grid, part) == first / "prompt_0_2_tokens"
 
 
 BAD = {
     "compression": ({"variants": [Variant("x", "compressed", "five")]}, "no compression 'five'"),
     "adapter": (
         {"variants": [Variant("x", "repaired", None, "ldp/part")]},
-        "variant 'x': no adapter 'ldp'; there are idp, lora",
+        "variant 'x': no adapter 'ldp'; there are idp, prompt",
     ),
     "selector": (
         {"variants": [Variant("x", "dense", selector="first")]},
@@ -153,14 +153,23 @@ def test_the_demo_is_an_experiment_of_defaults():
     assert demo.title == "smollm2-135m, gptq 3 bit group 64"
 
 
-def test_the_command_shows_what_was_found(finished, capsys, monkeypatch):
-    """On a finished experiment, so that nothing is computed."""
-    settings, results, _ = finished
-    monkeypatch.setattr("idp_jax.experiments.run", lambda *args, **options: results)
-    main(["demo", "--model", settings.model, "--out", str(settings.out)])
+def test_the_command_shows_what_was_found(capsys, monkeypatch):
+    lower = text((2.0, 2.5, 3.0))
+    rows = [
+        variant("bare", role="compressed", adapter=None, tasks={"g_t": task(choices=None)}),
+        variant("pool", tasks={"g_t": task()}, perplexity=lower),
+        variant("other", role="control", tasks={"g_t": task()}),
+    ]
+    found = results(*rows, comparisons=[compare(rows[0], row) for row in rows[1:]])
+    found = dataclasses.replace(found, environment={"device": "cpu", "cpu_cores": 2})
+    monkeypatch.setattr("idp_jax.experiments.run", lambda *args, **options: found)
+    main(["demo", "--model", "m", "--out", "o"])
     out = capsys.readouterr().out
-    assert "long, random" in out and "extra params" in out and "chose: 2 tokens" in out
-    assert "Perplexity surely lower than without adapter (95 %): " in out
-    assert "short against small: accuracy " in out and "pool on dense against dense" in out
-    assert "small against dense" not in out  # no adapter, nothing to boast of
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines()]
+    same = ["+0.0 [+0.0, +0.0]", "unclear"]
+    assert ["pool", "bare", *same, "0.368 [0.368, 0.368]", "lower"] in cells
+    assert ["other", "bare", *same, "1.000 [1.000, 1.000]", "unclear"] in cells
+    assert "pool chose: 3 tokens 1x, 5 tokens 2x.\n" in out
+    assert "other chose" not in out  # a control
+    assert "│ t " in out  # the group's name is in the title
     assert max(map(len, out.splitlines())) <= 120
