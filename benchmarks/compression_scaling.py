@@ -19,7 +19,7 @@ from compile_time import model_of
 from rich.console import Console
 from rich.table import Table
 
-from idp_jax.compress.driver import StageTimes, compress
+from idp_jax.compression.driver import StageTimes, compress
 from idp_jax.config import Compression
 from idp_jax.jobs.machine import describe
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from idp_jax import commands, config
-from idp_jax.compress.job import compress
+from idp_jax.compression.job import compress
 from idp_jax.jobs.progress import console
 
 # What the public implementations do.

@@ -4,9 +4,9 @@ import time
 
 from idp_jax import config
 from idp_jax.commands.tables import compression_table, plan_table
-from idp_jax.compress.driver import resolve_settings
-from idp_jax.compress.job import Job, compress
-from idp_jax.compress.plan import plan, rates
+from idp_jax.compression.driver import resolve_settings
+from idp_jax.compression.job import Job, compress
+from idp_jax.compression.plan import plan, rates
 from idp_jax.formats.source import open_config
 from idp_jax.jobs.progress import Bars, console
 from idp_jax.models.config import from_hf

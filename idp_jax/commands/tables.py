@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from idp_jax.compress.plan import Plan
+from idp_jax.compression.plan import Plan
 from idp_jax.evaluation.comparison import pooled_accuracy
 from idp_jax.evaluation.results import Comparison, TaskResult, VariantResult
 from idp_jax.evaluation.statistics import Estimate

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from idp_jax import formats, training
-from idp_jax.compress.job import compress
+from idp_jax.compression.job import compress
 from idp_jax.config import Compress, Data, Experiment, Measurement, Train, Variant
 from idp_jax.config.files import from_dict, to_dict
 from idp_jax.data.self_text import sample_documents

@@ -12,8 +12,8 @@ from idp_jax.formats import quantization
 
 
 def test_code_on_arrays_alone_knows_the_same():
-    from idp_jax.compress.cores.grid import GRID_BITS
-    from idp_jax.compress.cores.order import ACT_ORDERS
+    from idp_jax.compression.cores.grid import GRID_BITS
+    from idp_jax.compression.cores.order import ACT_ORDERS
     from idp_jax.kernels.dispatch import BACKENDS
 
     assert set(ACT_ORDERS) == set(get_args(choices.ActOrder))

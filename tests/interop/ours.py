@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from idp_jax import config, load_model, save_model
-from idp_jax.compress.job import compress
+from idp_jax.compression.job import compress
 from idp_jax.formats.convert import convert
 from idp_jax.formats.names import module_names
 from idp_jax.formats.quantization import Packing, write_config

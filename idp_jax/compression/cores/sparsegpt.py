@@ -15,9 +15,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from idp_jax.compress.cores.hessian import Diagnostics, inverse_factor, relative_output_error
-from idp_jax.compress.cores.masks import check_target, pruned_count, smallest, smallest_of_run
-from idp_jax.compress.cores.sweep import sweep
+from idp_jax.compression.cores.hessian import Diagnostics, inverse_factor, relative_output_error
+from idp_jax.compression.cores.masks import check_target, pruned_count, smallest, smallest_of_run
+from idp_jax.compression.cores.sweep import sweep
 
 
 @functools.partial(jax.jit, static_argnames=("sparsity", "pattern", "block_size"))

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from idp_jax.compress.cores.order import ACT_ORDERS, column_order
+from idp_jax.compression.cores.order import ACT_ORDERS, column_order
 
 
 def order_of(importance, *arguments) -> np.ndarray:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from idp_jax.compress.cores.hessian import (
+from idp_jax.compression.cores.hessian import (
     accumulate,
     empty_state,
     inverse_factor,

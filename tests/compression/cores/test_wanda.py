@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from idp_jax.compress.cores.wanda import wanda
+from idp_jax.compression.cores.wanda import wanda
 
 
 def _scores(weights: np.ndarray, hessian: np.ndarray) -> np.ndarray:

@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from idp_jax.compress.flow import Flow
-from idp_jax.compress.matrices import compress_matrices
-from idp_jax.compress.rules import allowed_worse, settings_by_name
+from idp_jax.compression.flow import Flow
+from idp_jax.compression.matrices import compress_matrices
+from idp_jax.compression.rules import allowed_worse, settings_by_name
 from idp_jax.config import Compression, ConfigError
 from idp_jax.formats.names import module_names
 from idp_jax.formats.quantization import PACKED_FORMS

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from idp_jax.compress.cores.grid import (
+from idp_jax.compression.cores.grid import (
     QuantizedMatrix,
     dequantize,
     find_grid,
@@ -33,10 +33,10 @@ from idp_jax.compress.cores.grid import (
     quantize,
     resolve_group_size,
 )
-from idp_jax.compress.cores.hessian import Diagnostics, inverse_factor, relative_output_error
-from idp_jax.compress.cores.masks import check_target, pruned_count, smallest, smallest_of_run
-from idp_jax.compress.cores.order import column_order
-from idp_jax.compress.cores.sweep import sweep
+from idp_jax.compression.cores.hessian import Diagnostics, inverse_factor, relative_output_error
+from idp_jax.compression.cores.masks import check_target, pruned_count, smallest, smallest_of_run
+from idp_jax.compression.cores.order import column_order
+from idp_jax.compression.cores.sweep import sweep
 
 _Levels = tuple[jax.Array, jax.Array]  # scales and zeros
 # (columns [segment, O], pivots, index of the first) -> True where a weight becomes 0.

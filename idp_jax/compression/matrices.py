@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from idp_jax.compress.cores.gptq import gptq
-from idp_jax.compress.cores.grid import QuantizedMatrix, dequantize_matrix
-from idp_jax.compress.cores.hessian import Diagnostics, relative_output_error
-from idp_jax.compress.cores.magnitude import magnitude
-from idp_jax.compress.cores.rtn import rtn
-from idp_jax.compress.cores.sparsegpt import sparsegpt
-from idp_jax.compress.cores.wanda import wanda
+from idp_jax.compression.cores.gptq import gptq
+from idp_jax.compression.cores.grid import QuantizedMatrix, dequantize_matrix
+from idp_jax.compression.cores.hessian import Diagnostics, relative_output_error
+from idp_jax.compression.cores.magnitude import magnitude
+from idp_jax.compression.cores.rtn import rtn
+from idp_jax.compression.cores.sparsegpt import sparsegpt
+from idp_jax.compression.cores.wanda import wanda
 from idp_jax.config import Compression
 from idp_jax.kernels.packing import pack
 from idp_jax.sharding import constrain

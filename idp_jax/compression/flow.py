@@ -12,7 +12,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from idp_jax.compress.cores.hessian import accumulate, empty_state
+from idp_jax.compression.cores.hessian import accumulate, empty_state
 from idp_jax.models.block import Block
 from idp_jax.models.decoder import Decoder
 from idp_jax.sharding import constrain, parts, shard, shard_batch

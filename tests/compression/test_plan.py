@@ -7,10 +7,10 @@ from rich.console import Console
 
 from idp_jax.cli import main
 from idp_jax.commands.tables import compression_table, plan_table
-from idp_jax.compress import plan as plan_module
-from idp_jax.compress import report
-from idp_jax.compress.driver import resolve_settings
-from idp_jax.compress.plan import plan
+from idp_jax.compression import plan as plan_module
+from idp_jax.compression import report
+from idp_jax.compression.driver import resolve_settings
+from idp_jax.compression.plan import plan
 from idp_jax.config import Compress, Mesh
 from tests.helpers import hf_config, tiny_config
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from idp_jax.compress.cores.magnitude import magnitude
+from idp_jax.compression.cores.magnitude import magnitude
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.333, 0.5, 0.95])

@@ -19,15 +19,15 @@ import jax
 import numpy as np
 
 from idp_jax import formats
-from idp_jax.compress.driver import (
+from idp_jax.compression.driver import (
     StageTimes,
     compress_block,
     needs_data,
     resolve_settings,
     running,
 )
-from idp_jax.compress.flow import Flow, pass_through
-from idp_jax.compress.report import draw
+from idp_jax.compression.flow import Flow, pass_through
+from idp_jax.compression.report import draw
 from idp_jax.config import Compress, Compression, ConfigError
 from idp_jax.config.files import to_dict
 from idp_jax.data.self_text import sample_documents

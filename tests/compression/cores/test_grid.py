@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from idp_jax.compress.cores.grid import GRID_BITS, dequantize, find_grid, find_grids, quantize
+from idp_jax.compression.cores.grid import GRID_BITS, dequantize, find_grid, find_grids, quantize
 
 
 def _reference(row: np.ndarray, bits: int, symmetric: bool) -> tuple[float, float]:

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from idp_jax.compress.cores.masks import check_target, pattern_mask, pruned_count, smallest
+from idp_jax.compression.cores.masks import check_target, pattern_mask, pruned_count, smallest
 
 
 @functools.partial(jax.jit, static_argnames=("sparsity", "pattern"))

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from idp_jax.compress import driver, matrices
-from idp_jax.compress.cores.gptq import gptq
-from idp_jax.compress.driver import CompressionError, StageTimes, compress, resolve_settings
-from idp_jax.compress.flow import Flow
+from idp_jax.compression import driver, matrices
+from idp_jax.compression.cores.gptq import gptq
+from idp_jax.compression.driver import CompressionError, StageTimes, compress, resolve_settings
+from idp_jax.compression.flow import Flow
 from idp_jax.config import Compression, ConfigError
 from idp_jax.models.block import layer_slice
 from idp_jax.models.matrices import stages

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from idp_jax.compress.cores.grid import dequantize_matrix, find_grid
-from idp_jax.compress.cores.rtn import rtn
+from idp_jax.compression.cores.grid import dequantize_matrix, find_grid
+from idp_jax.compression.cores.rtn import rtn
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

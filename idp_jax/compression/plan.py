@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from idp_jax.compress.cores.gptq import gptq
-from idp_jax.compress.cores.hessian import accumulate, empty_state, inverse_factor
-from idp_jax.compress.flow import KEPT_BYTES
+from idp_jax.compression.cores.gptq import gptq
+from idp_jax.compression.cores.hessian import accumulate, empty_state, inverse_factor
+from idp_jax.compression.flow import KEPT_BYTES
 from idp_jax.config import Compress, Compression
 from idp_jax.models.config import ModelConfig
 from idp_jax.models.matrices import Matrix, matrices, stages

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from idp_jax.compress.cores.grid import QuantizedMatrix, find_grids, quantize, resolve_group_size
+from idp_jax.compression.cores.grid import QuantizedMatrix, find_grids, quantize, resolve_group_size
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "group_size", "symmetric", "grid"))

@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from idp_jax.compress.cores.hessian import relative_output_error
-from idp_jax.compress.cores.magnitude import magnitude
-from idp_jax.compress.cores.sparsegpt import sparsegpt
+from idp_jax.compression.cores.hessian import relative_output_error
+from idp_jax.compression.cores.magnitude import magnitude
+from idp_jax.compression.cores.sparsegpt import sparsegpt
 
 
 def _smallest(scores: np.ndarray, count: int) -> np.ndarray:

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from idp_jax.compress.rules import SETTINGS, allowed_worse, settings_by_name
+from idp_jax.compression.rules import SETTINGS, allowed_worse, settings_by_name
 from idp_jax.config import Compression, ConfigError
 
 NAMES = [

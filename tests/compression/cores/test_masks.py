@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from idp_jax.compress.cores.masks import check_target, smallest, smallest_of_run
+from idp_jax.compression.cores.masks import check_target, smallest, smallest_of_run
 
 _SCORES = st.lists(
     st.sampled_from([0.0, 1e-30, 0.5, 0.75, 1.0, 3e38, float("inf")]), min_size=12, max_size=12

@@ -12,10 +12,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from idp_jax import load_model
-from idp_jax.compress import job as job_module
-from idp_jax.compress.driver import CompressionError
-from idp_jax.compress.driver import compress as compress_in_memory
-from idp_jax.compress.job import Job, calibration_tokens, compress
+from idp_jax.compression import job as job_module
+from idp_jax.compression.driver import CompressionError
+from idp_jax.compression.driver import compress as compress_in_memory
+from idp_jax.compression.job import Job, calibration_tokens, compress
 from idp_jax.config import Compress, ConfigError
 from idp_jax.formats.quantization import read_config
 from idp_jax.models.block import layer_slice
@@ -242,7 +242,7 @@ def test_other_jobs_go_on_too(files, tmp_path, monkeypatch, other):
 
 
 def test_a_matrix_that_is_worse_can_be_allowed_later(files, tmp_path, monkeypatch, whole):
-    from idp_jax.compress import driver
+    from idp_jax.compression import driver
 
     settings, own = settings_of(files, tmp_path / "out"), driver._numbers
 

@@ -4,11 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from idp_jax.compress.cores.gptq import gptq
-from idp_jax.compress.cores.grid import dequantize_matrix, find_grid
-from idp_jax.compress.cores.hessian import relative_output_error
-from idp_jax.compress.cores.magnitude import magnitude
-from idp_jax.compress.cores.rtn import rtn
+from idp_jax.compression.cores.gptq import gptq
+from idp_jax.compression.cores.grid import dequantize_matrix, find_grid
+from idp_jax.compression.cores.hessian import relative_output_error
+from idp_jax.compression.cores.magnitude import magnitude
+from idp_jax.compression.cores.rtn import rtn
 
 
 def _grid(columns: np.ndarray, bits: int, symmetric: bool) -> tuple[np.ndarray, np.ndarray]:
