@@ -65,8 +65,9 @@ def test_greedy_equals_the_definition_for_every_row(variant):
 
 
 def test_dynamic_rope_keeps_keys_as_they_were_written():
-    """As in transformers, a longer text turns new keys by another angle, never the stored ones;
-    within the trained length all agree.
+    """A longer text turns new keys by another angle, never the stored ones, as in transformers.
+
+    Within the trained length all agree.
     """
     model = tiny_decoder("llama", rope=RopeConfig(10000.0, "dynamic", (("factor", 2.0),)))
     ids = np.asarray(tiny_ids(model, 1, 5))

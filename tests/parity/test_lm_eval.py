@@ -1,6 +1,4 @@
-"""Scores of the harness's own Hugging Face backend and ours, on the same items of published
-tasks.
-"""
+"""Scores of the harness's own Hugging Face backend and ours, on the same published items."""
 
 import warnings
 
