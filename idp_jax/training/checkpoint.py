@@ -50,7 +50,7 @@ class Checkpointer:
             like: a state of the same structure, whose leaves say dtype and placement.
 
         Raises:
-            ValueError: the checkpoint is of another form.
+            ValueError: the checkpoint is of another form, as earlier versions wrote.
         """
         import orbax.checkpoint as ocp
 
@@ -63,10 +63,11 @@ class Checkpointer:
         )
         try:
             found = self._manager.restore(last, args=wanted)
-        except KeyError as error:
+        except (KeyError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0]
             raise ValueError(
-                f"{self._manager.directory} holds a checkpoint of another version or method; "
-                "remove the run's folder, or give another --out"
+                f"cannot go on from the checkpoint in {self._manager.directory} ({reason}); remove "
+                "the run's folder, or give another --out"
             ) from error
         return jax.tree.unflatten(structure, [found["state"][n] for n, _ in _named(leaves)]), found[
             "data"

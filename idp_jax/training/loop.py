@@ -78,9 +78,7 @@ def fit(
     first_process(lambda: _drop_after(sinks, last), "metrics")
 
     def validate(state: TrainState) -> TrainState:
-        losses = [evaluate_step(state.adapter, decoder, batch) for batch in validation]
-        loss = jnp.stack(losses).mean()
-        state = keep_best(state, loss)
+        state, loss = _validate(state, decoder, validation)
         _write(sinks, int(state.step), {"validation_loss": loss})
         if checkpointer is not None:
             checkpointer.save(int(state.step), state, batches.state())
@@ -94,10 +92,23 @@ def fit(
         _write(sinks, number, values)
         if number % evaluate_every == 0 or number == steps:
             state = validate(state)
-    best = float(state.best_loss)
-    return state.best_adapter, {
-        "validation_loss": best,
-        "validation_perplexity": float(np.exp(best)),
+    return state.best_adapter, _summary(state)
+
+
+def _validate(
+    state: TrainState, decoder: Decoder, validation: Sequence[Batch]
+) -> tuple[TrainState, jax.Array]:
+    """The state with the best adapter so far, and the current one's validation loss."""
+    losses = [evaluate_step(state.adapter, decoder, batch) for batch in validation]
+    loss = jnp.stack(losses).mean()
+    return keep_best(state, loss), loss
+
+
+def _summary(state: TrainState) -> dict[str, float]:
+    loss = float(state.best_loss)
+    return {
+        "validation_loss": loss,
+        "validation_perplexity": float(np.exp(loss)),
         "best_step": int(state.best_step),
     }
 

@@ -1,0 +1,123 @@
+"""Whole runs, from a configuration to a folder: claimed, trained, found complete, refused."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from idp_jax import load_adapter, load_model
+from idp_jax.config import ConfigError, Data, Lora, Train
+from idp_jax.evaluation.perplexity import perplexity
+from idp_jax.jobs.folder import claim
+from idp_jax.training import train
+from tests.helpers import tiny_folder
+
+LENGTH = 16  # tokens of a window
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optax_promotes():
+    """optax raises floats to int32 powers."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A model's folder and a text of about 40 windows."""
+    folder = tmp_path_factory.mktemp("files")
+    tiny_folder(folder / "model", num_layers=1)
+    words = np.random.default_rng(0).choice(["tide ", "ship ", "lamp "], 130)
+    (folder / "text.txt").write_text("".join(words))
+    return folder
+
+
+def run_settings(files, out, **changes) -> Train:
+    """A run of two steps."""
+    data = Data(
+        train=str(files / "text.txt"),
+        sequence_length=LENGTH,
+        validation_windows=2,
+        **changes.pop("data", {}),
+    )
+    fields = {"model": str(files / "model"), "out": out, "batch_size": 2, "evaluate_every": 2}
+    return Train(**{**fields, "tokens": 2 * 2 * LENGTH, "data": data, **changes})
+
+
+def test_a_run_of_a_pool(files, tmp_path):
+    config = run_settings(files, tmp_path / "run", method="idp", pool_lengths=(2, 5))
+    result = train(config)
+    assert result["extra_parameters"] == 7 * 64
+    assert result["training_tokens"] == 2 * 2 * 2 * LENGTH
+    assert len(result["prompts"]) == 2
+    assert json.loads((tmp_path / "run" / "adapter" / "pool.json").read_text())["lengths"] == [2, 5]
+    assert train(config) == result  # found complete
+    with pytest.raises(ConfigError, match=r"holds a run with seed = 0, this one has 1; .*--out"):
+        train(run_settings(files, tmp_path / "run", method="idp", pool_lengths=(2, 5), seed=1))
+
+
+MINE = """
+def by_length(inputs):
+    length = inputs.prompt_mask.sum(-1).astype("float32")
+    return -abs(inputs.real.sum(-1)[:, None].astype("float32") - length)
+"""
+
+
+def test_a_selector_of_ones_own_file_is_trained_saved_and_evaluated(files, tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    selector = f"{tmp_path / 'mine.py'}:by_length"
+    config = run_settings(
+        files, tmp_path / "run", method="idp", pool_lengths=(2, 9), selector=selector
+    )
+    train(config)
+    decoder = load_model(files / "model")
+    repaired = load_adapter(decoder, tmp_path / "run" / "adapter")
+    ids, mask = np.full((2, 8), 70), np.ones((2, 8), int)
+    mask[0, :5] = 0
+    assert repaired.choose(jnp.asarray(ids), jnp.asarray(mask)).tolist() == [0, 1]
+    windows = np.random.default_rng(0).integers(3, 259, (4, LENGTH)).astype(np.int32)
+    assert perplexity(repaired, windows, 2).tokens == 4 * (LENGTH - 1)
+
+
+def test_a_selector_with_parameters_needs_joint_training(files, tmp_path):
+    config = run_settings(files, tmp_path / "run", method="idp", selector="linear_router")
+    with pytest.raises(ValueError, match="linear_router has parameters"):
+        train(config)
+
+
+def test_claims(tmp_path):
+    config = Train(model="m", out="out")
+    claim(tmp_path / "run", config)
+    claim(tmp_path / "run", config)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    for taken in ("other", "other/file"):
+        with pytest.raises(ConfigError, match="exists and holds no run"):
+            claim(tmp_path / taken, config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"validation": "/no/such.txt"}}, r"no text file /no/such\.txt"),
+        ({"model": "/no/such/model"}, "no model at /no/such/model"),
+        ({"selector": "best"}, "no selector 'best'"),
+        ({"method": "lora", "lora": Lora(targets=("x",))}, "no matrix 'x'"),
+        ({"prompt_length": 500}, "prompt length 500"),
+    ],
+)
+def test_a_run_that_cannot_start_leaves_nothing(files, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train(run_settings(files, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_text_that_is_too_short(files, tmp_path):
+    (tmp_path / "short.txt").write_text("a" * (2 * LENGTH + 3))
+    config = run_settings(files, tmp_path / "run")
+    data = Data(train=str(tmp_path / "short.txt"), sequence_length=LENGTH, validation_windows=2)
+    with pytest.raises(ValueError, match="gives 2 windows of 16 tokens, too few"):
+        train(Train(**{**vars(config), "data": data}))
+    assert not (tmp_path / "run").exists()
