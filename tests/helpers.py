@@ -86,7 +86,7 @@ def tiny_decoder(architecture: str = "llama", *, seed: int = 0, **overrides) -> 
         overrides: fields of `ModelConfig`, e.g. `num_layers=3`, `embedding_dim=32` (projected
             embedding, opt), `norm_before=False, final_norm=False` (as OPT-350m).
     """
-    return random(tiny_config(architecture, **overrides), jax.random.key(seed))
+    return random(tiny_config(architecture, **overrides), seed)
 
 
 def tiny_ids(model: Decoder, batch: int = 2, time: int = 12, seed: int = 0) -> jax.Array:
@@ -125,7 +125,7 @@ def random_quantized(
     """One packed weight [I, O]: random codes, every zero point possible."""
     matrix = Matrix("weight", inputs, outputs, ("embed", "heads"), stage=0, bias=bias)
     storage = Storage(bits, group_size, act_order=act_order)
-    weight = random_weight(matrix, jax.random.key(seed), storage)
+    weight = random_weight(matrix, seed, storage)
     return layer_slice(cast(Quantized, weight), 0)
 
 
@@ -137,7 +137,7 @@ def quantize_decoder(
     The function is another than the dense model's: compare it with itself (sharded, reloaded).
     """
     storage = Storage(bits, group_size, act_order=act_order)
-    layers = random_layers(model.config, jax.random.key(seed), weights=storage)
+    layers = random_layers(model.config, seed, weights=storage)
     packed = {name: getattr(layers, name) for name in layers.weight_names}
     return model.with_layers(model.layers.replace(**packed))
 

@@ -21,7 +21,6 @@ from tests.helpers import tiny_config, tiny_ids
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = sorted(file.parent for file in (ROOT / "tests/golden").rglob("config.json"))
-KEY = jax.random.key(0)
 STORAGES = {
     "dense": Storage(),
     "3-bit": Storage(3, 32),
@@ -64,7 +63,7 @@ def test_shapes_are_those_of_a_loaded_model(folder, dtype):
 @pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
 def test_shapes_are_those_of_a_random_model(storage, architecture):
     config = tiny_config(architecture, num_heads=1, num_kv_heads=1)
-    made = random(config, KEY, dtype="bfloat16", weights=storage)
+    made = random(config, 0, dtype="bfloat16", weights=storage)
     assert shapes(abstract(config, dtype="bfloat16", weights=storage)) == shapes(made)
 
 
@@ -72,9 +71,9 @@ def test_shapes_are_those_of_a_random_model(storage, architecture):
 def test_kernel_layouts_are_those_that_loading_makes(storage):
     """What `load_model` repacks on a machine with the kernels."""
     config = tiny_config()
-    in_file = random(config, KEY, weights=replace(storage, backend=None))
+    in_file = random(config, 0, weights=replace(storage, backend=None))
     expected = repack(in_file, storage.backend)
-    made = random(config, KEY, weights=storage)
+    made = random(config, 0, weights=storage)
     assert shapes(made) == shapes(expected)
     for one, other in zip(jax.tree.leaves(made), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -82,26 +81,36 @@ def test_kernel_layouts_are_those_that_loading_makes(storage):
 
 @pytest.mark.parametrize("bits", [None, 4])
 def test_two_of_four_inputs_are_zero(bits):
-    layers = random(tiny_config(), KEY, weights=Storage(bits, 32, sparse24=True)).layers
+    layers = random(tiny_config(), 0, weights=Storage(bits, 32, sparse24=True)).layers
     kernel = np.asarray(layers.down.dense())
     kept = (kernel.reshape(2, -1, 4, kernel.shape[-1]) != 0).sum(2)
     assert kept.max() == 2
     assert kept.mean() > 1.5  # a code may be the zero's by chance
 
 
-@pytest.mark.parametrize("storage", [Storage(), Storage(3, 32), Storage(8, -1)], ids=str)
-def test_random_matrices_keep_the_size_of_what_they_read(storage):
-    for matrix, weight in (
-        (m, getattr(random(tiny_config(), KEY, weights=storage).layers, m.name))
-        for m in matrices(tiny_config())
-    ):
-        spread = float(weight.dense().std()) * matrix.inputs**0.5
+@pytest.mark.parametrize("key", [0, jax.random.key(0)], ids=["host", "device"])
+@pytest.mark.parametrize(
+    "storage", [Storage(), Storage(3, 32), Storage(8, -1)], ids=["dense", "3", "8"]
+)
+def test_random_matrices_keep_the_size_of_what_they_read(storage, key):
+    layers = random(tiny_config(), key, weights=storage).layers
+    for matrix in matrices(tiny_config()):
+        spread = float(getattr(layers, matrix.name).dense().std()) * matrix.inputs**0.5
         assert 0.5 < spread < 1.5, matrix.name
+
+
+def test_a_seed_gives_a_part_the_same_numbers_in_every_model():
+    dense, packed = (random(tiny_config(), 3, weights=s) for s in (Storage(), Storage(4, 32)))
+    np.testing.assert_array_equal(dense.embedding[...], packed.embedding[...])
+    np.testing.assert_array_equal(
+        dense.layers.mlp_norm.scale[...], packed.layers.mlp_norm.scale[...]
+    )
+    assert (dense.embedding[...] != random(tiny_config(), 4).embedding[...]).all()
 
 
 def test_every_parameter_is_random():
     """No two numbers alike: a forgotten bias, norm or position shows."""
-    model = random(tiny_config("opt", embedding_dim=32), KEY)
+    model = random(tiny_config("opt", embedding_dim=32), 0)
     for leaf in jax.tree.leaves(model):
         assert len(np.unique(np.asarray(leaf))) > 0.99 * min(leaf.size, 10**6)
 
@@ -114,7 +123,9 @@ def test_matrices_may_be_kept_differently():
     assert isinstance(layers.k, Dense)
 
 
-@pytest.mark.parametrize("storage", [Storage(), Storage(3, 128, backend="mosaic_gpu")], ids=str)
+@pytest.mark.parametrize(
+    "storage", [Storage(), Storage(3, 128, backend="mosaic_gpu")], ids=["dense", "3-bit"]
+)
 def test_a_large_model_takes_no_memory(storage):
     started = time.perf_counter()
     model = abstract(
@@ -134,7 +145,7 @@ def test_a_large_model_takes_no_memory(storage):
 
 @pytest.mark.parametrize("name", ["3-bit", "act-order"])
 def test_a_program_compiled_for_shapes_runs_the_model(name):
-    model = random(tiny_config(), KEY, weights=STORAGES[name])
+    model = random(tiny_config(), 0, weights=STORAGES[name])
     ids = tiny_ids(model)
     forward = jax.jit(lambda model, ids: model.logits(model.hidden(ids)))
     shaped = abstract(tiny_config(), weights=STORAGES[name])

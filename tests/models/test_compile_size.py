@@ -58,3 +58,11 @@ def test_one_shape_compiles_once():
     other_weights = tiny_decoder("llama", vocab_size=100, seed=1)
     other_weights(tiny_ids(model))
     assert _logits._cache_size() == before + 1
+
+
+def test_a_profile_tells_the_parts_of_a_model():
+    model = tiny_decoder("llama")
+    forward = jax.jit(lambda model, ids: model.logits(model.hidden(ids)))
+    text = forward.lower(model, tiny_ids(model)).as_text(debug_info=True)
+    for scope in ("embed", "layers/while/body", "attention", "mlp", "head"):
+        assert f"/{scope}/" in text or f"{scope}/" in text, scope
