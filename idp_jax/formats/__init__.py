@@ -1,6 +1,4 @@
-"""Reading and writing what others do: Hugging Face folders (plain, GPTQ, compressed-tensors), GGUF
-files, and PEFT adapters.
-"""
+"""Files that others read and write too: Hugging Face folders, GGUF files, and PEFT adapters."""
 
 from idp_jax.formats.load import load_model, load_tokenizer
 from idp_jax.formats.peft import load_adapter, save_adapter

@@ -1,5 +1,6 @@
-"""One process of a job, for `test_processes.py`: process_worker.py train|compress MODEL TEXT OUT
-[MESH].
+"""One process of a job, for `test_processes.py`.
+
+process_worker.py train|compress MODEL TEXT OUT [MESH]
 """
 
 import sys
