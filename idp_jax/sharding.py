@@ -76,11 +76,12 @@ def spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> Partiti
     An axis whose length its mesh axes do not divide stays whole on every device (three kv heads on
     a model axis of two, say).
     """
-    rules = []
-    for name, length in zip(names, shape, strict=True):
+
+    def rule(name: str | None, length: int):
         count = 1 if name is None else parts(name, mesh.shape)
-        rules.append(None if name is None or count == 1 or length % count else RULES[name])
-    return PartitionSpec(*rules)
+        return None if name is None or count == 1 or length % count else RULES[name]
+
+    return PartitionSpec(*(rule(*pair) for pair in zip(names, shape, strict=True)))
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

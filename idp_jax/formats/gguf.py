@@ -1,8 +1,8 @@
 """Reads GGUF files: weights dequantised, configuration and tokenizer from the metadata.
 
 The `gguf` package knows every block type. What is left to us is naming: GGUF keeps LLaMA's q and k
-rows in the interleaved RoPE order,
-which is turned back to Hugging Face's half-split order here.
+rows in the interleaved RoPE order, which is turned back to Hugging Face's half-split order here.
+
 Source: the GGUF specification (ggml/docs/gguf.md) and llama.cpp's HF converter.
 """
 
@@ -64,8 +64,7 @@ def open_file(path: Path):
 
     Returns:
         The transformers configuration, the tensor names in Hugging Face's spelling, and a function
-        that reads one of them
-        (float32, [out, in]).
+        that reads one of them (float32, [out, in]).
 
     Raises:
         ValueError: not a GGUF file, damaged, or of another architecture.
@@ -144,8 +143,7 @@ def load_tokenizer(path: Path):
     except Exception as error:
         raise ValueError(
             f"the {fields.get('tokenizer.ggml.model')!r} tokenizer of {path} needs torch to be "
-            "read; "
-            "install torch, or put the model's tokenizer.json into a folder with its weights"
+            "read; install torch, or put the model's tokenizer.json into a folder with its weights"
         ) from error
 
 

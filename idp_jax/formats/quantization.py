@@ -176,7 +176,7 @@ def _gptq_packing(config: dict[str, Any]) -> Packing:
 def _gptq_config(
     form: str, packings: dict[str, Packing | None], default: Packing, damping: float | None
 ) -> dict[str, Any]:
-    own = lambda packing: {
+    settings_of = lambda packing: {
         "bits": packing.bits,
         "group_size": packing.group_size,
         "sym": packing.symmetric,
@@ -188,11 +188,11 @@ def _gptq_config(
         if packing is None:
             dynamic[f"-:{exactly}"] = {}
         elif packing != default:
-            dynamic[f"+:{exactly}"] = own(packing)
+            dynamic[f"+:{exactly}"] = settings_of(packing)
     return {
         "quant_method": "gptq",
         "checkpoint_format": form,
-        **own(default),
+        **settings_of(default),
         **({"dynamic": dynamic} if dynamic else {}),
         "static_groups": False,
         "true_sequential": True,

@@ -1,8 +1,8 @@
 """Where a model comes from: a folder, a GGUF file or a hub name, read one tensor at a time.
 
 A `Source` lists tensors by their Hugging Face names and reads each when asked, so that nobody holds
-a checkpoint twice. The invariant:
-every reader gives float tensors as [out, in], in the file's own precision.
+a checkpoint twice. The invariant: every reader gives float tensors as [out, in], in the file's
+precision.
 """
 
 import copy
@@ -45,9 +45,9 @@ class Source:
     @property
     def quantization(self) -> dict[str, Any] | None:
         """The checkpoint's quantisation settings, or None."""
-        own = self.path / "quantize_config.json"
-        if self.path.is_dir() and own.is_file():
-            return _read_json(own)
+        beside = self.path / "quantize_config.json"
+        if self.path.is_dir() and beside.is_file():
+            return _read_json(beside)
         # compressed-tensors' first versions called it compression_config.
         keys = ("quantization_config", "compression_config")
         return next((c for key in keys if (c := getattr(self.hf_config, key, None))), None)
@@ -105,8 +105,7 @@ def _download(name: str) -> Path:
             reason = str(online).strip().splitlines()[0] if str(online).strip() else repr(online)
             raise CheckpointError(
                 f"no folder {name} here, and it cannot be had from the Hugging Face hub "
-                f"({reason}); "
-                "give a local folder, or check the name and the network"
+                f"({reason}); give a local folder, or check the name and the network"
             ) from online
 
 

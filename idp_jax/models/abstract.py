@@ -126,8 +126,11 @@ def random_layers(
     for matrix in matrices(config):
         storage = weights if isinstance(weights, Storage) else weights[matrix.name]
         made[matrix.name] = random_weight(matrix, key, storage, dtype=dtype, layers=count)
-    norm = lambda name: jax.tree.map(jnp.asarray, _norm(name, config, key, dtype, count))
-    return Block(made, norm("attention_norm"), norm("mlp_norm"), config)
+    attention_norm, mlp_norm = (
+        jax.tree.map(jnp.asarray, _norm(name, config, key, dtype, count))
+        for name in ("attention_norm", "mlp_norm")
+    )
+    return Block(made, attention_norm, mlp_norm, config)
 
 
 def random_weight(

@@ -1,6 +1,7 @@
 """The pieces that LLaMA and OPT blocks are made of: norms, rotary positions, masks and attention.
 
 Normalisation, rotation and softmax run in float32 whatever the dtype of the activations.
+
 Dims: B batch, T query time, S stored (past) time, N heads, K kv heads, G = N / K, H head dim.
 """
 
