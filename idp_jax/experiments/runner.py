@@ -52,10 +52,9 @@ def run(
     for name in settings.compressions:
         begin(f"compression: {name}")
         stages.compressed(settings, name, progress)
-    for variant in settings.rows:
-        if variant.adapter is not None:
-            begin(f"adapter: {variant.adapter.partition('/')[0]}")
-            stages.trained(settings, variant, progress)
+    for (compression, name), variant in stages.adapters(settings).items():
+        begin(f"adapter: {name} on {compression or 'dense'}")
+        stages.trained(settings, variant, progress)
     tokenizer = formats.load_tokenizer(settings.model)
     variants = []
     for variant in settings.rows:

@@ -83,6 +83,15 @@ def _compress(settings: Experiment, name: str) -> Compress:
     return from_dict(Compress, common | settings.compressions[name], f"compressions.{name}")
 
 
+def adapters(settings: Experiment) -> dict[tuple[str | None, str], Variant]:
+    """What must be trained, by compression and recipe, each with a variant that asks for it."""
+    return {
+        (variant.compression, variant.adapter.partition("/")[0]): variant
+        for variant in settings.rows
+        if variant.adapter is not None
+    }
+
+
 def trained(settings: Experiment, variant: Variant, progress: Progress) -> None:
     """Trains a variant's adapter beside its model."""
     training.train(_train(settings, variant), progress=progress)
@@ -181,8 +190,8 @@ def check(settings: Experiment) -> None:
     """
     for name in settings.compressions:
         _compress(settings, name)
+    for variant in adapters(settings).values():
+        _train(settings, variant)
     for variant in settings.rows:
-        if variant.adapter is not None:
-            _train(settings, variant)
         if variant.selector is not None:
             find_selector(variant.selector)
