@@ -91,7 +91,7 @@ def random(
     """
     hidden, embedding = config.hidden_dim, config.embedding_dim
 
-    def draw(name: str, *shape: int, deviation: float) -> jax.Array:
+    def draw(name: str, *shape: int, deviation: float):
         return _normal(_named(key, name), shape, dtype, deviation)
 
     def linear(name: str, inputs: int, outputs: int) -> Dense:
@@ -234,7 +234,7 @@ def _named(key: jax.Array | int, name: str) -> _Source:
 def _split(rng: _Source, count: int) -> Sequence[_Source]:
     if isinstance(rng, np.random.Generator):
         return rng.spawn(count)
-    return jax.random.split(rng, count)
+    return list(jax.random.split(rng, count))
 
 
 def _normal(rng: _Source, shape: tuple[int, ...], dtype, deviation: float, mean: float = 0.0):
