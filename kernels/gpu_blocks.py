@@ -197,7 +197,7 @@ def _pad_to(array: jax.Array, shape: Sequence[int]) -> jax.Array:
 
 def load(ref, layout, interpreted: bool) -> jax.Array:
     """Shared memory to registers."""
-    return ref[...] if interpreted else plgpu.load(ref, (), layout=layout)
+    return ref[...] if interpreted else plgpu.layout_cast(ref[...], layout)
 
 
 def load_words(ref, vector: int, interpreted: bool) -> jax.Array:
