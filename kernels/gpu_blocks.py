@@ -288,7 +288,7 @@ def tensor_core(left: jax.Array, x_ref, interpreted: bool) -> jax.Array:
         return jnp.matmul(left, x_ref[...].T, preferred_element_type=jnp.float32)
 
     def multiply(sum_ref):
-        plgpu.wgmma(sum_ref, left, plgpu.transpose_ref(x_ref, (1, 0)))
+        plgpu.wgmma(sum_ref, left, x_ref.transpose((1, 0)))
         return sum_ref[...]
 
     return pl.run_scoped(
