@@ -314,7 +314,7 @@ def code_words(vectors: Sequence[jax.Array], bits: int) -> Iterator[jax.Array]:
 
 def load(ref, layout, interpreted: bool) -> jax.Array:
     """Shared memory to registers."""
-    return ref[...] if interpreted else plgpu.load(ref, (), layout=layout)
+    return ref[...] if interpreted else plgpu.layout_cast(ref[...], layout)
 
 
 def load_words(ref, vector: int, interpreted: bool) -> jax.Array:
@@ -405,7 +405,7 @@ def tensor_core(left: jax.Array, x_ref, interpreted: bool) -> jax.Array:
         return jnp.matmul(left, x_ref[...].T, preferred_element_type=jnp.float32)
 
     def multiply(sum_ref):
-        plgpu.wgmma(sum_ref, left, plgpu.transpose_ref(x_ref, (1, 0)))
+        plgpu.wgmma(sum_ref, left, x_ref.transpose((1, 0)))
         return sum_ref[...]
 
     return pl.run_scoped(
