@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+
 from idp_jax.kernels.quant_matmul import mosaic_gpu as quant_gpu
 from idp_jax.kernels.quant_matmul import pallas_tpu as quant_tpu
 from idp_jax.kernels.quant_matmul.layout import repack
