@@ -51,7 +51,8 @@ def test_what_the_variants_say_is_made_compared_and_not_made_twice(tmp_path, mon
     results = run(settings, begin=said.append)
     assert said == [
         "text", "compression: four", "adapter: idp on four", "adapter: prompt on dense",
-        "evaluation: dense", "evaluation: small", "evaluation: pool, random", "evaluation: prompt on dense",
+        "evaluation: dense", "evaluation: small", "evaluation: pool, random",
+        "evaluation: prompt on dense",
     ]  # fmt: skip
     assert read(settings.out / "results.json") == results
     check_variants(settings, results)
