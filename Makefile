@@ -17,7 +17,7 @@ INTEROP_INSTALLED := $(INTEROP)/.installed
 LIBRARIES := gptqmodel==7.7.0 compressed-tensors==0.20.0
 DEMO := configs/demo$(if $(QUICK),-quick).yaml
 
-.PHONY: demo test test-slow test-newest lint reference golden golden-packed interop benchmarks compression clean
+.PHONY: demo test test-slow test-newest reference golden golden-packed interop benchmarks compression clean
 
 demo: $(INSTALLED)  ## compress, repair and score SmolLM2-135M (QUICK=1: the short form)
 	$(BIN)/idp-jax demo --config_path $(DEMO)
