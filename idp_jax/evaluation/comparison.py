@@ -7,7 +7,7 @@ windows by a digest of their tokens, so results of other items are refused, not 
 from pathlib import Path
 
 from idp_jax.config.groups import ConfigError
-from idp_jax.evaluation.results import Comparison, Results, VariantResult, read
+from idp_jax.evaluation.results import Comparison, Results, TaskScores, VariantResult, read
 from idp_jax.evaluation.statistics import (
     Estimate,
     accuracy_interval,
@@ -17,21 +17,22 @@ from idp_jax.evaluation.statistics import (
 
 
 def compare(
-    first: VariantResult | Results | str | Path,
-    second: VariantResult | Results | str | Path,
+    first: TaskScores | Results | str | Path,
+    second: TaskScores | Results | str | Path,
     *,
     seed: int = 0,
 ) -> Comparison:
     """The paired comparison of two variants.
 
     Args:
-        first, second: variants, or results (files of results) that hold one.
+        first, second: variants, what `evaluate` returns, or results (files of results) that hold
+            one variant.
         seed: of the items that are drawn again.
 
     Raises:
         ConfigError: a file that cannot be read, several variants in it, or other items.
     """
-    before, after = _variant(first), _variant(second)
+    before, after = _variant(first, "first"), _variant(second, "second")
     tasks, items = {}, ([], [])
     _refuse(before, after, "tasks", sorted(before.tasks), sorted(after.tasks))
     for name in sorted(before.tasks):
@@ -58,9 +59,11 @@ def pooled_accuracy(variant: VariantResult) -> Estimate | None:
     return accuracy_interval(items) if items else None
 
 
-def _variant(given: VariantResult | Results | str | Path) -> VariantResult:
+def _variant(given: TaskScores | Results | str | Path, name: str) -> VariantResult:
     if isinstance(given, VariantResult):
         return given
+    if isinstance(given, TaskScores):
+        return VariantResult(name=name, role="dense", model=name, **vars(given))
     results = given if isinstance(given, Results) else read(given)
     if len(results.variants) != 1:
         origin = "these results" if isinstance(given, Results) else str(given)

@@ -98,3 +98,9 @@ def test_runs_without_torch(data, tmp_path):
 
 def test_row_of_the_fixture_has_an_answer():
     assert ROW["answerKey"] in ROW["choices"]["label"]
+
+
+def test_a_library_call_prints_nothing(capfd):
+    model = tiny_decoder(vocab_size=259)
+    evaluate(model, tiny_tokenizer(), tasks=["knowledge"], limit=1)
+    assert capfd.readouterr() == ("", "")
