@@ -158,15 +158,17 @@ def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, whole):
 
 
 def test_the_best_adapter_is_kept(tmp_path):
-    """What is learned here makes the held-out text less likely."""
-    unlike = np.random.default_rng(9).integers(90, 128, (4, LENGTH)).astype(np.int32)
-    other = dataclasses.replace(text(), validation=unlike)
-    adapter, summary = run_fit(tmp_path, windows=other)
+    """Of a held-out text with some of the training text's words, training soon forgets the rest."""
+    rng = np.random.default_rng(9)
+    words, rest = rng.choice([7, 30, 55, 81], (4, LENGTH)), rng.integers(90, 128, (4, LENGTH))
+    held_out = np.where(rng.random((4, LENGTH)) < 0.3, words, rest).astype(np.int32)
+    other = dataclasses.replace(text(), validation=held_out)
+    adapter, summary = run_fit(tmp_path, start("lora"), windows=other, rate=0.2)
     rows = [row for row in rows_of(tmp_path) if "validation_loss" in row]
     losses = [row["validation_loss"] for row in rows]
-    assert losses[-1] > min(losses) + 0.1
     best = rows[int(np.argmin(losses))]
-    assert summary["best_step"] == best["step"] < 20
+    assert losses[-1] > best["validation_loss"] + 0.02
+    assert 0 < summary["best_step"] == best["step"] < 20
     first, second = (evaluate_step(adapter, model(), b) for b in other.validation_batches(2))
     loss = (first + second) / 2
     assert float(loss) == pytest.approx(best["validation_loss"], rel=1e-5)
