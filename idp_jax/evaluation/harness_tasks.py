@@ -76,11 +76,11 @@ def _run_harness(model: HarnessLM, tasks: list, seed: int, **options: Any) -> di
     """The harness's own evaluation, without what it prints on its own account."""
     datasets.disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it reports every setting as a warning
-    # It asks git for the commit of the current folder, which need not be a checkout, and draws a bar
-    # for each task while it writes the prompts.
+    # It asks git for the commit of the current folder, which need not be a checkout, and draws a
+    # bar for each task while it writes the prompts.
     with (
         mock.patch("lm_eval.evaluator.get_git_commit_hash", return_value=None),
-        mock.patch("lm_eval.api.task.tqdm", lambda items, **_: items),
+        mock.patch("lm_eval.api.task.tqdm", lambda rows, **_: rows),
     ):
         # The harness's decorators hide its signature from type checkers.
         return cast(Any, lm_eval.simple_evaluate)(
