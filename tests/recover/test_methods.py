@@ -1,19 +1,20 @@
 """Every method has one entry, and every adapter of a method a form on disk."""
 
 from pathlib import Path
+from typing import get_args
 
 import jax
 import pytest
 
 from idp_jax.config import Train
-from idp_jax.config.groups import REPAIRS
+from idp_jax.config.choices import LEARNING_RATES, Repair
 from idp_jax.formats.adapters import WRITERS
 from idp_jax.recover.methods import METHODS, parameter_count
 from tests.helpers import tiny_decoder
 
 
 def test_methods_are_those_of_the_settings():
-    assert METHODS.keys() == REPAIRS.keys()
+    assert METHODS.keys() == LEARNING_RATES.keys() == set(get_args(Repair))
 
 
 @pytest.mark.parametrize("name", METHODS)
