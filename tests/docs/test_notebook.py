@@ -16,8 +16,8 @@ def test_the_first_minute_runs_and_says_what_it_shows(capsys):
     for cell in (cell for cell in cells if cell["cell_type"] == "code"):
         exec("".join(cell["source"]), names)
         printed = capsys.readouterr().out
-        for output in cell["outputs"]:
-            assert words(printed) == words("".join(output.get("text", "")))
+        shown = [line for output in cell["outputs"] for line in output.get("text", [])]
+        assert words(printed) == words("".join(shown))
 
 
 def words(text: str) -> list[str]:
