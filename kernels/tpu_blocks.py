@@ -92,13 +92,11 @@ def product(
     """
     outputs = operands[0].array.shape[-1]
     kept, summed = (inputs, outputs) if transposed else (outputs, inputs)
-    kept_block, summed_block = blocks.outputs, blocks.inputs
-    if transposed:
-        kept_block, summed_block = summed_block, kept_block
+    sizes = (blocks.inputs, blocks.outputs) if transposed else (blocks.outputs, blocks.inputs)
+    kept_block, summed_block = sizes
     lengths = ((x.shape[0], blocks.rows), (kept, kept_block), (summed, summed_block))
     grid = tuple(pl.cdiv(length, block) for length, block in lengths)
     x_spec = pl.BlockSpec((blocks.rows, summed_block), lambda m, n, k, layer: (m, k))
-    weight_specs = [_weight_spec(operand, blocks.outputs, transposed) for operand in operands]
     body = functools.partial(
         _body,
         expand=expand,
@@ -114,7 +112,7 @@ def product(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=grid,
-            in_specs=[x_spec, *weight_specs],
+            in_specs=[x_spec, *(_weight_spec(o, blocks.outputs, transposed) for o in operands)],
             out_specs=pl.BlockSpec((blocks.rows, kept_block), lambda m, n, k, layer: (m, n)),
             scratch_shapes=[pltpu.VMEM((blocks.rows, kept_block), jnp.float32), *scratch],
         ),

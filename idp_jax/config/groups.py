@@ -187,6 +187,11 @@ class Loading(Settings):
     """Of activations and dense weights; auto keeps the checkpoint's."""
     mesh: Mesh = field(default_factory=Mesh)
 
+    @property
+    def held(self) -> dict[str, Any]:
+        """How a model is held, as `load_model` takes it."""
+        return {"dtype": self.dtype, "weights": self.weights, "kernel": self.kernel}
+
 
 @dataclass(frozen=True)
 class Optimizer(Settings):

@@ -54,12 +54,7 @@ def _variants(
 ) -> list[VariantResult]:
     """One variant for each selector, or the one that the model and its adapter are."""
     model = formats.load_model(
-        settings.model,
-        dtype=settings.dtype,
-        weights=settings.weights,
-        kernel=settings.kernel,
-        mesh=mesh,
-        progress=progress.tracker("loading"),
+        settings.model, **settings.held, mesh=mesh, progress=progress.tracker("loading")
     )
     tokenizer = formats.load_tokenizer(settings.model)
     repaired, name = Repaired.of(model), settings.model

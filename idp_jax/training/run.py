@@ -65,9 +65,7 @@ def _train(config: Train, out: Path, mesh, progress: Progress) -> dict[str, Any]
     find_selector(config.selector)  # a wrong name is refused before anything is loaded
     decoder = formats.load_model(
         config.model,
-        dtype=config.dtype,
-        weights=config.weights,
-        kernel=config.kernel,
+        **config.held,
         use_sparse24=False,
         mesh=mesh,
         progress=progress.tracker("loading"),
@@ -142,12 +140,7 @@ def _source(config: Train, out: Path, decoder: Decoder, tokenizer, progress: Pro
     if not file.is_file():
         teacher = decoder
         if config.data.teacher is not None:
-            teacher = formats.load_model(
-                config.data.teacher,
-                dtype=config.dtype,
-                weights=config.weights,
-                kernel=config.kernel,
-            )
+            teacher = formats.load_model(config.data.teacher, **config.held)
         held_out = 0 if config.data.validation else config.data.validation_windows
         wanted = config.tokens + (held_out + 1) * config.data.sequence_length
         with progress.bar("sampling text from the model", "tokens") as update:

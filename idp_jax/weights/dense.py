@@ -11,11 +11,13 @@ Array = jax.Array | np.ndarray  # a model read from disk holds numpy arrays unti
 
 
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., I] @ kernel [..., I, O] in the dtype of x, summed in float32."""
     y = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
     return y.astype(x.dtype)
 
 
 def add_bias(y: jax.Array, bias: nnx.Param | None) -> jax.Array:
+    """y [..., O] with its bias [..., O], if there is one, in the dtype of y."""
     return y if bias is None else y + bias[...].astype(y.dtype)
 
 
