@@ -48,6 +48,8 @@ def comparison(
         bars = axes[2].bar(names, pool.choices, color=_COLOURS[pool.role])
         axes[2].bar_label(bars, padding=2)
         axes[2].set(title="choices of the pool", ylabel="questions")
+        axes[2].set_ylim(0, max(pool.choices) * 1.12)
+        axes[2].yaxis.get_major_locator().set_params(integer=True)
         axes[2].spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
