@@ -48,7 +48,7 @@ def comparison(
         bars = axes[2].bar(names, pool.choices, color=_COLOURS[pool.role])
         axes[2].bar_label(bars, padding=2)
         axes[2].set(title="choices of the pool", ylabel="questions")
-        axes[2].set_ylim(0, max(pool.choices) * 1.12)
+        axes[2].margins(y=0.12)
         axes[2].locator_params(axis="y", integer=True)
         axes[2].spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
