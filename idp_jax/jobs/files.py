@@ -1,9 +1,12 @@
 """Writing files that are either complete or absent, and telling files apart."""
 
 import hashlib
+import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 _SAMPLE = 2**20  # bytes
 _MODEL_FILES = (".safetensors", ".bin", ".gguf", ".json")
@@ -24,6 +27,19 @@ def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """Writes a text file under a temporary name and renames it."""
     write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes JSON that every reader takes: a number that is not finite becomes null."""
+    write_text(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def fingerprint(path: str | Path) -> str:

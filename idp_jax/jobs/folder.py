@@ -51,6 +51,36 @@ def release(out: Path) -> None:
         out.rmdir()
 
 
+def check_writable(out: str | Path, needed: int = 0) -> None:
+    """Refuses a place that cannot take a job's result, before the job has cost anything.
+
+    Args:
+        out: a file or folder that is to be written; it need not exist, nor its parents.
+        needed: bytes that it will take at least.
+
+    Raises:
+        ConfigError: nothing can be written there, or the disk has less room.
+    """
+    place = Path(out).absolute()
+    while not place.is_dir():
+        if place.exists() and place != Path(out).absolute():
+            raise ConfigError(f"{out} cannot be written: {place} is a file; give another --out")
+        place = place.parent
+    try:
+        with tempfile.NamedTemporaryFile(dir=place, prefix=".idp-jax-"):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{out} cannot be written ({place}: {error.strerror}); give another --out"
+        ) from error
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise ConfigError(
+            f"{out} needs {needed / 1e9:.3g} GB, the disk of {place} has {free / 1e9:.3g} GB free; "
+            "make room, or give another --out"
+        )
+
+
 def check_absent(out: str | Path, *, overwrite: bool = False) -> None:
     """Refuses a place where something stands already.
 
