@@ -1,13 +1,15 @@
 """Folders of long jobs: one configuration each, complete or under another name.
 
 A folder appears under its name only when it is complete: everything is written beside it and
-renamed. A job goes on only in the folder that holds its own configuration.
+renamed. What it replaces was written by this software, and stays until the new one has its name. A
+job goes on only in the folder that holds its own configuration, with the contents that it read
+before, and no second one works there.
 """
 
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +17,106 @@ import yaml
 
 from idp_jax.config import ConfigError
 from idp_jax.config.files import to_dict
-from idp_jax.jobs.files import write_text
+from idp_jax.config.places import check_apart, check_not_working
+from idp_jax.jobs.files import naming, write_text
+from idp_jax.jobs.lock import lock_file, locked
+from idp_jax.jobs.marker import MARKER, foreign, is_marked, mark
+
+_SETTINGS = "config.yaml"
+Inputs = dict[str, dict[str, str]]
 
 
-def claim(out: Path, settings: Any, *, free: tuple[str, ...] = ("out",), **facts: str) -> None:
+def claim(
+    out: Path, settings: Any, *, free: tuple[str, ...] = ("out",), inputs: Inputs | None = None
+) -> None:
     """Writes the configuration to `out`/config.yaml, or checks that the job there has the same.
 
     Args:
         free: settings that may change from call to call.
-        facts: what else must stay as it is.
+        inputs: the fingerprints of what the job reads, by its name; see `files.fingerprint`.
 
     Raises:
-        ConfigError: the folder holds something else, or a job with another configuration.
+        ConfigError: the folder holds something else, a job with another configuration, or one that
+            read other contents.
     """
-    wanted = {**to_dict(settings), **facts}
-    file = out / "config.yaml"
+    wanted = to_dict(settings) | {"inputs": inputs or {}}
+    file = out / _SETTINGS
     if not file.is_file():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and (not out.is_dir() or _names(out)):
             raise ConfigError(f"{out} exists and holds no run of this kind; give another --out")
         write_text(file, yaml.safe_dump(wanted, sort_keys=False))
         return
-    found = yaml.safe_load(file.read_text()) or {}
-    for key in sorted(set(found) | set(wanted)):
+    found = _read_settings(file)
+    for key in sorted((set(found) | set(wanted)) - {"inputs"}):
         if key not in free and found.get(key) != wanted.get(key):
             raise ConfigError(
                 f"{out} holds a run with {key} = {found.get(key)!r}, this one has "
                 f"{wanted.get(key)!r}; give another --out, or remove the folder"
             )
+    _check_inputs(out, found.get("inputs"), wanted["inputs"])
+
+
+def _check_inputs(out: Path, found: Any, wanted: Inputs) -> None:
+    """Refuses contents that are not those that the run in the folder read."""
+    if not isinstance(found, dict):
+        raise ConfigError(
+            f"{out} holds a run of an earlier version, which did not note what it read; give "
+            "another --out, or remove the folder"
+        )
+    for name in wanted:
+        before, now = found.get(name), wanted[name]
+        if before == now:
+            continue
+        before = before if isinstance(before, dict) else {}
+        file = next(key for key in sorted({*before, *now}) if before.get(key) != now.get(key))
+        raise ConfigError(
+            f"{out} holds a run that read another {name}: {file} has changed since; give another "
+            "--out, or remove the folder"
+        )
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    remedy = f"remove {file.parent}, or give another --out"
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{file} is damaged ({reason}); {remedy}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file} is damaged (it holds no settings); {remedy}")
+    return found
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} - {lock_file(folder, inside=True).name}
 
 
 def release(out: Path) -> None:
     """Takes a claim back where the job wrote nothing else: one that cannot start leaves nothing."""
-    if [path.name for path in out.iterdir()] == ["config.yaml"]:
-        (out / "config.yaml").unlink()
-        out.rmdir()
+    if _names(out) == {_SETTINGS}:
+        (out / _SETTINGS).unlink()
+        with suppress(OSError):  # its lock is still there, and goes with it
+            out.rmdir()
+
+
+@contextmanager
+def run_folder(
+    out: Path, settings: Any, *, free: tuple[str, ...] = ("out",), inputs: Inputs | None = None
+) -> Iterator[None]:
+    """Claims a folder for a run and keeps other jobs out of it until the block ends.
+
+    Raises:
+        ConfigError: as of `claim`, or another job works there.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} exists and holds no run of this kind; give another --out")
+    with locked(out, inside=True):
+        claim(out, settings, free=free, inputs=inputs)
+        try:
+            yield
+        except (ValueError, OSError):
+            release(out)
+            raise
 
 
 def check_writable(out: str | Path, needed: int = 0) -> None:
@@ -81,33 +149,110 @@ def check_writable(out: str | Path, needed: int = 0) -> None:
         )
 
 
-def check_absent(out: str | Path, *, overwrite: bool = False) -> None:
-    """Refuses a place where something stands already.
+def check_absent(
+    out: str | Path, *, overwrite: bool = False, sources: dict[str, Any] | None = None
+) -> None:
+    """Refuses a place where something stands that may not be replaced.
+
+    Args:
+        overwrite: a folder that this software wrote, and nobody added to, may be replaced.
+        sources: what is read, by name; see `places.check_apart`.
 
     Raises:
-        ValueError: `out` exists and is not an empty folder.
+        ValueError: `out` is not an empty folder, nor one that may be replaced.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
+    check_apart(out, sources or {})
+    if not out.exists() and not out.is_symlink():
+        return
+    check_not_working(out)
+    if out.is_symlink():
+        raise ValueError(f"{out} is a link; give the folder that it stands for, or another --out")
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if not overwrite:
         raise ValueError(f"{out} exists; give another folder, or --overwrite")
+    if not is_marked(out):
+        raise ValueError(
+            f"{out} was not written by idp-jax (it holds no {MARKER}), so it is not replaced; give "
+            "another --out, or remove it yourself"
+        )
+    added = foreign(out)
+    if added is not None:
+        raise ValueError(
+            f"{out} holds {added}, which idp-jax did not write there, so it is not replaced; move "
+            "that file, or give another --out"
+        )
 
 
 @contextmanager
-def written_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def written_folder(
+    out: Path, *, overwrite: bool = False, sources: dict[str, Any] | None = None
+) -> Iterator[Path]:
     """A folder to write into that takes its name only when the block ends without an error.
 
+    Args:
+        overwrite, sources: as of `check_absent`.
+
     Raises:
-        ValueError: `out` exists and is not empty.
+        ValueError: `out` stands and may not be replaced, or another job writes there.
+        OSError: the disk takes no more.
     """
     out = Path(out)
-    check_absent(out, overwrite=overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    check_apart(out, sources or {})
+    with locked(out):
+        recover(out)
+        check_absent(out, overwrite=overwrite, sources=sources)
+        partial = out.with_name(f".{out.name}.partial")
+        _remove(partial)
+        with naming(out):
+            try:
+                partial.mkdir()
+                mark(partial)  # what a killed process leaves is known as ours, too
+                yield partial
+                mark(partial)
+                put(partial, out)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def put(new: Path, out: Path) -> None:
+    """Gives a complete and marked folder its name; what stood there goes only then.
+
+    The caller has made sure by `check_absent` that it may go.
+    """
+    old = _aside(out)
+    if out.exists():
+        out.rename(old)
     try:
-        yield partial
-        partial.chmod(0o755)
-        if out.exists():
-            shutil.rmtree(out) if out.is_dir() else out.unlink()
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        new.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
+    _remove(old)
+
+
+def recover(out: Path) -> None:
+    """Ends a replacement in which a process was killed: back to the old one, or on to the new."""
+    old = _aside(out)
+    if old.exists() and not out.exists():
+        old.rename(out)
+    _remove(old)
+
+
+def _aside(out: Path) -> Path:
+    """Where the old folder waits while the new one takes its name."""
+    return out.with_name(f".{out.name}.replaced")
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder that this software wrote, its marker last."""
+    if not folder.exists():
+        return
+    if any(folder.iterdir()) and not is_marked(folder):
+        raise ValueError(f"{folder} is in the way, and idp-jax did not write it; move it")
+    for entry in folder.iterdir():
+        if entry.name != MARKER:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    shutil.rmtree(folder)
