@@ -40,7 +40,7 @@ def _launched_together() -> bool:
     return several or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
 
 
-def first_process(action: Callable[[], None], name: str) -> None:
+def first_process(action: Callable[[], object], name: str) -> None:
     """Runs `action` (writing a file, say) on process 0 while the others of the job wait.
 
     Args:
@@ -51,7 +51,8 @@ def first_process(action: Callable[[], None], name: str) -> None:
         ValueError: the same in words, on the other processes, which would wait for ever otherwise.
     """
     if jax.process_count() == 1:
-        return action()
+        action()
+        return
     failure = None
     if jax.process_index() == 0:
         try:

@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from idp_jax.compression.driver import (
     running,
 )
 from idp_jax.compression.flow import Flow, pass_through
+from idp_jax.compression.plan import plan
 from idp_jax.compression.report import draw
 from idp_jax.config import Compress, Compression, ConfigError
 from idp_jax.config.files import to_dict
@@ -38,9 +39,11 @@ from idp_jax.formats.names import module_names
 from idp_jax.formats.quantization import Packing, write_config
 from idp_jax.formats.source import open_source, part_of
 from idp_jax.formats.write import write_settings
-from idp_jax.jobs.files import fingerprint, write_file, write_text
-from idp_jax.jobs.folder import check_absent, claim
+from idp_jax.jobs.files import fingerprint, naming, read_json, write_file, write_text
+from idp_jax.jobs.folder import check_absent, check_writable, claim, put, recover
+from idp_jax.jobs.lock import locked
 from idp_jax.jobs.machine import describe, peak_memory
+from idp_jax.jobs.marker import mark
 from idp_jax.jobs.progress import SILENT, Progress
 from idp_jax.models.block import Block
 from idp_jax.processes import first_process, gather, mesh_of
@@ -82,24 +85,32 @@ class Job:
         """Claims the job's folder; returns how many blocks an earlier call has finished there.
 
         Raises:
-            ConfigError: the folder holds a job with other settings or another model.
-            ValueError: `out` exists.
+            ConfigError: the folder holds a job with other settings, another model or another text,
+                or the disk has no room for the result.
+            ValueError: `out` stands and may not be replaced.
         """
 
-        def clear() -> None:
+        def prepare() -> None:
             claimed = (self.folder / "config.yaml").is_file()
             if self.out.exists() and claimed and not self.model.exists():
-                shutil.rmtree(self.folder)  # killed between the last rename and the clearing up
-
-        first_process(clear, "compress: clear")
-        check_absent(self.out, overwrite=self.settings.overwrite)
-        model = fingerprint(self.source.path)
-
-        def prepare() -> None:
-            claim(self.folder, self.settings, free=_FREE, model_fingerprint=model)
+                self._discard()  # killed between the last rename and the clearing up
+            recover(self.out)
+            check_absent(self.out, overwrite=self.settings.overwrite)
+            inputs = {"model": fingerprint(self.source.path)}
+            if needs_data(self.by_name):
+                inputs["calibration"] = fingerprint(self.settings.calibration)
+            written = sum(file.stat().st_size for file in self.model.glob("*.safetensors"))
+            wanted = plan(self.config, self.settings, self.by_name).disk
+            check_writable(self.out, max(wanted - written, 0))
+            claim(self.folder, self.settings, free=_FREE, inputs=inputs)
             self.model.mkdir(exist_ok=True)
 
         first_process(prepare, "compress: start")
+        return self.finished_blocks
+
+    @property
+    def finished_blocks(self) -> int:
+        """How many blocks are written."""
         return sum(self._shard(layer).is_file() for layer in range(self.config.num_layers))
 
     def prepare(self, times: StageTimes, *, progress: Progress = SILENT) -> None:
@@ -140,13 +151,16 @@ class Job:
             seconds = time.perf_counter() - started
             with times.measure("save"):
                 self._write(layer, block, {"seconds": seconds, "matrices": rows})
-        reports = [self._report(layer) for layer in range(self.config.num_layers)]
-        return [row for report in reports for row in json.loads(report.read_text())["matrices"]]
+        remedy = f"remove {self.folder}, and start again"
+        layers = range(self.config.num_layers)
+        reports = (read_json(self._report(layer), remedy) for layer in layers)
+        return [row for report in reports for row in report["matrices"]]
 
     def withdraw(self) -> None:
         """Gives the folder up if no block is finished: a job that cannot start leaves nothing."""
-        if not any(self._shard(layer).is_file() for layer in range(self.config.num_layers)):
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if not self.finished_blocks:
+            shutil.rmtree(self.model, ignore_errors=True)
+            self._discard()
 
     def finish(self, report: dict[str, Any]) -> None:
         """Writes what is not a block, and gives the folder its name."""
@@ -162,12 +176,20 @@ class Job:
             if any("relative_error" in row for row in report["matrices"]):
                 picture = lambda path: draw(report["matrices"], title, path)
                 write_file(self.model / "compression.png", picture)
-            if self.out.exists():
-                shutil.rmtree(self.out) if self.out.is_dir() else self.out.unlink()
-            self.model.rename(self.out)
-            shutil.rmtree(self.folder)
+            mark(self.model)
+            put(self.model, self.out)
+            self._discard()
 
-        first_process(write, "compress: finish")
+        with naming(self.out):
+            first_process(write, "compress: finish")
+
+    def _discard(self) -> None:
+        """Removes what the work needed; a file of somebody else's there stays, and its folder."""
+        for pattern in ("config.yaml", "calibration.npy", "layer-*.json", ".*.partial-*"):
+            for file in self.folder.glob(pattern):
+                file.unlink()
+        with suppress(OSError):
+            self.folder.rmdir()
 
     def _tokens(self, progress: Progress = SILENT) -> np.ndarray:
         """int32 [samples, T]; kept in the folder, so that a job that goes on reads the same."""
@@ -180,7 +202,12 @@ class Job:
 
         # Asked inside: other processes may look for the file when it is already there.
         first_process(write, "compress: calibration")
-        return np.load(file)
+        try:
+            return np.load(file)
+        except (ValueError, EOFError) as error:
+            raise ConfigError(
+                f"{file} is damaged ({error}); remove {self.folder}, and start again"
+            ) from error
 
     def _file(self, number: int) -> Path:
         count = self.config.num_layers + 1
@@ -273,8 +300,9 @@ def compress(
             that exists or holds another job.
     """
     times, mesh = StageTimes(), mesh_of(settings.mesh)
-    with jax.set_mesh(mesh) if mesh is not None else nullcontext():
+    with ExitStack() as held, jax.set_mesh(mesh) if mesh is not None else nullcontext():
         job = Job(settings, mesh)
+        first_process(lambda: held.enter_context(locked(job.out)), "compress: lock")
         finished = job.start()
         try:
             job.prepare(times, progress=progress)

@@ -31,6 +31,10 @@ from idp_jax.config.groups import (
     at_least,
     one_of,
 )
+from idp_jax.config.places import check_apart, check_not_working
+
+
+_TEXTS = ("train", "validation", "teacher")  # of `Data`, what training reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +68,8 @@ class Train(Loading):
 
     def __post_init__(self):
         super().__post_init__()
+        read = {f"data.{name}": getattr(self.data, name) for name in _TEXTS}
+        check_apart(self.out, {"model": self.model, **read})
         at_least("batch-size", self.batch_size, 1)
         at_least("evaluate-every", self.evaluate_every, 1)
         at_least("prompt-length", self.prompt_length, 1)
@@ -102,7 +108,7 @@ class Compress(Compression, Calibration):
     plan: bool = False
     """Print the memory and the time that the run would take here, and stop."""
     overwrite: bool = False
-    """Replace `out` if it exists."""
+    """Replace `out` if this software wrote it."""
     dtype: Dtype = "float32"
     """Of the calibration pass; what is not packed keeps the checkpoint's own."""
     seed: int = 0
@@ -112,6 +118,8 @@ class Compress(Compression, Calibration):
 
     def __post_init__(self):
         super().__post_init__()
+        check_apart(self.out, {"model": self.model, "calibration": self.calibration})
+        check_not_working(self.out)
         forms = get_args(PackedForm if self.quantizes else PrunedForm)
         one_of("format", self.format, ("auto", *forms))
 
@@ -133,9 +141,14 @@ class Convert(Settings):
     to: Form
     """gptq, gptq_v2 and pack-quantized hold packed models, sparse-* pruned ones, dense any."""
     overwrite: bool = False
-    """Replace `out` if it exists."""
+    """Replace `out` if this software wrote it."""
     dtype: Dtype = "auto"
     """Of what is not packed; packed matrices written out as dense are exact in float32."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_apart(self.out, {"model": self.model})
+        check_not_working(self.out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +157,8 @@ class Evaluate(Measurement, Loading):
 
     out: Path
     """The results, a JSON file."""
+    overwrite: bool = False
+    """Replace `out` if it holds results."""
     adapter: Path | None = None
     """Folder of a PEFT adapter or of a pool."""
     selector: tuple[str, ...] = ()
@@ -151,6 +166,9 @@ class Evaluate(Measurement, Loading):
 
     def __post_init__(self):
         super().__post_init__()
+        read = {"model": self.model, "adapter": self.adapter}
+        text = {"text": self.perplexity, "task-data": self.task_data}
+        check_apart(self.out, read | text)
         if self.selector and self.adapter is None:
             raise ConfigError(f"--selector {self.selector[0]} needs a pool: give its --adapter")
         if len(set(self.selector)) < len(self.selector):

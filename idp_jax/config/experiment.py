@@ -13,6 +13,7 @@ from tyro.conf import Suppress
 
 from idp_jax.config.choices import Role
 from idp_jax.config.groups import Compression, ConfigError, Settings, Timing, at_least
+from idp_jax.config.places import check_apart
 
 Recipes = dict[str, dict[str, Any]]
 
@@ -73,6 +74,7 @@ class Experiment(Settings):
 
     def __post_init__(self):
         super().__post_init__()
+        check_apart(self.out, {"model": self.model, "task-data": self.task_data})
         for name in ("calibration_windows", "batch_size", "evaluate_every"):
             at_least(name.replace("_", "-"), getattr(self, name), 1)
         at_least("sequence-length", self.sequence_length, 2)

@@ -24,9 +24,7 @@ def check_apart(out: str | Path | None, sources: dict[str, Any]) -> None:
         for place in _places(Path(os.path.expanduser(source))):
             relation = _relation(Path(out), place)
             if relation:
-                raise ConfigError(
-                    f"--out {out} {relation} the {name} {source}; give another --out"
-                )
+                raise ConfigError(f"--out {out} {relation} the {name} {source}; give another --out")
 
 
 def check_not_working(out: str | Path | None) -> None:

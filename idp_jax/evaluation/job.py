@@ -1,6 +1,6 @@
 """`idp-jax eval`: a model is loaded once and measured with every selector that is asked for."""
 
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +18,12 @@ from idp_jax.evaluation.results import (
     Results,
     TaskScores,
     VariantResult,
+    is_results,
     write,
 )
 from idp_jax.formats.adapters import read_adapter
+from idp_jax.jobs.folder import check_writable
+from idp_jax.jobs.lock import locked
 from idp_jax.jobs.machine import describe
 from idp_jax.jobs.progress import SILENT, Progress
 from idp_jax.processes import first_process, mesh_of
@@ -37,16 +40,36 @@ def score(settings: Evaluate, *, progress: Progress = SILENT) -> Results:
         ConfigError: settings that do not fit the model or its adapter.
         ValueError: the model, the adapter, a task or the text cannot be used.
     """
-    if settings.out.is_dir():
-        raise ConfigError(f"--out {settings.out} is a folder; give a file such as results.json")
     for name in settings.selector:
         find_selector(name)
     mesh = mesh_of(settings.mesh)
-    with jax.set_mesh(mesh) if mesh is not None else nullcontext():
+    with ExitStack() as held, jax.set_mesh(mesh) if mesh is not None else nullcontext():
+
+        def begin() -> None:
+            check_writable(settings.out)
+            held.enter_context(locked(settings.out))
+            _check_replaceable(settings)
+
+        first_process(begin, "results: begin")
         variants = _variants(settings, mesh, progress)
-    results = Results(config=to_dict(settings), environment=describe(), variants=variants)
-    first_process(lambda: write(results, settings.out), "results")
+        results = Results(config=to_dict(settings), environment=describe(), variants=variants)
+        first_process(lambda: write(results, settings.out), "results")
     return results
+
+
+def _check_replaceable(settings: Evaluate) -> None:
+    """Refuses a place for results where something stands that they must not replace."""
+    out = settings.out
+    if out.is_dir():
+        raise ConfigError(f"--out {out} is a folder; give a file such as results.json")
+    if out.is_symlink():
+        raise ConfigError(f"--out {out} is a link; give the file that it stands for")
+    if not out.exists():
+        return
+    if not settings.overwrite:
+        raise ConfigError(f"{out} exists; give another --out, or --overwrite")
+    if not is_results(out):
+        raise ConfigError(f"{out} holds no results, so it is not replaced; give another --out")
 
 
 def _variants(

@@ -220,6 +220,16 @@ def write(results: Results, path: str | Path) -> None:
     write_text(path, json.dumps(tree, indent=2, allow_nan=False))
 
 
+def is_results(path: str | Path) -> bool:
+    """Whether a file holds results, of whichever version of the schema."""
+    try:
+        tree = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    family = SCHEMA.partition("/")[0]
+    return isinstance(tree, dict) and str(tree.get("schema")).partition("/")[0] == family
+
+
 def read(path: str | Path) -> Results:
     """Reads a results file.
 
@@ -230,7 +240,7 @@ def read(path: str | Path) -> Results:
         tree = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refused)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict) or "schema" not in tree:
         raise ConfigError(

@@ -13,7 +13,7 @@ from idp_jax.config.files import to_dict
 from idp_jax.evaluation.comparison import compare
 from idp_jax.evaluation.results import Comparison, Results, VariantResult, write
 from idp_jax.experiments import stages
-from idp_jax.jobs.folder import claim
+from idp_jax.jobs.folder import check_writable, run_folder
 from idp_jax.jobs.machine import describe
 from idp_jax.jobs.progress import SILENT, Progress
 
@@ -39,9 +39,13 @@ def run(
         ConfigError: recipes that cannot be used, or the folder holds another experiment.
     """
     stages.check(settings)
-    formats.resolve(settings.model)  # a model that is not there leaves no folder behind
-    claim(settings.out, settings)
+    inputs = stages.inputs(settings)  # a model that is not there leaves no folder behind
+    check_writable(settings.out, stages.needed(settings))
+    with run_folder(settings.out, settings, inputs=inputs):
+        return _run(settings, progress, begin)
 
+
+def _run(settings: Experiment, progress: Progress, begin: Callable[[str], None]) -> Results:
     @lru_cache(maxsize=1)  # variants of one model stand together; two models may not fit
     def load(compression: str | None):
         path = stages.model_of(settings, compression)

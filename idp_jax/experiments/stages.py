@@ -12,14 +12,23 @@ from typing import Any
 
 from idp_jax import formats, training
 from idp_jax.compression.job import compress
-from idp_jax.config import Compress, Data, Experiment, Measurement, Train, Variant
+from idp_jax.config import (
+    Compress,
+    ConfigError,
+    Data,
+    Experiment,
+    Measurement,
+    Train,
+    Variant,
+)
 from idp_jax.config.files import from_dict, to_dict
 from idp_jax.data.self_text import sample_documents
 from idp_jax.evaluation.job import measure
 from idp_jax.evaluation.results import Results, VariantResult, read, write
 from idp_jax.formats.adapters import read_adapter
-from idp_jax.jobs.files import write_text
+from idp_jax.jobs.files import contents, fingerprint, read_json, write_text
 from idp_jax.jobs.machine import describe
+from idp_jax.jobs.marker import changed, mark
 from idp_jax.jobs.progress import Progress
 from idp_jax.models import Decoder
 from idp_jax.recover import Repaired
@@ -28,6 +37,29 @@ from idp_jax.recover.selection import find_selector
 
 PARTS = ("train", "validation", "test")
 _CALIBRATION_BATCH = 16  # windows
+
+
+def inputs(settings: Experiment) -> dict[str, dict[str, str]]:
+    """The fingerprints of what an experiment reads."""
+    found = {"model": fingerprint(formats.resolve(settings.model))}
+    if settings.task_data is not None:
+        found["task-data"] = contents(settings.task_data)
+    return found
+
+
+def needed(settings: Experiment) -> int:
+    """Bytes that an experiment takes at least: of its text."""
+    return 0 if (settings.out / "text").is_dir() else 3 * settings.train_tokens
+
+
+def _check_unchanged(folder: Path) -> None:
+    """Refuses a finished stage's folder where a file is missing, or is not the one written."""
+    file = changed(folder)
+    if file is not None:
+        raise ConfigError(
+            f"{folder / file} is not as this experiment wrote it; remove {folder}, and the same "
+            "command makes it again"
+        )
 
 
 def text_files(settings: Experiment) -> dict[str, Path]:
@@ -39,6 +71,7 @@ def write_texts(settings: Experiment, model: Callable[[], Decoder], progress: Pr
     """Samples text from the uncompressed model, and splits it by documents into its parts."""
     files = text_files(settings)
     if all(file.is_file() for file in files.values()):
+        _check_unchanged(settings.out / "text")
         return
     tokenizer = formats.load_tokenizer(settings.model)
     length, spare = settings.sequence_length, 2
@@ -56,6 +89,7 @@ def write_texts(settings: Experiment, model: Callable[[], Decoder], progress: Pr
             chosen.append(texts.pop())
             count += len(tokenizer(chosen[-1])["input_ids"])
         write_text(files[part], "".join(json.dumps({"text": text}) + "\n" for text in chosen))
+    mark(settings.out / "text")
 
 
 def model_of(settings: Experiment, compression: str | None) -> str:
@@ -66,8 +100,14 @@ def model_of(settings: Experiment, compression: str | None) -> str:
 def compressed(settings: Experiment, name: str, progress: Progress) -> None:
     """Compresses the model by one of the recipes."""
     job = _compress(settings, name)
-    if job.out is not None and not job.out.is_dir():
+    if job.out is None or not job.out.is_dir():
         compress(job, progress=progress)
+        return
+    _check_unchanged(job.out)
+    remedy = f"remove {job.out}, and the same command makes it again"
+    report = read_json(job.out / "compression.json", remedy)
+    if report.get("config") != to_dict(job):
+        raise ConfigError(f"{job.out} is of other settings; {remedy}")
 
 
 def _compress(settings: Experiment, name: str) -> Compress:
@@ -141,17 +181,18 @@ def measured(
     progress: Progress,
 ) -> VariantResult:
     """Measures a variant, into a file of results that holds it alone."""
-    file = result_file(settings, variant)
-    if file.is_file():
-        return read(file).variants[0]
-    folder, added = adapter_of(settings, variant), 0
+    file, folder, added = result_file(settings, variant), adapter_of(settings, variant), 0
+    measurement = _measurement(settings)
+    asked = {**to_dict(measurement), "inputs": _measured_inputs(settings, variant)}
+    found = _kept(file, asked)
+    if found is not None:
+        return found
     repaired = Repaired.of(model())
     if folder is not None:
         adapter = read_adapter(repaired.decoder, folder)
         repaired, added = adapter.repair(repaired.decoder), parameter_count(adapter)
     if variant.selector is not None:
         repaired = repaired.with_selector(variant.selector)
-    measurement = _measurement(settings)
     found = measure(
         repaired,
         tokenizer,
@@ -164,8 +205,27 @@ def measured(
         selector=variant.selector,
         extra_parameters=added,
     )
-    write(Results(config=to_dict(measurement), environment=describe(), variants=[found]), file)
+    write(Results(config=asked, environment=describe(), variants=[found]), file)
     return found
+
+
+def _measured_inputs(settings: Experiment, variant: Variant) -> dict[str, dict[str, str]]:
+    """The fingerprints of what a variant's numbers are of."""
+    folder = adapter_of(settings, variant)
+    return {
+        "model": fingerprint(formats.resolve(model_of(settings, variant.compression))),
+        "adapter": {} if folder is None else contents(folder),
+        "text": fingerprint(text_files(settings)["test"]),
+    }
+
+
+def _kept(file: Path, asked: dict[str, Any]) -> VariantResult | None:
+    """What an earlier call measured, if it is whole and of the same model, adapter and settings."""
+    try:
+        results = read(file)
+    except ConfigError:
+        return None
+    return results.variants[0] if results.config == asked and results.variants else None
 
 
 def _measurement(settings: Experiment) -> Measurement:

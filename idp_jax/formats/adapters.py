@@ -38,7 +38,7 @@ def save_adapter(
             f"{', '.join(kind.__name__ for kind in WRITERS)}"
         )
     write = WRITERS[type(adapter)]
-    with written_folder(Path(out), overwrite=overwrite) as folder:
+    with written_folder(Path(out), overwrite=overwrite, sources={"base": base}) as folder:
         write(adapter, folder, decoder, base)
     return Path(out)
 

@@ -21,7 +21,7 @@ from idp_jax.formats.quantization import (
 )
 from idp_jax.formats.source import open_source
 from idp_jax.formats.write import Shards, write_settings
-from idp_jax.jobs.folder import check_absent, written_folder
+from idp_jax.jobs.folder import check_absent, check_writable, written_folder
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ def convert(settings: Convert, *, progress: Callable = iter) -> Path:
         ValueError: the source cannot be read, `out` exists, or the form cannot hold the model.
     """
     check_absent(settings.out, overwrite=settings.overwrite)
+    check_writable(settings.out)
     source = open_source(settings.model)
     reader = Reader(source, settings.dtype)
     _check(reader, settings)

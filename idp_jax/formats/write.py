@@ -55,7 +55,7 @@ def save_model(
     form = "gptq_v2" if form == PLANAR else form
     if quantization is not None:
         _check_announced(read_config(quantization), packings)
-    with written_folder(Path(out), overwrite=overwrite) as folder:
+    with written_folder(Path(out), overwrite=overwrite, sources={"like": like}) as folder:
         shards = Shards(folder)
         shards.extend(hf.disassemble(model, form=form))
         shards.close()

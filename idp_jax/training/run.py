@@ -6,7 +6,7 @@ after the other, each in a folder below.
 """
 
 import json
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,14 @@ from typing import Any
 import jax
 
 from idp_jax import formats
-from idp_jax.config import Train
+from idp_jax.config import ConfigError, Train
 from idp_jax.config.files import to_dict
 from idp_jax.data.self_text import sample_documents
 from idp_jax.data.sources import SELF
 from idp_jax.data.stream import TrainingText
 from idp_jax.formats import save_adapter
-from idp_jax.jobs.files import write_text
-from idp_jax.jobs.folder import claim, release
+from idp_jax.jobs.files import contents, fingerprint, read_json, write_text
+from idp_jax.jobs.folder import check_absent, check_writable, run_folder
 from idp_jax.jobs.machine import describe
 from idp_jax.jobs.progress import SILENT, Progress
 from idp_jax.models.decoder import Decoder
@@ -33,6 +33,8 @@ from idp_jax.training.loop import fit
 from idp_jax.training.metrics import JsonLines
 from idp_jax.training.objectives import OBJECTIVES
 from idp_jax.training.step import make_optimizer
+
+_TOKEN_BYTES = 3  # of a token's text, at least in English
 
 
 def train(config: Train, *, progress: Progress = SILENT) -> dict[str, Any]:
@@ -48,17 +50,62 @@ def train(config: Train, *, progress: Progress = SILENT) -> dict[str, Any]:
     """
     out = Path(config.out)
     mesh = mesh_of(config.mesh)
-    first_process(lambda: claim(out, config), "claim")
-    done = out / "result.json"
-    if done.is_file():
-        return json.loads(done.read_text())
-    try:
-        with jax.set_mesh(mesh) if mesh is not None else nullcontext():
-            return _train(config, out, mesh, progress)
-    except ValueError:
-        if jax.process_index() == 0:
-            release(out)
-        raise
+    with ExitStack() as held, jax.set_mesh(mesh) if mesh is not None else nullcontext():
+
+        def begin() -> None:
+            check_writable(out, _needed(config))
+            held.enter_context(run_folder(out, config, inputs=_inputs(config)))
+
+        first_process(begin, "claim")
+        result = _finished(config, out)
+        if result is not None:
+            return result
+        first_process(lambda: check_absent(out / "adapter", overwrite=True), "adapter's folder")
+        return _train(config, out, mesh, progress)
+
+
+def _inputs(config: Train) -> dict[str, dict[str, str]]:
+    """The fingerprints of what a run reads."""
+    read = {"model": str(formats.resolve(config.model)), "data.train": config.data.train}
+    if config.data.validation is not None:
+        read["data.validation"] = config.data.validation
+    if config.data.train == SELF and config.data.teacher is not None:
+        read["data.teacher"] = str(formats.resolve(config.data.teacher))
+    return {name: fingerprint(path) for name, path in read.items()}
+
+
+def _needed(config: Train) -> int:
+    """Bytes that a run takes at least: of the text that it writes itself."""
+    written = config.data.train == SELF and not (config.out / "self_text.jsonl").is_file()
+    return config.tokens * _TOKEN_BYTES if written else 0
+
+
+def _finished(config: Train, out: Path) -> dict[str, Any] | None:
+    """What a finished run found, or None where there is still something to do.
+
+    Raises:
+        ConfigError: the result or its adapter is damaged, or another's.
+    """
+    file = out / "result.json"
+    if not file.is_file():
+        return None
+    remedy = f"remove it, and the same command goes on from the last checkpoint in {out}"
+    result = read_json(file, remedy)
+    known, files = result.get("config"), result.get("adapter")
+    ours = isinstance(known, dict) and known | {"out": None} == to_dict(config) | {"out": None}
+    if not ours or not isinstance(files, dict):
+        raise ConfigError(f"{file} is not what this run found; {remedy}")
+    adapter = out / "adapter"
+    if not adapter.exists():  # written again, from the last checkpoint
+        return None
+    found = {name: value for name, value in contents(adapter).items() if name in files}
+    if found != files:
+        wrong = next(name for name in files if found.get(name) != files[name])
+        raise ConfigError(
+            f"{adapter / wrong} is not as this run wrote it; remove {adapter}, and the same "
+            "command writes it again"
+        )
+    return result
 
 
 def _train(config: Train, out: Path, mesh, progress: Progress) -> dict[str, Any]:
@@ -104,6 +151,7 @@ def _train(config: Train, out: Path, mesh, progress: Progress) -> dict[str, Any]
 
     def write() -> None:
         save_adapter(whole, out / "adapter", decoder=decoder, base=config.model, overwrite=True)
+        result["adapter"] = contents(out / "adapter")
         write_text(out / "result.json", json.dumps(result, indent=2))
 
     first_process(write, "result")
