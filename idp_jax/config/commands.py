@@ -33,7 +33,6 @@ from idp_jax.config.groups import (
 )
 from idp_jax.config.places import check_apart, check_not_working
 
-
 _TEXTS = ("train", "validation", "teacher")  # of `Data`, what training reads
 
 

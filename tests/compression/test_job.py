@@ -18,12 +18,14 @@ from idp_jax.compression.driver import compress as compress_in_memory
 from idp_jax.compression.job import Job, calibration_tokens, compress
 from idp_jax.config import Compress, ConfigError
 from idp_jax.formats.quantization import read_config
+from idp_jax.jobs.marker import MARKER
 from idp_jax.models.block import layer_slice
 from idp_jax.weights import Dense, Quantized
 from tests.helpers import tiny_decoder, tiny_folder, tiny_tokenizer, write_folder
 
 LAYERS = 2
 FILES = {
+    ".idp-jax.json",
     "compression.json",
     "compression.png",
     "config.json",
@@ -71,7 +73,8 @@ def finished(files: Path, folder: Path, **other) -> Path:
 def content(folder: Path) -> dict[str, bytes | dict]:
     """Every file, less what depends on the run: the picture, the times, the folder's name."""
     found = {path.name: path.read_bytes() for path in folder.iterdir()}
-    found.pop("compression.png", None)
+    for name in ("compression.png", MARKER):  # the marker lists the digests of the others
+        found.pop(name, None)
     report = json.loads(found["compression.json"])
     for key in ("seconds", "peak_memory"):
         assert report.pop(key)
@@ -293,7 +296,7 @@ def test_another_model_under_the_same_name(stopped):
     data = bytearray(file.read_bytes())
     data[-5] ^= 1
     file.write_bytes(data)
-    with pytest.raises(ConfigError, match=r"out.partial holds a run with model_fingerprint = "):
+    with pytest.raises(ConfigError, match=r"another model: model\.safetensors has changed"):
         compress(stopped)
 
 
@@ -318,7 +321,7 @@ def test_a_result_is_not_replaced_unasked(files, tmp_path, monkeypatch):
 def test_what_a_kill_after_the_last_rename_leaves(files, tmp_path, monkeypatch):
     settings = settings_of(files, tmp_path / "out", method="rtn")
     with monkeypatch.context() as patch:
-        patch.setattr(job_module.shutil, "rmtree", lambda path: (_ for _ in ()).throw(Stopped))
+        patch.setattr(Job, "_discard", lambda job: (_ for _ in ()).throw(Stopped))
         with pytest.raises(Stopped):
             compress(settings)
     before = content(settings.out)

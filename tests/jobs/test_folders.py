@@ -9,6 +9,7 @@ import pytest
 from idp_jax.config import ConfigError
 from idp_jax.jobs.files import fingerprint, write_file, write_text
 from idp_jax.jobs.folder import check_absent, claim, release, written_folder
+from idp_jax.jobs.marker import MARKER
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,10 @@ class Settings:
 
 def test_a_claim_holds_for_one_configuration(tmp_path):
     out = tmp_path / "job"
-    claim(out, Settings(), model="abc")
-    claim(out, Settings(out=Path("moved")), model="abc")
+    claim(out, Settings())
+    claim(out, Settings(out=Path("moved")))
     with pytest.raises(ConfigError, match="holds a run with seed = 0, this one has 1; give"):
-        claim(out, Settings(seed=1), model="abc")
-    with pytest.raises(ConfigError, match="model = 'abc', this one has 'xyz'"):
-        claim(out, Settings(), model="xyz")
+        claim(out, Settings(seed=1))
     release(out)
     assert not out.exists()
 
@@ -51,12 +50,13 @@ def test_a_folder_appears_when_it_is_complete(tmp_path):
     with written_folder(out) as folder:
         (folder / "whole").touch()
         assert not out.exists()
-    assert [path.name for path in out.iterdir()] == ["whole"]
+    assert {path.name for path in out.iterdir()} == {"whole", MARKER}
     with pytest.raises(ValueError, match="result exists; give another folder, or --overwrite"):
         check_absent(out)
     with written_folder(out, overwrite=True) as folder:
         (folder / "new").touch()
-    assert [path.name for path in out.iterdir()] == ["new"]
+    assert {path.name for path in out.iterdir()} == {"new", MARKER}
+    assert [path.name for path in tmp_path.iterdir()] == ["result"]
 
 
 def test_a_file_appears_when_it_is_complete(tmp_path):
