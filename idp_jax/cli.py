@@ -22,6 +22,7 @@ from typing import Any
 
 from idp_jax import __version__, config
 from idp_jax.config.files import part_from_dict, read_yaml
+from idp_jax.jobs import failures
 
 COMMANDS: dict[str, type] = {
     "demo": config.Demo,
@@ -37,6 +38,11 @@ _QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "TF_CPP_MIN_LO
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command; exits with 0, 1 (it failed) or 2 (it was asked for the impossible)."""
+    with failures.lasting_streams():
+        _main(arguments)
+
+
+def _main(arguments: list[str] | None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
@@ -50,20 +56,17 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     for variable, value in _QUIET.items():
         os.environ.setdefault(variable, value)
+    settings = None
     try:
         settings = parse(COMMANDS[name], rest, f"idp-jax {name}")
         _hide_torch()
         importlib.import_module(f"idp_jax.commands.{name}").run(settings)
-    except ValueError as error:  # our own errors, and those of files and settings in general
-        if os.environ.get("IDP_JAX_TRACEBACK"):
-            raise
-        _fail(_one_line(error), 2)
-    except OSError as error:
-        if os.environ.get("IDP_JAX_TRACEBACK"):
-            raise
-        _fail(f"{error.filename or 'file'}: {error.strerror or error}", 1)
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on from the last complete step", 130)
+    except BaseException as error:
+        if os.environ.get("IDP_JAX_TRACEBACK") or not failures.is_failure(error):
+            raise
+        _fail(*failures.explained(error, getattr(settings, "out", None)))
 
 
 def _hide_torch() -> None:
@@ -156,10 +159,6 @@ def _usage() -> str:
         f"{rows}\n\n"
         "`idp-jax COMMAND --help` shows a command's options, `idp-jax --version` the version."
     )
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _fail(message: str, status: int) -> None:

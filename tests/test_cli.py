@@ -15,6 +15,7 @@ import pytest
 import idp_jax
 from idp_jax import load_adapter, load_model
 from idp_jax.cli import COMMANDS, main
+from idp_jax.config import ConfigError
 from idp_jax.evaluation import compare, read
 from idp_jax.formats import save_adapter
 from idp_jax.recover import SoftPrompt
@@ -347,7 +348,7 @@ def test_the_list_of_commands_fits_a_terminal(capsys):
     [
         (KeyboardInterrupt(), 130, "idp-jax: interrupted; the same command goes on"),
         (PermissionError(13, "Permission denied", "a/b"), 1, "idp-jax: a/b: Permission denied"),
-        (ValueError("one\n  two"), 2, "idp-jax: one two"),
+        (ConfigError("one\n  two"), 2, "idp-jax: one two"),
     ],
 )
 def test_failures_inside_a_command(monkeypatch, capsys, error, code, message):
