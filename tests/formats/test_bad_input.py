@@ -277,9 +277,17 @@ class TestOutput:
         (out / "precious").write_text("text")
         model = load_model(folder)
         refused(lambda: save_model(model, out, like=folder), str(out), "exists", "--overwrite")
+        write = lambda: save_model(model, out, like=folder, overwrite=True)
+        refused(write, str(out), "was not written by idp-jax")
         assert [file.name for file in out.iterdir()] == ["precious"]
-        save_model(model, out, like=folder, overwrite=True)
-        assert not (out / "precious").exists() and (out / "config.json").is_file()
+        (out / "precious").unlink()
+        write()
+        (out / "config.json").unlink()
+        write()
+        assert (out / "config.json").is_file()
+        (out / "precious").write_text("text")
+        refused(write, str(out), "precious")
+        assert (out / "precious").read_text() == "text"
         self.assert_clean(tmp_path)
 
     def test_empty_folder_is_used(self, folder, tmp_path):
@@ -292,8 +300,8 @@ class TestOutput:
     def test_failure_leaves_nothing(self, folder, tmp_path, monkeypatch, existing):
         out = tmp_path / "deeper" / "out"
         if existing:
-            out.mkdir(parents=True)
-            (out / "precious").write_text("text")
+            save_model(load_model(folder), out, like=folder)
+        before = sorted(out.rglob("*"))
 
         def disk_full(*_):
             raise OSError("no space left on device")
@@ -301,8 +309,7 @@ class TestOutput:
         monkeypatch.setattr(write.Shards, "close", disk_full)
         with pytest.raises(OSError, match="no space"):
             save_model(load_model(folder), out, like=folder, overwrite=True)
-        assert out.exists() == existing
-        assert not existing or (out / "precious").read_text() == "text"
+        assert out.exists() == existing and sorted(out.rglob("*")) == before
         self.assert_clean(tmp_path / "deeper")
 
     def test_missing_like(self, folder, tmp_path):

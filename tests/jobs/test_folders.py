@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 from idp_jax.config import ConfigError
 from idp_jax.jobs.files import fingerprint, write_file, write_text
-from idp_jax.jobs.folder import check_absent, claim, release, written_folder
+from idp_jax.jobs.folder import check_absent, claim, release, run_folder, written_folder
 from idp_jax.jobs.marker import MARKER
 
 
@@ -71,10 +72,74 @@ def test_a_file_appears_when_it_is_complete(tmp_path):
     assert (tmp_path / "sub" / "file").read_text() == "whole"
 
 
-def test_a_fingerprint_is_of_the_models_files(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
-    before = fingerprint(tmp_path)
-    (tmp_path / "notes.txt").write_text("nothing of the model")
-    assert fingerprint(tmp_path) == before
-    (tmp_path / "model.safetensors").write_bytes(b"Weights")
-    assert fingerprint(tmp_path) != before
+def test_a_claim_holds_for_what_was_read(tmp_path):
+    out, read = tmp_path / "job", {"model": {"a.json": "1", "b.model": "2"}, "text": {"t": "3"}}
+    claim(out, Settings(), inputs=read)
+    claim(out, Settings(), inputs=read)
+    for other, said in (
+        ({"model": {"a.json": "1", "b.model": "0"}}, "another model: b.model has changed since"),
+        ({"model": {"a.json": "1"}}, "another model: b.model has changed since"),
+        ({"model": {**read["model"], "c": "4"}}, "another model: c has changed since"),
+        ({"text": {"u": "3"}}, "another text: t has changed since"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            claim(out, Settings(), inputs=read | other)
+    settings = yaml.safe_load((out / "config.yaml").read_text())
+    del settings["inputs"]
+    (out / "config.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(ConfigError, match="of an earlier version, which did not note what it read"):
+        claim(out, Settings(), inputs=read)
+
+
+@pytest.mark.parametrize("text", ["{", "- 1", "a: [", "\0", "[" * 5000], ids=range(5))
+def test_damaged_settings_are_named(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.yaml is damaged .*; remove .* or give another"):
+        claim(tmp_path, Settings())
+
+
+def test_a_run_keeps_others_out_and_leaves_nothing_if_it_cannot_start(tmp_path):
+    out = tmp_path / "runs" / "job"
+    with pytest.raises(ValueError, match="too short"), run_folder(out, Settings()):
+        with (
+            pytest.raises(ConfigError, match="being written by process"),
+            run_folder(out, Settings()),
+        ):
+            pytest.fail("two at once")
+        raise ValueError("too short")
+    assert not list(tmp_path.iterdir())
+    with run_folder(out, Settings()):
+        (out / "step").touch()
+    assert {path.name for path in out.iterdir()} == {"config.yaml", "step"}
+
+
+def test_a_fingerprint_tells_contents_apart(tmp_path, monkeypatch):
+    model = tmp_path / "model"
+    model.mkdir()
+    files = ("model.safetensors", "config.json", "merges.txt", "tokenizer.model", "chat.jinja")
+    for name in (*files, "notes.txt", ".hidden.json"):
+        (model / name).write_bytes(b"0" * 100)
+    before = fingerprint(model)
+    assert set(before) == set(files)
+    for name in files:
+        (model / name).write_bytes(b"0" * 50 + b"1" + b"0" * 49)
+        after = fingerprint(model)
+        assert {key for key in files if before[key] != after[key]} == {name}
+        (model / name).write_bytes(b"0" * 100)
+    (model / "notes.txt").write_text("other")
+    assert fingerprint(model) == before
+    assert fingerprint(model / "notes.txt") != fingerprint(model / "merges.txt")
+    assert fingerprint("hub:c4") == fingerprint("self") == {}
+    # Of large weights samples are read: their size, both ends, and a part of every stretch.
+    for name, size in (("_WHOLE", 1000), ("_STEP", 500), ("_BLOCK", 200)):
+        monkeypatch.setattr(f"idp_jax.jobs.files.{name}", size)
+    large = tmp_path / "large.gguf"
+    digests = set()
+    for place in (None, 0, 499, 600, 1100, 4700, 4999):
+        data = bytearray(5000)
+        if place is not None:
+            data[place] = 1
+        large.write_bytes(data)
+        digests.add(fingerprint(large)["large.gguf"])
+    large.write_bytes(bytes(5001))
+    assert len(digests | {fingerprint(large)["large.gguf"]}) == 8
