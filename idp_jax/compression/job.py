@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ from idp_jax.sharding import make_mesh, shard
 
 # What may change between two calls that work on the same job.
 _FREE = ("out", "overwrite", "plan", "allow_worse")
+# What lies beside the model that grows; the last are of writes that were killed.
+_WORK = ("config.yaml", "calibration.npy", "layer-*.json", ".*.partial-*")
 
 
 class Job:
@@ -184,11 +186,11 @@ class Job:
             first_process(write, "compress: finish")
 
     def _discard(self) -> None:
-        """Removes what the work needed; a file of somebody else's there stays, and its folder."""
-        for pattern in ("config.yaml", "calibration.npy", "layer-*.json", ".*.partial-*"):
-            for file in self.folder.glob(pattern):
+        """Removes what the work needed, unless there is a file of somebody else's among it."""
+        files = {file for pattern in _WORK for file in self.folder.glob(pattern)}
+        if files and files == set(self.folder.iterdir()):
+            for file in files:
                 file.unlink()
-        with suppress(OSError):
             self.folder.rmdir()
 
     def _tokens(self, progress: Progress = SILENT) -> np.ndarray:

@@ -57,6 +57,7 @@ def test_what_the_variants_say_is_made_compared_and_not_made_twice(tmp_path, mon
     assert read(settings.out / "results.json") == results
     check_variants(settings, results)
     check_going_on(settings, results, monkeypatch)
+    check_what_was_changed(settings)
 
 
 def check_variants(settings, results):
@@ -97,6 +98,24 @@ def check_going_on(settings, results, monkeypatch):
     assert once_more[2].perplexity == results.variants[2].perplexity and file.is_file()
     with pytest.raises(ConfigError, match="holds a run with seed = 0"):
         run(from_dict(Experiment, tree(settings.out.parent, seed=1)))
+    file.write_text("{")
+    assert run(settings).variants[2].perplexity == results.variants[2].perplexity
+
+
+def check_what_was_changed(settings):
+    """A finished stage whose files are others is named; numbers of another adapter are not kept."""
+    for place, said in (
+        ("out/models/four/config.json", "config.json is not as this experiment wrote it; remove"),
+        ("out/text/test.jsonl", "test.jsonl is not as this experiment wrote it; remove"),
+        ("out/adapters/dense/prompt/adapter/adapter_config.json", "is not as this run wrote it"),
+        ("model/tokenizer.json", "another model: tokenizer.json has changed since"),
+    ):
+        file = settings.out.parent / place
+        before = file.read_bytes()
+        file.write_bytes(before + b" ")
+        with pytest.raises(ConfigError, match=said):
+            run(settings)
+        file.write_bytes(before)
 
 
 def test_without_variants_it_is_the_whole_grid():

@@ -1,0 +1,111 @@
+"""A finished run is one whose result and adapter are there, whole, and of what it read."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from idp_jax.config import ConfigError, Data, Train
+from idp_jax.jobs.files import contents
+from idp_jax.training import train
+from tests.helpers import tiny_folder
+
+LENGTH = 16  # tokens of a window
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optax_promotes():
+    """optax raises floats to int32 powers."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Train:
+    """A run of two steps that has ended."""
+    folder = tmp_path_factory.mktemp("files")
+    tiny_folder(folder / "model", num_layers=1)
+    words = np.random.default_rng(0).choice(["tide ", "ship ", "lamp "], 130)
+    (folder / "text.txt").write_text("".join(words))
+    data = Data(train=str(folder / "text.txt"), sequence_length=LENGTH, validation_windows=2)
+    sizes = {"batch_size": 2, "evaluate_every": 2, "tokens": 2 * 2 * LENGTH, "prompt_length": 2}
+    config = Train(model=str(folder / "model"), out=folder / "run", data=data, **sizes)
+    train(config)
+    return config
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Train:
+    """The same run with its inputs, for a test of its own: the paths in it stay."""
+    folder = finished.out.parent
+    shutil.copytree(folder, tmp_path / "kept")
+    yield finished
+    shutil.rmtree(folder)
+    shutil.copytree(tmp_path / "kept", folder)
+
+
+def test_an_adapter_that_is_gone_is_written_again(run):
+    before, result = (
+        contents(run.out / "adapter"),
+        json.loads((run.out / "result.json").read_text()),
+    )
+    assert set(result["adapter"]) == set(before)
+    for gone in ("adapter", "result.json"):
+        path = run.out / gone
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        again = train(run)
+        assert again["validation_loss"] == result["validation_loss"]
+        assert contents(run.out / "adapter") == before
+    assert not (run.out / ".lock").exists()
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize("change", ["junk", "gone"])
+def test_an_adapter_that_is_another_is_named(run, name, change):
+    file = run.out / "adapter" / name
+    file.write_bytes(b"junk") if change == "junk" else file.unlink()
+    with pytest.raises(ConfigError, match=rf"{name} is not as this run wrote it; remove .*adapter"):
+        train(run)
+    shutil.rmtree(run.out / "adapter")
+    train(run)
+    assert (run.out / "adapter" / name).stat().st_size > 4
+
+
+def test_a_file_of_ones_own_beside_the_adapter_stays(run):
+    (run.out / "adapter" / "notes.md").write_text("mine")
+    train(run)  # complete, and only reported
+    (run.out / "result.json").unlink()
+    with pytest.raises(ValueError, match=r"adapter holds notes\.md, which idp-jax did not write"):
+        train(run)
+    assert (run.out / "adapter" / "notes.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"adapter": {}, "config": {"seed": 1}}', "null"])
+def test_a_result_that_is_none_is_named(run, text):
+    (run.out / "result.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"result\.json is (damaged|not what this run found)"):
+        train(run)
+    (run.out / "result.json").unlink()
+    assert train(run)["best_step"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model/model.safetensors", "another model: model.safetensors has changed since"),
+        ("model/tokenizer.json", "another model: tokenizer.json has changed since"),
+        ("text.txt", "another data.train: text.txt has changed since"),
+    ],
+)
+def test_what_was_swapped_is_named(run, name, message):
+    file = run.out.parent / name
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    for done in (True, False):
+        with pytest.raises(ConfigError, match=message):
+            train(run)
+        if done:
+            (run.out / "result.json").unlink()
