@@ -188,7 +188,7 @@ class Job:
     def _discard(self) -> None:
         """Removes what the work needed, unless there is a file of somebody else's among it."""
         files = {file for pattern in _WORK for file in self.folder.glob(pattern)}
-        if files and files == set(self.folder.iterdir()):
+        if files == set(self.folder.iterdir()):
             for file in files:
                 file.unlink()
             self.folder.rmdir()

@@ -135,4 +135,5 @@ def test_a_command_whose_reader_has_left_ends_well():
     )
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
-    assert process.stderr.read() == b"" and process.wait(60) == 0
+    with process.stderr as said:
+        assert said.read() == b"" and process.wait(60) == 0
