@@ -22,6 +22,7 @@ from typing import Any
 
 from idp_jax import __version__, config
 from idp_jax.config.files import part_from_dict, read_yaml
+from idp_jax.jobs import signals
 
 COMMANDS: dict[str, type] = {
     "demo": config.Demo,
@@ -31,12 +32,23 @@ COMMANDS: dict[str, type] = {
     "eval": config.Evaluate,
 }
 
+# Called again, these go on from what an interrupted call has finished.
+_RESUMING = ("demo", "compress", "train")
+
 # What libraries print on their own account; our bars and tables say the same.
 _QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs one command; exits with 0, 1 (it failed) or 2 (it was asked for the impossible)."""
+    """Runs one command; exits with 0, 1 (it failed) or 2 (it was asked for the impossible).
+
+    Interrupted, it exits with 130 (SIGINT) or 143 (SIGTERM).
+    """
+    with signals.handled():
+        _main(arguments)
+
+
+def _main(arguments: list[str] | None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
@@ -53,7 +65,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         settings = parse(COMMANDS[name], rest, f"idp-jax {name}")
         _hide_torch()
-        importlib.import_module(f"idp_jax.commands.{name}").run(settings)
+        command = importlib.import_module(f"idp_jax.commands.{name}")
+        signals.begin(resumes=name in _RESUMING)
+        command.run(settings)
     except ValueError as error:  # our own errors, and those of files and settings in general
         if os.environ.get("IDP_JAX_TRACEBACK"):
             raise

@@ -6,7 +6,7 @@ renamed. A job goes on only in the folder that holds its own configuration.
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,19 @@ from idp_jax.config.files import to_dict
 from idp_jax.jobs.files import write_text
 
 
-def claim(out: Path, settings: Any, *, free: tuple[str, ...] = ("out",), **facts: str) -> None:
+def claim(
+    out: Path,
+    settings: Any,
+    *,
+    free: tuple[str, ...] = ("out",),
+    why: Mapping[str, str] = {},
+    **facts: str,
+) -> None:
     """Writes the configuration to `out`/config.yaml, or checks that the job there has the same.
 
     Args:
         free: settings that may change from call to call.
+        why: reasons, by setting, that a user may not see by himself.
         facts: what else must stay as it is.
 
     Raises:
@@ -38,9 +46,10 @@ def claim(out: Path, settings: Any, *, free: tuple[str, ...] = ("out",), **facts
     found = yaml.safe_load(file.read_text()) or {}
     for key in sorted(set(found) | set(wanted)):
         if key not in free and found.get(key) != wanted.get(key):
+            reason = f" ({why[key]})" if key in why else ""
             raise ConfigError(
                 f"{out} holds a run with {key} = {found.get(key)!r}, this one has "
-                f"{wanted.get(key)!r}; give another --out, or remove the folder"
+                f"{wanted.get(key)!r}{reason}; give another --out, or remove the folder"
             )
 
 

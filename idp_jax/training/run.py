@@ -6,6 +6,7 @@ after the other, each in a folder below.
 """
 
 import json
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
@@ -20,23 +21,34 @@ from idp_jax.data.self_text import sample_documents
 from idp_jax.data.sources import SELF
 from idp_jax.data.stream import TrainingText
 from idp_jax.formats import save_adapter
-from idp_jax.jobs.files import write_text
+from idp_jax.jobs.files import write_json, write_text
 from idp_jax.jobs.folder import claim, release
 from idp_jax.jobs.machine import describe
-from idp_jax.jobs.progress import SILENT, Progress
+from idp_jax.jobs.progress import SILENT, Progress, expecting
 from idp_jax.models.decoder import Decoder
 from idp_jax.processes import first_process, gather, mesh_of
 from idp_jax.recover.methods import METHODS, Adapter, parameter_count
-from idp_jax.recover.selection import find_selector
 from idp_jax.training.checkpoint import Checkpointer
+from idp_jax.training.checks import check
 from idp_jax.training.loop import fit
 from idp_jax.training.metrics import JsonLines
 from idp_jax.training.objectives import OBJECTIVES
 from idp_jax.training.step import make_optimizer
 
+# What may change between two calls that work on the same run: it does not change what is trained.
+_FREE = ("out", "mesh", "evaluate_every", "checkpoint_every")
 
-def train(config: Train, *, progress: Progress = SILENT) -> dict[str, Any]:
+
+def train(
+    config: Train,
+    *,
+    progress: Progress = SILENT,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
     """Trains what the configuration asks for.
+
+    Args:
+        say: told the budget before the work, and how long it will take after its first steps.
 
     Returns:
         The contents of result.json: validation loss and perplexity, best step, extra parameters,
@@ -44,25 +56,48 @@ def train(config: Train, *, progress: Progress = SILENT) -> dict[str, Any]:
 
     Raises:
         ConfigError: the folder holds a run with another configuration.
-        ValueError: the model or the text cannot be used.
+        ValueError: the model or the text cannot be used, or training diverged.
     """
     out = Path(config.out)
     mesh = mesh_of(config.mesh)
-    first_process(lambda: claim(out, config), "claim")
+    first_process(lambda: claim(out, config, **_extensions(config)), "claim")
     done = out / "result.json"
     if done.is_file():
-        return json.loads(done.read_text())
+        result = json.loads(done.read_text())
+        if result["config"]["tokens"] == config.tokens:
+            return result
     try:
+        parameters = check(config, mesh)
         with jax.set_mesh(mesh) if mesh is not None else nullcontext():
-            return _train(config, out, mesh, progress)
+            return _train(config, out, mesh, parameters, progress, say)
     except ValueError:
         if jax.process_index() == 0:
             release(out)
         raise
 
 
-def _train(config: Train, out: Path, mesh, progress: Progress) -> dict[str, Any]:
-    find_selector(config.selector)  # a wrong name is refused before anything is loaded
+def _extensions(config: Train) -> dict[str, Any]:
+    """What may differ from the run in the folder, and why more tokens may not, as `claim` asks."""
+    if config.data.train == SELF:
+        return {"free": _FREE, "why": {"tokens": "a longer run is written another text"}}
+    if config.optimizer.schedule == "linear":
+        why = (
+            "the learning rate falls over the whole budget; --optimizer.schedule constant does not"
+        )
+        return {"free": _FREE, "why": {"tokens": why}}
+    return {"free": (*_FREE, "tokens")}
+
+
+def _train(
+    config: Train, out: Path, mesh, parameters: int, progress: Progress, say: Callable
+) -> dict[str, Any]:
+    tokenizer = formats.load_tokenizer(config.model)
+    text = None
+    if config.data.train != SELF:
+        text = _text(config, str(config.data.train), tokenizer)
+    method = METHODS[config.method]
+    runs = method.runs(config)
+    say(_budget(config, [run.label for run in runs], parameters))
     decoder = formats.load_model(
         config.model,
         **config.held,
@@ -70,21 +105,14 @@ def _train(config: Train, out: Path, mesh, progress: Progress) -> dict[str, Any]
         mesh=mesh,
         progress=progress.tracker("loading"),
     )
-    tokenizer = formats.load_tokenizer(config.model)
-    text = TrainingText.open(
-        _source(config, out, decoder, tokenizer, progress),
-        tokenizer,
-        config.data.sequence_length,
-        validation=config.data.validation,
-        validation_windows=config.data.validation_windows,
-        seed=config.seed,
-    )
-    method = METHODS[config.method]
+    if text is None:
+        text = _text(config, _self_text(config, out, decoder, tokenizer, progress, say), tokenizer)
     trained, summaries = [], []
-    for number, run in enumerate(method.runs(config)):
+    for number, run in enumerate(runs):
         key = jax.random.fold_in(jax.random.key(config.seed), number)
         start = run.init(decoder, key=key)
-        with progress.bar(f"training {run.label}") as update:
+        with progress.bar(f"training {run.label}", "steps") as update:
+            update = expecting(update, f"training {run.label}", "steps", say)
             adapter, summary = _fit(config, start, decoder, text, out / run.folder, mesh, update)
         trained.append(adapter)
         summaries.append(summary)
@@ -104,10 +132,35 @@ def _train(config: Train, out: Path, mesh, progress: Progress) -> dict[str, Any]
 
     def write() -> None:
         save_adapter(whole, out / "adapter", decoder=decoder, base=config.model, overwrite=True)
-        write_text(out / "result.json", json.dumps(result, indent=2))
+        write_json(out / "result.json", result)
 
     first_process(write, "result")
     return result
+
+
+def _budget(config: Train, labels: list[str], parameters: int) -> str:
+    """What a run will train, on what: one line."""
+    data, steps = config.data, config.steps
+    window = config.batch_size * data.sequence_length
+    each = " each" if len(labels) > 1 else ""
+    writer = data.teacher or f"{config.model} itself"
+    source = f"text that {writer} writes" if data.train == SELF else data.train
+    return (
+        f"training {' and '.join(labels)} ({parameters:,} parameters): {steps:,} steps of "
+        f"{config.batch_size} x {data.sequence_length:,} tokens{each}, "
+        f"{steps * window * len(labels):,} tokens in all, of {source}"
+    )
+
+
+def _text(config: Train, source: str, tokenizer) -> TrainingText:
+    return TrainingText.open(
+        source,
+        tokenizer,
+        config.data.sequence_length,
+        validation=config.data.validation,
+        validation_windows=config.data.validation_windows,
+        seed=config.seed,
+    )
 
 
 def _fit(config: Train, start: Adapter, decoder: Decoder, text, folder: Path, mesh, update):
@@ -125,6 +178,7 @@ def _fit(config: Train, start: Adapter, decoder: Decoder, text, folder: Path, me
             text.validation_batches(config.batch_size),
             steps=config.steps,
             evaluate_every=config.evaluate_every,
+            checkpoint_every=config.checkpoint_every,
             sinks=[metrics],
             checkpointer=checkpointer,
             mesh=mesh,
@@ -132,26 +186,29 @@ def _fit(config: Train, start: Adapter, decoder: Decoder, text, folder: Path, me
         )
 
 
-def _source(config: Train, out: Path, decoder: Decoder, tokenizer, progress: Progress) -> str:
-    """The training source; text of the model's own is written once and then read like any other."""
-    if config.data.train != SELF:
-        return config.data.train
-    file = out / "self_text.jsonl"
+def _self_text(
+    config: Train, out: Path, decoder: Decoder, tokenizer, progress: Progress, say: Callable
+) -> str:
+    """Text of the model's own, written once into a file that is then read like any other."""
+    file, kept = out / "self_text.jsonl", out / "self_text.partial.jsonl"
     if not file.is_file():
         teacher = decoder
         if config.data.teacher is not None:
             teacher = formats.load_model(config.data.teacher, **config.held)
         held_out = 0 if config.data.validation else config.data.validation_windows
         wanted = config.tokens + (held_out + 1) * config.data.sequence_length
-        with progress.bar("sampling text from the model", "tokens") as update:
+        doing = "sampling text from the model"
+        with progress.bar(doing, "tokens") as update:
             texts = sample_documents(
                 teacher,
                 tokenizer,
                 wanted,
                 document_tokens=min(config.data.sequence_length, 512),
                 seed=config.seed,
-                progress=update,
+                progress=expecting(update, doing, "tokens", say),
+                kept=kept,
             )
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
         first_process(lambda: write_text(file, lines), "text")
+        first_process(lambda: kept.unlink(missing_ok=True), "text: sampled")
     return str(file)
