@@ -66,6 +66,9 @@ def write_files(files: Path) -> None:
     """The model, the text and the demo's settings."""
     write_model(files / "model", opt_config(6, 64, _WORDS, 4 * _LENGTH))
     write_text(files / "text.txt", _WORDS, 120 * _LENGTH)
+    tokenizer = files / "model" / "tokenizer_config.json"
+    ends = {"bos_token": "w1", "eos_token": "w1"}  # which the harness asks for
+    tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text()) | ends))
     settings = {
         "model": str(files / "model"),
         "sequence_length": _LENGTH,

@@ -210,15 +210,19 @@ def _not_finite(name: str, value: float, step: int) -> str:
 
 def _summary(state: TrainState) -> dict[str, float]:
     loss = float(state.best_loss)
-    try:
-        perplexity = math.exp(loss)
-    except OverflowError:
-        perplexity = math.inf
     return {
         "validation_loss": loss,
-        "validation_perplexity": perplexity,
+        "validation_perplexity": perplexity_of(loss),
         "best_step": int(state.best_step),
     }
+
+
+def perplexity_of(loss: float) -> float:
+    """exp(loss), infinite where that is no float."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def _drop_after(sinks: Sequence[Sink], step: int) -> None:
