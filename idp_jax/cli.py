@@ -22,7 +22,7 @@ from typing import Any
 
 from idp_jax import __version__, config
 from idp_jax.config.files import part_from_dict, read_yaml
-from idp_jax.jobs import failures
+from idp_jax.jobs import failures, signals
 
 COMMANDS: dict[str, type] = {
     "demo": config.Demo,
@@ -32,13 +32,19 @@ COMMANDS: dict[str, type] = {
     "eval": config.Evaluate,
 }
 
+# Called again, these go on from what an interrupted call has finished.
+_RESUMING = ("demo", "compress", "train")
+
 # What libraries print on their own account; our bars and tables say the same.
 _QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs one command; exits with 0, 1 (it failed) or 2 (it was asked for the impossible)."""
-    with failures.lasting_streams():
+    """Runs one command; exits with 0, 1 (it failed) or 2 (it was asked for the impossible).
+
+    Interrupted, it exits with 130 (SIGINT) or 143 (SIGTERM).
+    """
+    with failures.lasting_streams(), signals.handled():
         _main(arguments)
 
 
@@ -54,13 +60,19 @@ def _main(arguments: list[str] | None) -> None:
     if name not in COMMANDS:
         _fail(f"no command {name!r}; there are {', '.join(COMMANDS)}", 2)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    for (
+        handler
+    ) in logging.getLogger().handlers:  # absl: what orbax raises it logs before, at length
+        handler.addFilter(lambda record: record.name != "absl")
     for variable, value in _QUIET.items():
         os.environ.setdefault(variable, value)
     settings = None
     try:
         settings = parse(COMMANDS[name], rest, f"idp-jax {name}")
         _hide_torch()
-        importlib.import_module(f"idp_jax.commands.{name}").run(settings)
+        command = importlib.import_module(f"idp_jax.commands.{name}")
+        signals.begin(resumes=name in _RESUMING)
+        command.run(settings)
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on from the last complete step", 130)
     except BaseException as error:

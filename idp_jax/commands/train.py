@@ -8,15 +8,14 @@ from idp_jax.jobs.progress import Bars, console
 
 def run(settings: config.Train) -> None:
     """Trains an adapter and says what came of it."""
-    result = training.train(settings, progress=Bars())
+    say = lambda line: console.print(line, highlight=False, soft_wrap=True)
+    result = training.train(settings, progress=Bars(), say=say)
     for part in result.get("prompts", [result]):
-        console.print(
-            f"best validation perplexity {part['validation_perplexity']:.3f} at step "
-            f"{part['best_step']}",
-            highlight=False,
-        )
-    console.print(
+        perplexity = part["validation_perplexity"]  # null in the file where it is too large
+        shown = "inf" if perplexity is None else f"{perplexity:.3f}"
+        start = "" if part["best_step"] else ": no step was better than the start"
+        say(f"best validation perplexity {shown} at step {part['best_step']}{start}")
+    say(
         f"{result['extra_parameters']:,} parameters, {result['training_tokens']:,} tokens; "
-        f"adapter in {Path(settings.out) / 'adapter'}",
-        highlight=False,
+        f"adapter in {Path(settings.out) / 'adapter'}"
     )

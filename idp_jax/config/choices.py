@@ -21,6 +21,7 @@ Weights = Literal["auto", "packed", "dense"]
 Kernel = Literal["auto", "pallas_tpu", "mosaic_gpu", "xla"]
 
 TextOrder = Literal["first", "random"]
+Schedule = Literal["linear", "constant"]
 Repair = Literal["prompt", "prefix", "lora", "idp"]
 # Of each method of repair where none is given; `recover.methods` trains them.
 LEARNING_RATES: dict[Repair, float] = {"prompt": 1e-3, "prefix": 1e-3, "lora": 1e-4, "idp": 1e-3}

@@ -59,7 +59,9 @@ class Train(Loading):
     data: Data = field(default_factory=Data)
     optimizer: Optimizer = field(default_factory=Optimizer)
     evaluate_every: int = 200
-    """Steps between two validations; the best adapter is kept, and a run goes on from the last."""
+    """Steps between two validations; the best adapter is kept."""
+    checkpoint_every: int = 100
+    """Steps between two checkpoints, from which a killed run goes on."""
     remat: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     seed: int = 0
@@ -71,6 +73,7 @@ class Train(Loading):
         check_apart(self.out, {"model": self.model, **read})
         at_least("batch-size", self.batch_size, 1)
         at_least("evaluate-every", self.evaluate_every, 1)
+        at_least("checkpoint-every", self.checkpoint_every, 1)
         at_least("prompt-length", self.prompt_length, 1)
         if len(self.pool_lengths) < 1 or min(self.pool_lengths) < 1:
             raise ConfigError(

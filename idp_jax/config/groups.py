@@ -15,6 +15,7 @@ from idp_jax.config.choices import (
     Dtype,
     Grid,
     Kernel,
+    Schedule,
     TextOrder,
     Weights,
 )
@@ -195,12 +196,14 @@ class Loading(Settings):
 
 @dataclass(frozen=True)
 class Optimizer(Settings):
-    """AdamW with linear warm-up and linear decay."""
+    """AdamW behind a clip of the gradient's norm."""
 
     learning_rate: float | None = None
     """Default by method: 1e-3 for prompts and prefixes, 1e-4 for LoRA."""
+    schedule: Schedule = "linear"
+    """linear: warm-up, then decay to 0; constant: one rate, so that more tokens may follow."""
     warmup: float = 0.05
-    """Fraction of the steps."""
+    """Fraction of the steps in which a linear schedule rises."""
     clip_norm: float = 1.0
     """Largest norm of the gradient."""
     weight_decay: float = 0.0
@@ -238,8 +241,8 @@ class Lora(Settings):
 class Data(Settings):
     """Training and validation text, packed into windows without gaps."""
 
-    train: str = "self"
-    """self (text that `teacher` writes), a .txt or .jsonl file, or hub:NAME[:CONFIG]."""
+    train: str | None = None
+    """A .txt or .jsonl file, hub:NAME[:CONFIG], or self (text that `teacher` writes)."""
     validation: str | None = None
     """The same kinds; by default the last windows of the training text are held out."""
     validation_windows: int = 32

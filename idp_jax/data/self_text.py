@@ -1,6 +1,12 @@
-"""Text that a model writes itself, so that no dataset is needed."""
+"""Text that a model writes itself, so that no dataset is needed.
 
+The invariant: the text depends on model, seed and length alone, not on how often its writing was
+interrupted: every round draws its own random numbers.
+"""
+
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +27,7 @@ def sample_documents(
     document_tokens: int = 128,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    kept: Path | None = None,
 ) -> list[str]:
     """Text that the model writes itself, so that no dataset is needed.
 
@@ -32,6 +39,11 @@ def sample_documents(
         tokens: how many to write, at least.
         document_tokens: length of a document at most; short ones are written faster.
         progress: called with tokens written and wanted.
+        kept: a file that takes the text as it comes; a call that finds it there goes on behind it,
+            and ends with the same text as one that was not interrupted. The caller removes it.
+
+    Raises:
+        ValueError: what was kept is damaged.
     """
     config = model.config
     special = set(tokenizer.all_special_ids)
@@ -39,23 +51,60 @@ def sample_documents(
     rng = np.random.default_rng(seed)
     key = jax.random.key(seed)
     length = min(document_tokens, config.max_positions) - 1
-    texts, written, rounds = [], 0, 0
+    texts, written = [], 0
+    before = [] if kept is None else _read_rounds(kept)
+    rounds = 0
+    progress(0, tokens)
     while written < tokens:
         first = rng.choice(starts, (_ROWS, 1))
-        rows = generate(
-            model,
-            first,
-            max_new_tokens=length,
-            stop_ids=config.eos_token_ids,
-            temperature=1.0,
-            top_k=_TOP_K,
-            key=jax.random.fold_in(key, rounds),
-        )
-        for row in np.concatenate([first, np.asarray(rows)], 1).tolist():
-            ends = [row.index(stop) for stop in config.eos_token_ids if stop in row]
-            row = row[: min(ends, default=len(row))]
-            written += len(row)
-            texts.append(tokenizer.decode(row, skip_special_tokens=True))
+        if rounds < len(before):
+            count, new = before[rounds]
+        else:
+            rows = generate(
+                model,
+                first,
+                max_new_tokens=length,
+                stop_ids=config.eos_token_ids,
+                temperature=1.0,
+                top_k=_TOP_K,
+                key=jax.random.fold_in(key, rounds),
+            )
+            documents = np.concatenate([first, np.asarray(rows)], 1).tolist()
+            count, new = _decoded(documents, config.eos_token_ids, tokenizer)
+            _keep_round(kept, count, new)
+        written += count
+        texts += new
         rounds += 1
         progress(min(written, tokens), tokens)
     return texts
+
+
+def _decoded(rows: list[list[int]], stops: tuple[int, ...], tokenizer: Any):
+    """How many tokens the documents have, and their texts."""
+    ends = [min((row.index(stop) for stop in stops if stop in row), default=None) for row in rows]
+    rows = [row[:end] for row, end in zip(rows, ends, strict=True)]
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+    return sum(map(len, rows)), texts
+
+
+def _read_rounds(kept: Path) -> list[tuple[int, list[str]]]:
+    """Tokens and texts of every round in the file; one that was cut off is taken out of it."""
+    if not kept.is_file():
+        return []
+    *lines, rest = kept.read_bytes().split(b"\n")
+    if rest and jax.process_index() == 0:
+        with kept.open("r+b") as file:
+            file.truncate(kept.stat().st_size - len(rest))
+    try:
+        rounds = [json.loads(line) for line in lines]
+        return [(int(row["tokens"]), [str(text) for text in row["texts"]]) for row in rounds]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{kept} is damaged; remove it, and its text is written again") from error
+
+
+def _keep_round(kept: Path | None, count: int, texts: list[str]) -> None:
+    if kept is None or jax.process_index() != 0:
+        return
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with kept.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"tokens": count, "texts": texts}) + "\n")

@@ -78,9 +78,15 @@ def write_texts(settings: Experiment, model: Callable[[], Decoder], progress: Pr
     held_out = (settings.validation_windows // 2 + spare) * length
     calibration = settings.calibration_windows * length
     train = max(settings.train_tokens, calibration) + spare * length
+    kept = settings.out / "text" / "sampled.jsonl"
     with progress.bar("sampling text from the model", "tokens") as update:
         texts = sample_documents(
-            model(), tokenizer, train + 2 * held_out, seed=settings.seed, progress=update
+            model(),
+            tokenizer,
+            train + 2 * held_out,
+            seed=settings.seed,
+            progress=update,
+            kept=kept,
         )
     wanted = {"test": held_out, "validation": held_out, "train": float("inf")}
     for part, tokens in wanted.items():
@@ -89,6 +95,7 @@ def write_texts(settings: Experiment, model: Callable[[], Decoder], progress: Pr
             chosen.append(texts.pop())
             count += len(tokenizer(chosen[-1])["input_ids"])
         write_text(files[part], "".join(json.dumps({"text": text}) + "\n" for text in chosen))
+    kept.unlink()
     mark(settings.out / "text")
 
 
@@ -162,6 +169,7 @@ def _train(settings: Experiment, variant: Variant) -> Train:
         "batch_size": settings.batch_size,
         "data": to_dict(data),
         "evaluate_every": settings.evaluate_every,
+        "checkpoint_every": settings.evaluate_every,
         "seed": settings.seed,
     }
     return from_dict(Train, common | settings.adapters[name], f"adapters.{name}")

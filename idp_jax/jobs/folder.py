@@ -8,7 +8,7 @@ before, and no second one works there.
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,18 @@ Inputs = dict[str, dict[str, str]]
 
 
 def claim(
-    out: Path, settings: Any, *, free: tuple[str, ...] = ("out",), inputs: Inputs | None = None
+    out: Path,
+    settings: Any,
+    *,
+    free: tuple[str, ...] = ("out",),
+    why: Mapping[str, str] = {},
+    inputs: Inputs | None = None,
 ) -> None:
     """Writes the configuration to `out`/config.yaml, or checks that the job there has the same.
 
     Args:
         free: settings that may change from call to call.
+        why: reasons, by setting, that a user may not see by himself.
         inputs: the fingerprints of what the job reads, by its name; see `files.fingerprint`.
 
     Raises:
@@ -49,9 +55,10 @@ def claim(
     found = _read_settings(file)
     for key in sorted((set(found) | set(wanted)) - {"inputs"}):
         if key not in free and found.get(key) != wanted.get(key):
+            reason = f" ({why[key]})" if key in why else ""
             raise ConfigError(
                 f"{out} holds a run with {key} = {found.get(key)!r}, this one has "
-                f"{wanted.get(key)!r}; give another --out, or remove the folder"
+                f"{wanted.get(key)!r}{reason}; give another --out, or remove the folder"
             )
     _check_inputs(out, found.get("inputs"), wanted["inputs"])
 
@@ -100,10 +107,11 @@ def release(out: Path) -> None:
 
 
 @contextmanager
-def run_folder(
-    out: Path, settings: Any, *, free: tuple[str, ...] = ("out",), inputs: Inputs | None = None
-) -> Iterator[None]:
+def run_folder(out: Path, settings: Any, **conditions: Any) -> Iterator[None]:
     """Claims a folder for a run and keeps other jobs out of it until the block ends.
+
+    Args:
+        conditions: as of `claim`.
 
     Raises:
         ConfigError: as of `claim`, or another job works there.
@@ -111,7 +119,7 @@ def run_folder(
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} exists and holds no run of this kind; give another --out")
     with locked(out, inside=True):
-        claim(out, settings, free=free, inputs=inputs)
+        claim(out, settings, **conditions)
         try:
             yield
         except (ValueError, OSError):

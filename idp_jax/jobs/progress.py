@@ -1,10 +1,12 @@
 """Progress of anything slow: libraries say how far they are, commands decide whether it is shown.
 
 A library function takes a `Progress` and knows no terminal; the default says nothing. Commands pass
-`Bars`, which process 0 alone draws.
+`Bars`, which process 0 alone draws. Whoever says how far the work is may be interrupted there.
 """
 
+import datetime
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
@@ -19,8 +21,11 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 
+from idp_jax.jobs import signals
+
 T = TypeVar("T")
 console = Console(stderr=True)
+_LINE_EVERY = 30.0  # seconds, where there is no terminal
 
 
 class Progress:
@@ -54,27 +59,96 @@ def _silent() -> Iterator[Callable[..., None]]:
 
 
 class Bars(Progress):
-    """Bars with the remaining time, on standard error, drawn by process 0."""
+    """Bars with the remaining time, on standard error; without a terminal a line now and then.
+
+    Process 0 alone draws. Every update is a check point, see `signals.check`.
+    """
 
     @contextmanager
     def bar(self, description: str, unit: str = "") -> Iterator[Callable[..., None]]:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn(unit),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        with RichProgress(*columns, console=console, disable=not _is_first_process()) as progress:
-            task = progress.add_task(description, total=None, note="")
+        signals.check()
+        with _drawn(description, unit) as draw:
 
             def update(done: int, total: int, note: str = "") -> None:
-                progress.update(task, completed=done, total=total, note=note)
+                draw(done, total, note)
+                signals.check()
 
             yield update
+
+
+@contextmanager
+def _drawn(description: str, unit: str) -> Iterator[Callable[..., None]]:
+    if not _is_first_process():
+        yield lambda done, total, note: None
+        return
+    if not console.is_terminal:
+        yield _Lines(description)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with RichProgress(*columns, console=console) as progress:
+        task = progress.add_task(description, total=None, note="")
+        yield lambda done, total, note: progress.update(
+            task, completed=done, total=total, note=note
+        )
+
+
+class _Lines:
+    """What a log shall hold of a bar: a plain line every half minute."""
+
+    def __init__(self, description: str):
+        self.description = description
+        self.started = self.written = time.monotonic()
+        self.first: int | None = None  # what was done before
+
+    def __call__(self, done: int, total: int, note: str) -> None:
+        now = time.monotonic()
+        if self.first is None:
+            self.first = done
+        if now - self.written < _LINE_EVERY:
+            return
+        self.written, elapsed = now, now - self.started
+        left = "?"
+        if done > self.first:
+            left = _clock(elapsed / (done - self.first) * (total - done))
+        print(
+            f"{self.description}: {done}/{total}, {_clock(elapsed)} elapsed, {left} left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def expecting(
+    update: Callable[..., None], doing: str, unit: str, say: Callable[[str], None]
+) -> Callable[..., None]:
+    """`update`, which once says how long all will take, as soon as that can be known.
+
+    The first call is the start, the second ends what compiles, the two behind it are measured.
+    """
+    seen: list[tuple[int, float]] = []
+
+    def timed(done: int, total: int, note: str = "") -> None:
+        if len(seen) < 4 and (not seen or done > seen[-1][0]):
+            seen.append((done, time.monotonic()))
+            if len(seen) == 4:
+                (first, began), (last, now) = seen[1], seen[3]
+                left = (now - began) / (last - first) * (total - done)
+                say(f"{doing}: about {_clock(left)} left for {total - done:,} {unit}")
+        update(done, total, note)
+
+    return timed
+
+
+def _clock(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def _is_first_process() -> bool:

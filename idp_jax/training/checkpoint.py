@@ -5,7 +5,10 @@ from typing import Any, TypeVar
 
 import jax
 
+from idp_jax.jobs import signals
+
 State = TypeVar("State")
+_REASON = 200  # letters of what orbax says
 
 
 class Checkpointer:
@@ -30,18 +33,23 @@ class Checkpointer:
     def save(self, step: int, state: Any, data_state: dict[str, Any]) -> None:
         """Writes a checkpoint and waits until it is complete; every process calls this.
 
+        A signal waits, too. A step whose checkpoint is there already is not written again.
+
         Args:
             state: a pytree of arrays.
             data_state: plain JSON, see `Batches.state`.
         """
         import orbax.checkpoint as ocp
 
+        if self._manager.latest_step() == step:
+            return
         parts = ocp.args.Composite(
             state=ocp.args.StandardSave(dict(_named(jax.tree.leaves(state)))),
             data=ocp.args.JsonSave(data_state),
         )
-        self._manager.save(step, args=parts, force=True)
-        self._manager.wait_until_finished()
+        with signals.hold():
+            self._manager.save(step, args=parts, force=True)
+            self._manager.wait_until_finished()
 
     def restore(self, like: State) -> tuple[State, dict[str, Any]] | None:
         """The last checkpoint, or None where there is none.
@@ -50,7 +58,7 @@ class Checkpointer:
             like: a state of the same structure, whose leaves say dtype and placement.
 
         Raises:
-            ValueError: the checkpoint is of another form, as earlier versions wrote.
+            ValueError: the checkpoint is damaged, or of another form.
         """
         import orbax.checkpoint as ocp
 
@@ -63,15 +71,15 @@ class Checkpointer:
         )
         try:
             found = self._manager.restore(last, args=wanted)
-        except (KeyError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0]
+            state = [found["state"][name] for name, _ in _named(leaves)]
+            return jax.tree.unflatten(structure, state), dict(found["data"])
+        except Exception as error:  # whatever orbax meets in a damaged file
+            reason = (str(error).strip() or type(error).__name__).partition("\n")[0][:_REASON]
             raise ValueError(
-                f"cannot go on from the checkpoint in {self._manager.directory} ({reason}); remove "
-                "the run's folder, or give another --out"
+                f"cannot go on from the checkpoint in {self._manager.directory / str(last)} "
+                f"({reason}); remove {self._manager.directory} to train from the start, or give "
+                "another --out"
             ) from error
-        return jax.tree.unflatten(structure, [found["state"][n] for n, _ in _named(leaves)]), found[
-            "data"
-        ]
 
 
 def _named(leaves: list) -> list[tuple[str, Any]]:

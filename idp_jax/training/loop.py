@@ -1,26 +1,33 @@
 """The training loop: steps, validations, checkpoints, and going on after an interruption.
 
-The invariant: a run that is killed and started again ends with the same adapter and the same
-metrics, bit for bit, as one that was not.
+The invariant: a run that is killed or interrupted and started again ends with the same adapter and
+the same metrics, bit for bit, as one that was not.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from idp_jax.data.batch import Batch
+from idp_jax.jobs.signals import Interrupted
 from idp_jax.models.decoder import Decoder
 from idp_jax.processes import first_process
 from idp_jax.recover.methods import Adapter
 from idp_jax.sharding import shard, shard_batch
 from idp_jax.training.checkpoint import Checkpointer
+from idp_jax.training.checks import check_positions
 from idp_jax.training.metrics import Sink
 from idp_jax.training.objectives import Objective
 from idp_jax.training.step import TrainState, evaluate_step, keep_best, make_train_step
+
+_UNVALIDATED = "unvalidated"  # beside the place in the data: a checkpoint before a validation
+_DIVERGED = 1.0  # nats above the start, with no better step in between
+_LOWER = "a lower --optimizer.learning-rate may help"
 
 
 class BatchIterator(Iterator[Batch], Protocol):
@@ -45,6 +52,7 @@ def fit(
     *,
     steps: int,
     evaluate_every: int,
+    checkpoint_every: int | None = None,
     sinks: Sequence[Sink] = (),
     checkpointer: Checkpointer | None = None,
     mesh: jax.sharding.Mesh | None = None,
@@ -57,70 +65,166 @@ def fit(
         validation: batches of one size, whose mean next-token loss chooses the best adapter,
             whatever the objective: another one's value is no perplexity.
         steps: the number of the last step.
-        evaluate_every: steps between two validations, each followed by a checkpoint.
+        evaluate_every: steps between two validations.
+        checkpoint_every: steps between two checkpoints; by default as between validations.
         sinks: take the objective's loss and metrics of every step and the validation losses.
         checkpointer: a run found there goes on. None keeps nothing.
-        progress: called after every step.
+        progress: called after every step and every batch of a validation. Where it raises
+            Interrupted, the state is saved before that goes on.
 
     Returns:
         The adapter with the lowest validation loss, and "validation_loss", "validation_perplexity"
         and "best_step" of it.
+
+    Raises:
+        ValueError: a loss is not finite, training has only made the loss larger, the text is longer
+            than learned positions, or the checkpoint is damaged, or of a longer run.
     """
+    if validation:
+        check_positions(adapter, decoder, validation[0].tokens.shape[1])
     step_function = make_train_step(optimizer, objective)
     state = TrainState.start(shard(adapter, mesh), optimizer)
-    found = None if checkpointer is None else checkpointer.restore(state)
-    if found is not None:
-        state, place = found
-        batches.restore(place)
-    # What was written after the checkpoint is trained, and written, again. Before the first
-    # checkpoint that is everything, step 0 included.
-    last = -1 if found is None else int(state.step)
-    first_process(lambda: _drop_after(sinks, last), "metrics")
-
-    def validate(state: TrainState) -> TrainState:
-        state, loss = _validate(state, decoder, validation)
-        _write(sinks, int(state.step), {"validation_loss": loss})
-        if checkpointer is not None:
-            checkpointer.save(int(state.step), state, batches.state())
-        return state
-
-    if found is None:
-        state = validate(state)
-    for number in range(int(state.step) + 1, steps + 1):
-        state, values = step_function(state, decoder, shard_batch(next(batches), mesh))
-        progress(number, steps, f"loss {float(values['loss']):.3f}")
-        _write(sinks, number, values)
-        if number % evaluate_every == 0 or number == steps:
-            state = validate(state)
-    return state.best_adapter, _summary(state)
+    run = _Run(state, decoder, batches, validation, steps, sinks, checkpointer, progress)
+    run.restore()
+    save_every = checkpoint_every or evaluate_every
+    try:
+        progress(run.step, steps, "")
+        if run.unvalidated is not None:
+            run.validate()
+        for number in range(run.step + 1, steps + 1):
+            batch = shard_batch(next(batches), mesh)
+            run.state, values = step_function(run.state, decoder, batch)
+            values = {name: float(value) for name, value in values.items()}
+            run.write(values)
+            if number % evaluate_every == 0 or number == steps:
+                run.unvalidated = values
+                run.validate()
+            if number % save_every == 0 or number == steps:
+                run.save()
+            progress(number, steps, f"loss {values['loss']:.3f}")
+    except Interrupted as stop:
+        run.keep(stop)
+        raise
+    return run.state.best_adapter, _summary(run.state)
 
 
-def _validate(
-    state: TrainState, decoder: Decoder, validation: Sequence[Batch]
-) -> tuple[TrainState, jax.Array]:
-    """The state with the best adapter so far, and the current one's validation loss."""
-    losses = [evaluate_step(state.adapter, decoder, batch) for batch in validation]
-    loss = jnp.stack(losses).mean()
-    return keep_best(state, loss), loss
+@dataclass
+class _Run:
+    """A training under way.
+
+    Attributes:
+        unvalidated: the numbers of the step where it stands while that one's validation is due,
+            {} before the first step; None when there is none to do.
+    """
+
+    state: TrainState
+    decoder: Decoder
+    batches: BatchIterator
+    validation: Sequence[Batch]
+    steps: int
+    sinks: Sequence[Sink]
+    checkpointer: Checkpointer | None
+    progress: Callable[[int, int, str], None]
+    unvalidated: dict[str, float] | None = None
+
+    @property
+    def step(self) -> int:
+        """The last step that was done."""
+        return int(self.state.step)
+
+    def restore(self) -> None:
+        """Goes to the last checkpoint, or to the start where there is none."""
+        found = None if self.checkpointer is None else self.checkpointer.restore(self.state)
+        if found is None:
+            self.unvalidated = {}
+        else:
+            self.state, place = found
+            self.unvalidated = place.pop(_UNVALIDATED, None)
+            self.batches.restore(place)
+        if self.step > self.steps:
+            raise ValueError(
+                f"this run has been trained for {self.step} steps already, more than the "
+                f"{self.steps} asked for; give more tokens, or another --out"
+            )
+        # What was written after the checkpoint is trained, and written, again; and so is a
+        # validation that was due. Before the first checkpoint that is everything, step 0 included.
+        last = self.step if self.unvalidated is None else self.step - 1
+        first_process(lambda: _drop_after(self.sinks, last), "metrics")
+        if self.unvalidated:
+            self.write(self.unvalidated)
+
+    def validate(self) -> None:
+        """Measures the adapter as it is, and remembers it if it is the best."""
+        losses = []
+        for batch in self.validation:
+            loss = evaluate_step(self.state.adapter, self.decoder, batch)
+            losses.append(jax.block_until_ready(loss))
+            self.progress(self.step, self.steps, "validation")
+        loss = jnp.stack(losses).mean()
+        self.write({"validation_loss": float(loss)})
+        self.state = keep_best(self.state, loss)
+        best = float(self.state.best_loss)
+        never_better = self.step == self.steps and int(self.state.best_step) == 0
+        if never_better and float(loss) > best + _DIVERGED:
+            raise ValueError(
+                f"training diverged: the validation loss rose from {best:.3f} before the first "
+                f"step to {float(loss):.3f} at step {self.step} and was never lower; {_LOWER}"
+            )
+        self.unvalidated = None
+
+    def write(self, values: Mapping[str, float]) -> None:
+        """Tells the sinks, on process 0 alone; raises ValueError at a number that is not finite."""
+        if jax.process_index() == 0:
+            for sink in self.sinks:
+                sink.write(self.step, values)
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise ValueError(_not_finite(name.replace("_", " "), value, self.step))
+
+    def save(self) -> None:
+        """Writes a checkpoint of this step."""
+        if self.checkpointer is not None:
+            place = self.batches.state()
+            if self.unvalidated is not None:
+                place = {**place, _UNVALIDATED: self.unvalidated}
+            self.checkpointer.save(self.step, self.state, place)
+
+    def keep(self, stop: Interrupted) -> None:
+        """Saves what an interruption would lose, and has it say so.
+
+        Several processes may stand at different steps, so they go on from the last checkpoint.
+        """
+        if self.step and self.checkpointer is not None and jax.process_count() == 1:
+            self.save()
+            stop.place = f"step {self.step}"
+
+
+def _not_finite(name: str, value: float, step: int) -> str:
+    if not step:
+        return (
+            f"the {name} is {value} before the first step: it comes from the model or the text, "
+            "not from training; check the model, or its --dtype"
+        )
+    return f"the {name} is {value} at step {step}: training diverged; {_LOWER}"
 
 
 def _summary(state: TrainState) -> dict[str, float]:
     loss = float(state.best_loss)
     return {
         "validation_loss": loss,
-        "validation_perplexity": float(np.exp(loss)),
+        "validation_perplexity": perplexity_of(loss),
         "best_step": int(state.best_step),
     }
+
+
+def perplexity_of(loss: float) -> float:
+    """exp(loss), infinite where that is no float."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def _drop_after(sinks: Sequence[Sink], step: int) -> None:
     for sink in sinks:
         sink.drop_after(step)
-
-
-def _write(sinks: Sequence[Sink], step: int, values: Mapping[str, Any]) -> None:
-    """Writes scalars, on process 0 alone."""
-    if jax.process_index() == 0:
-        plain = {name: float(value) for name, value in values.items()}
-        for sink in sinks:
-            sink.write(step, plain)

@@ -1,9 +1,12 @@
 """Where a run's numbers go, step by step."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol, TextIO
+
+from idp_jax.jobs.files import write_text
 
 
 class Sink(Protocol):
@@ -23,7 +26,7 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """A file with one JSON object a line: the step and its values.
+    """A file with one JSON object a line: the step and its values; null where one is not finite.
 
     A line is in the file when `write` returns, so that a run that is killed loses none.
     """
@@ -36,19 +39,29 @@ class JsonLines:
         """Adds one line."""
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", buffering=1)
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file = self.path.open("a", buffering=1, encoding="utf-8")
+        plain = {name: x if math.isfinite(x) else None for name, x in values.items()}
+        self._file.write(json.dumps({"step": step, **plain}, allow_nan=False) + "\n")
 
     def drop_after(self, step: int) -> None:
-        """Takes the lines of later steps out, and one that was cut off when a run was killed."""
+        """Takes the lines of later steps out, and one that was cut off when a run was killed.
+
+        Raises:
+            ValueError: another line is no such row.
+        """
         self.close()
         if not self.path.is_file():
             return
-        rows = [
-            json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")
-        ]
-        kept = [row for row in rows if row["step"] <= step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        # What is behind the last end of a line was cut off.
+        lines = self.path.read_bytes().decode(errors="replace").split("\n")[:-1]
+        kept = [line for row, line in enumerate(lines, 1) if self._step(line, row) <= step]
+        write_text(self.path, "".join(line + "\n" for line in kept))
+
+    def _step(self, line: str, row: int) -> int:
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise ValueError(f"{self.path}:{row} is no row of metrics; remove that line") from None
 
     def close(self) -> None:
         """Closes the file; another `write` opens it again."""

@@ -6,6 +6,7 @@ after the other, each in a folder below.
 """
 
 import json
+from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
 from functools import partial
 from pathlib import Path
@@ -14,31 +15,41 @@ from typing import Any
 import jax
 
 from idp_jax import formats
-from idp_jax.config import ConfigError, Train
+from idp_jax.config import Train
 from idp_jax.config.files import to_dict
 from idp_jax.data.self_text import sample_documents
 from idp_jax.data.sources import SELF
 from idp_jax.data.stream import TrainingText
 from idp_jax.formats import save_adapter
-from idp_jax.jobs.files import contents, fingerprint, read_json, write_text
+from idp_jax.jobs.files import contents, write_json, write_text
 from idp_jax.jobs.folder import check_absent, check_writable, run_folder
 from idp_jax.jobs.machine import describe
-from idp_jax.jobs.progress import SILENT, Progress
+from idp_jax.jobs.progress import SILENT, Progress, expecting
 from idp_jax.models.decoder import Decoder
 from idp_jax.processes import first_process, gather, mesh_of
 from idp_jax.recover.methods import METHODS, Adapter, parameter_count
-from idp_jax.recover.selection import find_selector
 from idp_jax.training.checkpoint import Checkpointer
+from idp_jax.training.checks import check
+from idp_jax.training.done import finished, inputs, needed
 from idp_jax.training.loop import fit
 from idp_jax.training.metrics import JsonLines
 from idp_jax.training.objectives import OBJECTIVES
 from idp_jax.training.step import make_optimizer
 
-_TOKEN_BYTES = 3  # of a token's text, at least in English
+# What may change between two calls that work on the same run: it does not change what is trained.
+_FREE = ("out", "mesh", "evaluate_every", "checkpoint_every")
 
 
-def train(config: Train, *, progress: Progress = SILENT) -> dict[str, Any]:
+def train(
+    config: Train,
+    *,
+    progress: Progress = SILENT,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
     """Trains what the configuration asks for.
+
+    Args:
+        say: told the budget before the work, and how long it will take after its first steps.
 
     Returns:
         The contents of result.json: validation loss and perplexity, best step, extra parameters,
@@ -46,70 +57,48 @@ def train(config: Train, *, progress: Progress = SILENT) -> dict[str, Any]:
 
     Raises:
         ConfigError: the folder holds a run with another configuration.
-        ValueError: the model or the text cannot be used.
+        ValueError: the model or the text cannot be used, or training diverged.
     """
     out = Path(config.out)
     mesh = mesh_of(config.mesh)
     with ExitStack() as held, jax.set_mesh(mesh) if mesh is not None else nullcontext():
+        conditions = _extensions(config)
 
         def begin() -> None:
-            check_writable(out, _needed(config))
-            held.enter_context(run_folder(out, config, inputs=_inputs(config)))
+            check_writable(out, needed(config))
+            held.enter_context(run_folder(out, config, inputs=inputs(config), **conditions))
 
         first_process(begin, "claim")
-        result = _finished(config, out)
+        result = finished(config, conditions["free"])
         if result is not None:
             return result
         first_process(lambda: check_absent(out / "adapter", overwrite=True), "adapter's folder")
-        return _train(config, out, mesh, progress)
+        parameters = check(config, mesh)
+        return _train(config, out, mesh, parameters, progress, say)
 
 
-def _inputs(config: Train) -> dict[str, dict[str, str]]:
-    """The fingerprints of what a run reads."""
-    read = {"model": str(formats.resolve(config.model)), "data.train": config.data.train}
-    if config.data.validation is not None:
-        read["data.validation"] = config.data.validation
-    if config.data.train == SELF and config.data.teacher is not None:
-        read["data.teacher"] = str(formats.resolve(config.data.teacher))
-    return {name: fingerprint(path) for name, path in read.items()}
-
-
-def _needed(config: Train) -> int:
-    """Bytes that a run takes at least: of the text that it writes itself."""
-    written = config.data.train == SELF and not (config.out / "self_text.jsonl").is_file()
-    return config.tokens * _TOKEN_BYTES if written else 0
-
-
-def _finished(config: Train, out: Path) -> dict[str, Any] | None:
-    """What a finished run found, or None where there is still something to do.
-
-    Raises:
-        ConfigError: the result or its adapter is damaged, or another's.
-    """
-    file = out / "result.json"
-    if not file.is_file():
-        return None
-    remedy = f"remove it, and the same command goes on from the last checkpoint in {out}"
-    result = read_json(file, remedy)
-    known, files = result.get("config"), result.get("adapter")
-    ours = isinstance(known, dict) and known | {"out": None} == to_dict(config) | {"out": None}
-    if not ours or not isinstance(files, dict):
-        raise ConfigError(f"{file} is not what this run found; {remedy}")
-    adapter = out / "adapter"
-    if not adapter.exists():  # written again, from the last checkpoint
-        return None
-    found = {name: value for name, value in contents(adapter).items() if name in files}
-    if found != files:
-        wrong = next(name for name in files if found.get(name) != files[name])
-        raise ConfigError(
-            f"{adapter / wrong} is not as this run wrote it; remove {adapter}, and the same "
-            "command writes it again"
+def _extensions(config: Train) -> dict[str, Any]:
+    """What may differ from the run in the folder, and why more tokens may not, as `claim` asks."""
+    if config.data.train == SELF:
+        return {"free": _FREE, "why": {"tokens": "a longer run is written another text"}}
+    if config.optimizer.schedule == "linear":
+        why = (
+            "the learning rate falls over the whole budget; --optimizer.schedule constant does not"
         )
-    return result
+        return {"free": _FREE, "why": {"tokens": why}}
+    return {"free": (*_FREE, "tokens")}
 
 
-def _train(config: Train, out: Path, mesh, progress: Progress) -> dict[str, Any]:
-    find_selector(config.selector)  # a wrong name is refused before anything is loaded
+def _train(
+    config: Train, out: Path, mesh, parameters: int, progress: Progress, say: Callable
+) -> dict[str, Any]:
+    tokenizer = formats.load_tokenizer(config.model)
+    text = None
+    if config.data.train != SELF:
+        text = _text(config, str(config.data.train), tokenizer)
+    method = METHODS[config.method]
+    runs = method.runs(config)
+    say(_budget(config, [run.label for run in runs], parameters))
     decoder = formats.load_model(
         config.model,
         **config.held,
@@ -117,21 +106,14 @@ def _train(config: Train, out: Path, mesh, progress: Progress) -> dict[str, Any]
         mesh=mesh,
         progress=progress.tracker("loading"),
     )
-    tokenizer = formats.load_tokenizer(config.model)
-    text = TrainingText.open(
-        _source(config, out, decoder, tokenizer, progress),
-        tokenizer,
-        config.data.sequence_length,
-        validation=config.data.validation,
-        validation_windows=config.data.validation_windows,
-        seed=config.seed,
-    )
-    method = METHODS[config.method]
+    if text is None:
+        text = _text(config, _self_text(config, out, decoder, tokenizer, progress, say), tokenizer)
     trained, summaries = [], []
-    for number, run in enumerate(method.runs(config)):
+    for number, run in enumerate(runs):
         key = jax.random.fold_in(jax.random.key(config.seed), number)
         start = run.init(decoder, key=key)
-        with progress.bar(f"training {run.label}") as update:
+        with progress.bar(f"training {run.label}", "steps") as update:
+            update = expecting(update, f"training {run.label}", "steps", say)
             adapter, summary = _fit(config, start, decoder, text, out / run.folder, mesh, update)
         trained.append(adapter)
         summaries.append(summary)
@@ -152,10 +134,35 @@ def _train(config: Train, out: Path, mesh, progress: Progress) -> dict[str, Any]
     def write() -> None:
         save_adapter(whole, out / "adapter", decoder=decoder, base=config.model, overwrite=True)
         result["adapter"] = contents(out / "adapter")
-        write_text(out / "result.json", json.dumps(result, indent=2))
+        write_json(out / "result.json", result)
 
     first_process(write, "result")
     return result
+
+
+def _budget(config: Train, labels: list[str], parameters: int) -> str:
+    """What a run will train, on what: one line."""
+    data, steps = config.data, config.steps
+    window = config.batch_size * data.sequence_length
+    each = " each" if len(labels) > 1 else ""
+    writer = data.teacher or f"{config.model} itself"
+    source = f"text that {writer} writes" if data.train == SELF else data.train
+    return (
+        f"training {' and '.join(labels)} ({parameters:,} parameters): {steps:,} steps of "
+        f"{config.batch_size} x {data.sequence_length:,} tokens{each}, "
+        f"{steps * window * len(labels):,} tokens in all, of {source}"
+    )
+
+
+def _text(config: Train, source: str, tokenizer) -> TrainingText:
+    return TrainingText.open(
+        source,
+        tokenizer,
+        config.data.sequence_length,
+        validation=config.data.validation,
+        validation_windows=config.data.validation_windows,
+        seed=config.seed,
+    )
 
 
 def _fit(config: Train, start: Adapter, decoder: Decoder, text, folder: Path, mesh, update):
@@ -173,6 +180,7 @@ def _fit(config: Train, start: Adapter, decoder: Decoder, text, folder: Path, me
             text.validation_batches(config.batch_size),
             steps=config.steps,
             evaluate_every=config.evaluate_every,
+            checkpoint_every=config.checkpoint_every,
             sinks=[metrics],
             checkpointer=checkpointer,
             mesh=mesh,
@@ -180,26 +188,29 @@ def _fit(config: Train, start: Adapter, decoder: Decoder, text, folder: Path, me
         )
 
 
-def _source(config: Train, out: Path, decoder: Decoder, tokenizer, progress: Progress) -> str:
-    """The training source; text of the model's own is written once and then read like any other."""
-    if config.data.train != SELF:
-        return config.data.train
-    file = out / "self_text.jsonl"
+def _self_text(
+    config: Train, out: Path, decoder: Decoder, tokenizer, progress: Progress, say: Callable
+) -> str:
+    """Text of the model's own, written once into a file that is then read like any other."""
+    file, kept = out / "self_text.jsonl", out / "self_text.partial.jsonl"
     if not file.is_file():
         teacher = decoder
         if config.data.teacher is not None:
             teacher = formats.load_model(config.data.teacher, **config.held)
         held_out = 0 if config.data.validation else config.data.validation_windows
         wanted = config.tokens + (held_out + 1) * config.data.sequence_length
-        with progress.bar("sampling text from the model", "tokens") as update:
+        doing = "sampling text from the model"
+        with progress.bar(doing, "tokens") as update:
             texts = sample_documents(
                 teacher,
                 tokenizer,
                 wanted,
                 document_tokens=min(config.data.sequence_length, 512),
                 seed=config.seed,
-                progress=update,
+                progress=expecting(update, doing, "tokens", say),
+                kept=kept,
             )
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
         first_process(lambda: write_text(file, lines), "text")
+        first_process(lambda: kept.unlink(missing_ok=True), "text: sampled")
     return str(file)

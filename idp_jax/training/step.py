@@ -45,15 +45,18 @@ class TrainState(struct.PyTreeNode):
 def make_optimizer(
     settings: Optimizer, learning_rate: float, steps: int
 ) -> optax.GradientTransformation:
-    """AdamW behind a global-norm clip, with linear warm-up and linear decay to 0."""
-    warmup = min(max(1, round(settings.warmup * steps)), steps)
-    rate = optax.join_schedules(
-        [
-            optax.linear_schedule(learning_rate / warmup, learning_rate, warmup - 1 or 1),
-            optax.linear_schedule(learning_rate, 0.0, max(1, steps - warmup)),
-        ],
-        [warmup],
-    )
+    """AdamW behind a global-norm clip, with linear warm-up and linear decay to 0, or neither."""
+    if settings.schedule == "constant":
+        rate = optax.constant_schedule(learning_rate)
+    else:
+        warmup = min(max(1, round(settings.warmup * steps)), steps)
+        rate = optax.join_schedules(
+            [
+                optax.linear_schedule(learning_rate / warmup, learning_rate, warmup - 1 or 1),
+                optax.linear_schedule(learning_rate, 0.0, max(1, steps - warmup)),
+            ],
+            [warmup],
+        )
     return optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),
         optax.adamw(rate, weight_decay=settings.weight_decay),

@@ -1,0 +1,242 @@
+"""Commands interrupted at random moments and called again: they must end soon, cleanly, and alike.
+
+Training of all four methods, a compression, an evaluation and a small demo get SIGINT and SIGTERM
+in turn, at moments drawn between the start of a process and its end, and are called again until
+they finish. A call must end within ten seconds of its signal, with 130 or 143 (or 0, if it had
+finished), and print no traceback; the files at the end must be those of an undisturbed job.
+
+    python benchmarks/signals.py --signals 200
+"""
+
+import argparse
+import hashlib
+import json
+import signal
+import tempfile
+import time
+from dataclasses import dataclass, field
+from itertools import cycle
+from pathlib import Path
+from subprocess import TimeoutExpired
+
+import numpy as np
+from random_model import opt_config, start, write_model, write_text
+from rich.console import Console
+from rich.table import Table
+
+_LIMIT = 10.0  # seconds from a signal to the end
+_LENGTH, _WORDS = 32, 512
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# What differs between two calls that do the same.
+_MEASURED = {"environment", "seconds", "peak_memory", "latency", "config"}
+_BROKEN = ("Traceback", "Segmentation fault", "Fatal Python error", "core dumped")
+
+
+@dataclass
+class Tally:
+    """What became of a command's signals."""
+
+    signals: int = 0
+    finished: int = 0
+    jobs: int = 0
+    seconds: list[float] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+
+def commands(files: Path) -> dict[str, tuple]:
+    """Every command's options; its folder comes behind them."""
+    model, text = files / "model", files / "text.txt"
+    training = ("train", "--model", model, "--data.train", text, "--data.validation-windows", 4)
+    training += ("--data.sequence-length", _LENGTH, "--batch-size", 2, "--evaluate-every", 16)
+    training += ("--checkpoint-every", 12, "--tokens", 96 * 2 * _LENGTH)
+    compressing = ("compress", model, "--calibration", text, "--samples", 8)
+    compressing += ("--sequence-length", _LENGTH, "--allow-worse", ".*")
+    scoring = ("eval", "--model", model, "--perplexity", text, "--sequence-length", _LENGTH)
+    return {
+        **{f"train {name}": (*training, "--method", name) for name in ("prefix", "lora")},
+        "train prompt": (*training, "--method", "prompt", "--prompt-length", 5),
+        "train idp": (*training, "--method", "idp", "--pool-lengths", 3, 6),
+        "compress": compressing,
+        "eval": (*scoring, "--batch-size", 1, "--tasks", "knowledge", "--limit", 2),
+        "demo": ("demo", "--config_path", files / "demo.yaml"),
+    }
+
+
+def write_files(files: Path) -> None:
+    """The model, the text and the demo's settings."""
+    write_model(files / "model", opt_config(6, 64, _WORDS, 4 * _LENGTH))
+    write_text(files / "text.txt", _WORDS, 120 * _LENGTH)
+    tokenizer = files / "model" / "tokenizer_config.json"
+    ends = {"bos_token": "w1", "eos_token": "w1"}  # which the harness asks for
+    tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text()) | ends))
+    settings = {
+        "model": str(files / "model"),
+        "sequence_length": _LENGTH,
+        "calibration_windows": 8,
+        "validation_windows": 4,
+        "train_tokens": 24 * 4 * _LENGTH,
+        "items": 2,
+        "compression": {"group_size": 32, "allow_worse": [".*"]},
+        "adapters": {"idp": {"method": "idp", "pool_lengths": [2, 4]}},
+        "variants": [
+            {"name": "dense", "role": "dense"},
+            {"name": "compressed", "role": "compressed", "compression": "compressed"},
+            {"name": "IDP", "role": "repaired", "compression": "compressed", "adapter": "idp"},
+        ],
+        "timing": {"prompt_length": 8, "new_tokens": 4, "repeats": 1},
+    }
+    (files / "demo.yaml").write_text(json.dumps(settings))
+
+
+def placed(name: str, out: Path) -> tuple:
+    """The option that names a job's result."""
+    return ("--out", out / "results.json" if name == "eval" else out)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """A digest of every file that a user is given, without times and the folder's own name."""
+    found = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = str(file.relative_to(folder))
+        if "checkpoints" in file.parts or file.suffix in (".png", ".yaml"):
+            continue
+        data = file.read_bytes()
+        if file.suffix == ".json":
+            data = json.dumps(_without(json.loads(data))).encode()
+        found[name] = hashlib.sha256(data.replace(str(folder).encode(), b"")).hexdigest()
+    return found
+
+
+def _without(value):
+    if isinstance(value, list):
+        return [_without(entry) for entry in value]
+    if isinstance(value, dict):
+        return {key: _without(entry) for key, entry in value.items() if key not in _MEASURED}
+    return value
+
+
+class Bench:
+    """Jobs of one model, with what has been compiled once kept between them."""
+
+    def __init__(self, files: Path):
+        self.files, self.log = files, files / "log"
+        self.commands = commands(files)
+        self.cache = {
+            "JAX_COMPILATION_CACHE_DIR": str(files / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+
+    def call(self, name: str, out: Path):
+        """A process of a command that works in `out`."""
+        self.log.write_text("")
+        arguments = (*self.commands[name], *placed(name, out))
+        return start(*arguments, log=self.log, **self.cache)
+
+    def whole(self, name: str, out: Path) -> float:
+        """Runs a job to its end; returns its seconds."""
+        out.parent.mkdir(parents=True, exist_ok=True)
+        started = time.perf_counter()
+        code = self.call(name, out).wait()
+        if code:
+            raise SystemExit(f"{name} failed with {code}:\n{self.log.read_text()[-2000:]}")
+        return time.perf_counter() - started
+
+    def interrupt(self, name: str, out: Path, moment: float, number: int, tally: Tally) -> bool:
+        """Sends a signal `moment` seconds after the start; False where the job ends before."""
+        process = self.call(name, out)
+        try:
+            process.wait(moment)
+        except TimeoutExpired:
+            process.send_signal(number)
+        else:
+            return False
+        sent = time.perf_counter()
+        tally.signals += 1
+        where = f"{name}, {signal.Signals(number).name} after {moment:.2f} s"
+        try:
+            code = process.wait(2 * _LIMIT)
+        except TimeoutExpired:
+            process.kill()
+            code = process.wait()
+        seconds = time.perf_counter() - sent
+        tally.seconds.append(seconds)
+        tally.finished += code == 0
+        said = self.log.read_text(errors="replace")
+        if seconds > _LIMIT:
+            tally.wrong.append(f"{where}: {seconds:.1f} s to end")
+        # A signal before the interpreter is there ends it the system's way: -2 and -15.
+        if code not in (0, 128 + number, -number):
+            tally.wrong.append(f"{where}: exit code {code}: {said[-300:]}")
+        if any(word in said for word in _BROKEN):
+            tally.wrong.append(f"{where}: {said[-1500:]}")
+        return True
+
+
+def main() -> None:
+    """Prints a table; fails if a call did not end as it should, or with another result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--signals", type=int, default=28)
+    parser.add_argument("--only", help="commands whose name holds this word")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    rng, numbers = np.random.default_rng(options.seed), cycle(_SIGNALS)
+    with tempfile.TemporaryDirectory() as temporary:
+        files = Path(temporary)
+        write_files(files)
+        bench = Bench(files)
+        names = [name for name in bench.commands if options.only in (None, *name.split())]
+        tallies = {name: Tally() for name in names}
+        times, expected = {}, {}
+        for name in names:
+            bench.whole(name, files / "compiled" / name)
+            times[name] = bench.whole(name, files / "whole" / name)
+            expected[name] = contents(files / "whole" / name)
+            print(f"{name}: {times[name]:.1f} s undisturbed", flush=True)
+        turn = cycle(names)
+        while (left := options.signals - sum(t.signals for t in tallies.values())) > 0:
+            name = next(turn)
+            tally = tallies[name]
+            tally.jobs += 1
+            out = files / "interrupted" / f"{name} {tally.jobs}"
+            out.parent.mkdir(exist_ok=True)
+            for moment in rng.uniform(0, times[name], min(int(rng.integers(1, 5)), left)):
+                if not bench.interrupt(name, out, float(moment), next(numbers), tally):
+                    break
+            complete = name == "compress" and out.exists()  # which is refused another time
+            if not complete:
+                bench.whole(name, out)
+            found = contents(out)
+            other = [n for n in found | expected[name] if found.get(n) != expected[name].get(n)]
+            if other:
+                tally.wrong.append(f"{name}, job {tally.jobs}: differs in {', '.join(other)}")
+            print(
+                f"{name} {tally.jobs}: {tally.signals} signals, {len(tally.wrong)} wrong",
+                flush=True,
+            )
+    report(tallies)
+
+
+def report(tallies: dict[str, Tally]) -> None:
+    """The table, and what went wrong."""
+    table = Table("command", "jobs", "signals", "finished", "mean s", "longest s", "wrong")
+    for name, tally in tallies.items():
+        seconds = tally.seconds or [0.0]
+        table.add_row(
+            name,
+            str(tally.jobs),
+            str(tally.signals),
+            str(tally.finished),
+            f"{np.mean(seconds):.2f}",
+            f"{max(seconds):.2f}",
+            str(len(tally.wrong)),
+        )
+    Console(width=100).print(table)
+    wrong = [line for tally in tallies.values() for line in tally.wrong]
+    total = sum(tally.signals for tally in tallies.values())
+    print(f"{total} signals, {len(wrong)} ends that are not as they should be")
+    if wrong:
+        raise SystemExit("\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""What is refused before a run has cost anything: settings that the model cannot take."""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+
+from idp_jax.config import ConfigError, Train
+from idp_jax.data.sources import HUB, SELF
+from idp_jax.formats.source import open_config
+from idp_jax.models.abstract import abstract
+from idp_jax.models.config import from_hf
+from idp_jax.models.decoder import Decoder
+from idp_jax.recover.methods import METHODS, Adapter, parameter_count
+from idp_jax.recover.selection import find_selector
+from idp_jax.sharding import parts
+
+
+def check(config: Train, mesh: jax.sharding.Mesh | None) -> int:
+    """Tries a run on the model's shapes alone.
+
+    Returns:
+        The number of parameters that it would train.
+
+    Raises:
+        ValueError: a source, selector, size or mesh that cannot be used.
+    """
+    find_selector(config.selector)
+    _check_sources(config)
+    rows = 1 if mesh is None else parts("batch", mesh.shape)
+    if config.batch_size % rows:
+        raise ConfigError(
+            f"--batch-size {config.batch_size} does not divide over the mesh's data x fsdp = "
+            f"{rows} devices; choose a multiple of {rows}"
+        )
+    decoder = abstract(from_hf(open_config(config.model)))
+    count = 0
+    for run in METHODS[config.method].runs(config):
+        adapter = jax.eval_shape(partial(run.init, key=jax.random.key(0)), decoder)
+        check_positions(adapter, decoder, config.data.sequence_length)
+        count += parameter_count(adapter)
+    return count
+
+
+def check_positions(adapter: Adapter, decoder: Decoder, length: int) -> None:
+    """Refuses windows that end behind a model's learned positions; shapes alone are looked at.
+
+    Raises:
+        ValueError: prompt and window together are too long.
+    """
+    if decoder.config.rope is not None:
+        return
+    repaired = jax.eval_shape(lambda adapter, decoder: adapter.repair(decoder), adapter, decoder)
+    prompt = 0 if repaired.prefix is None else repaired.prefix.length
+    room = decoder.config.max_positions - prompt
+    if length > room:
+        behind = f" behind a prompt of {prompt}" if prompt else ""
+        raise ValueError(
+            f"--data.sequence-length {length}{behind} exceeds the model's "
+            f"{decoder.config.max_positions} learned positions; give {max(room, 0)} at most"
+        )
+
+
+def _check_sources(config: Train) -> None:
+    data = config.data
+    if data.train is None:
+        raise ConfigError(
+            "--data.train is missing: give a .txt or .jsonl file, hub:NAME, or self (text that "
+            "--data.teacher, or the model itself, writes)"
+        )
+    if data.train == SELF and data.teacher is not None:
+        open_config(data.teacher)
+    for source in (data.train, data.validation):
+        local = source is not None and source != SELF and not source.startswith(HUB)
+        if local and not Path(source).is_file():
+            raise ValueError(f"there is no text file {source}; check the path")

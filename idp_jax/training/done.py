@@ -1,0 +1,59 @@
+"""What a run reads and takes, and whether it is done: its result and its adapter are whole."""
+
+from typing import Any
+
+from idp_jax import formats
+from idp_jax.config import ConfigError, Train
+from idp_jax.config.files import to_dict
+from idp_jax.data.sources import SELF
+from idp_jax.jobs.files import contents, fingerprint, read_json
+
+_TOKEN_BYTES = 3  # of a token's text, at least in English
+
+
+def inputs(config: Train) -> dict[str, dict[str, str]]:
+    """The fingerprints of what a run reads."""
+    read = {"model": str(formats.resolve(config.model)), "data.train": config.data.train}
+    if config.data.validation is not None:
+        read["data.validation"] = config.data.validation
+    if config.data.train == SELF and config.data.teacher is not None:
+        read["data.teacher"] = str(formats.resolve(config.data.teacher))
+    return {name: fingerprint(path) for name, path in read.items()}
+
+
+def needed(config: Train) -> int:
+    """Bytes that a run takes at least: of the text that it writes itself."""
+    written = config.data.train == SELF and not (config.out / "self_text.jsonl").is_file()
+    return config.tokens * _TOKEN_BYTES if written else 0
+
+
+def finished(config: Train, free: tuple[str, ...]) -> dict[str, Any] | None:
+    """What a finished run found, or None where there is still something to do.
+
+    Args:
+        free: settings that may differ; where it is the budget, the run goes on to the new one.
+
+    Raises:
+        ConfigError: the result or its adapter is damaged, or another's.
+    """
+    file, adapter = config.out / "result.json", config.out / "adapter"
+    if not file.is_file():
+        return None
+    remedy = f"remove it, and the same command goes on from the last checkpoint in {config.out}"
+    result, asked = read_json(file, remedy), to_dict(config)
+    known, files = result.get("config"), result.get("adapter")
+    fixed = set(asked) - set(free)
+    ours = isinstance(known, dict) and all(known.get(key) == asked[key] for key in fixed)
+    if not ours or not isinstance(files, dict):
+        raise ConfigError(f"{file} is not what this run found; {remedy}")
+    # An adapter that is gone is written again, from the last checkpoint.
+    if not adapter.exists() or known.get("tokens") != config.tokens:
+        return None
+    found = contents(adapter)
+    wrong = next((name for name, value in files.items() if found.get(name) != value), None)
+    if wrong is not None:
+        raise ConfigError(
+            f"{adapter / wrong} is not as this run wrote it; remove {adapter}, and the same "
+            "command writes it again"
+        )
+    return result
