@@ -338,7 +338,7 @@ def _left_padded(
     """Ids and mask [rows, bucket]; missing rows repeat the first, empty ones hold `filler`."""
     if filler is None and not all(prompts):
         raise ValueError(
-            "an empty prompt cannot be continued, because the tokenizer names no eos_token; give text"
+            "an empty prompt cannot be continued: the tokenizer names no eos_token; give text"
         )
     prompts = [prompt or [filler] for prompt in prompts]
     prompts = prompts + prompts[:1] * (rows - len(prompts))
