@@ -84,9 +84,13 @@ class Flow:
         tokens: int [samples, T].
         batch_size: windows of a micro-batch, on each device that the text is cut over.
         mesh: where the text is cut over `data`.
+
+    Raises:
+        ValueError: a token outside the vocabulary, or windows beyond the learned positions.
     """
 
     def __init__(self, model: Decoder, tokens: np.ndarray, batch_size: int, mesh=None):
+        model.check(tokens)
         # The embedding stays on the host: a micro-batch needs some of its rows.
         embedding = np.asarray(model.embedding[...])
         entry = shard(_without_embedding(model), mesh)

@@ -34,6 +34,16 @@ from idp_jax.recover import Repaired
 
 MAX_NEW_TOKENS = 256  # the harness's default where a task says nothing
 _GENERATION_KEYS = {"do_sample", "temperature", "top_k"}
+# Options of other decoders, with the value that changes nothing.
+_NEUTRAL = {
+    **{"num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "diversity_penalty": 0},
+    **{"repetition_penalty": 1, "encoder_repetition_penalty": 1, "no_repeat_ngram_size": 0},
+    **{"min_length": 0, "min_new_tokens": 0, "top_p": 1, "min_p": 0, "typical_p": 1},
+    **{"epsilon_cutoff": 0, "eta_cutoff": 0},
+}
+# Those that touch nothing but sampling, beams, padding or speed.
+_SAMPLING = {"top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
+_HARMLESS = {"length_penalty", "early_stopping", "use_cache", "pad_token_id"}
 
 
 class HarnessLM(TemplateLM):
@@ -81,13 +91,25 @@ class HarnessLM(TemplateLM):
         self._vocabulary: list[str] | None = None
 
     @property
-    def eot_token_id(self) -> int:
-        """The tokenizer's end of text."""
+    def eot_token_id(self) -> int | None:
+        """The tokenizer's end of text, where it has one."""
         return self.tokenizer.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without a context."""
+        """What stands before a text without a context.
+
+        Raises:
+            ValueError: the tokenizer names no such token.
+        """
+        if (token := self._prefix_token()) is None:
+            raise ValueError(
+                "a text without a context needs a token before it, and the tokenizer names neither "
+                "bos_token nor eos_token; add one to tokenizer_config.json"
+            )
+        return token
+
+    def _prefix_token(self) -> int | None:
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
@@ -111,7 +133,9 @@ class HarnessLM(TemplateLM):
         """Token ids; a BOS that the string already begins with is not added again."""
         if add_special_tokens is None:
             add_special_tokens = self.add_bos_token
-            if has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
+            token = self._prefix_token()
+            bos = None if token is None else self.tokenizer.decode(token)
+            if has_bos_prefix(string, bos):
                 add_special_tokens = False
         special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         # verbose=False: texts longer than the context are cut here, so there is nothing to warn of.
@@ -177,15 +201,12 @@ class HarnessLM(TemplateLM):
     def _continue(self, contexts: list[str], options: dict) -> list[tuple[str, int | None]]:
         """Answers of requests with the same options, and the pool's choice for each."""
         options = dict(normalize_gen_kwargs(options, MAX_NEW_TOKENS))
-        eos = self.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
+        eos = None
+        if self.eot_token_id is not None:
+            eos = self.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
         until = handle_stop_sequences(options.pop("until"), eos=eos)
         count = options.pop("max_gen_toks")
-        unknown = options.keys() - _GENERATION_KEYS
-        if unknown:
-            raise ValueError(
-                f"generation option {sorted(unknown)[0]!r} is not supported; use "
-                f"until, max_gen_toks, {', '.join(sorted(_GENERATION_KEYS))}"
-            )
+        options = _effective(options)
         if count >= self.max_length:
             raise ValueError(
                 f"{count} new tokens leave no room for a prompt in {self.max_length} tokens"
@@ -229,7 +250,7 @@ class HarnessLM(TemplateLM):
         A stop string that spans tokens is cut off afterwards; decoding runs on meanwhile.
         """
         config = self.repaired.decoder.config
-        ends = {self.eot_token_id, *config.eos_token_ids}
+        ends = {self.eot_token_id, *config.eos_token_ids} & set(range(config.vocab_size))
         if self._vocabulary is None:
             size = min(len(self.tokenizer), config.vocab_size)
             self._vocabulary = self.tokenizer.batch_decode([[token] for token in range(size)])
@@ -244,7 +265,7 @@ class HarnessLM(TemplateLM):
         if context:
             return self._encode_pair(context, continuation)
         tokens = self.tok_encode(continuation, add_special_tokens=False)
-        if tokens[:1] == [self.prefix_token_id]:
+        if tokens and tokens[0] == self._prefix_token():
             return tokens[:1], tokens[1:]
         return [self.prefix_token_id], tokens
 
@@ -290,8 +311,35 @@ def _choose(repaired: Repaired, ids: jax.Array, mask: jax.Array):
     return repaired.choose(ids, mask)
 
 
-def _left_padded(prompts: list[list[int]], rows: int, filler: int) -> tuple[np.ndarray, np.ndarray]:
+def _effective(options: dict) -> dict:
+    """The options of generation that change an answer.
+
+    Raises:
+        ValueError: one that would, and is not supported.
+    """
+    greedy = not options["do_sample"]
+    kept = {}
+    for key, value in options.items():
+        idle = value is None or key in _HARMLESS or (greedy and key in _SAMPLING)
+        if idle or (key in _NEUTRAL and value == _NEUTRAL[key]):
+            continue
+        if key not in _GENERATION_KEYS:
+            raise ValueError(
+                f"generation option {key!r} = {value!r:.100} is not supported; use "
+                f"until, max_gen_toks, {', '.join(sorted(_GENERATION_KEYS))}"
+            )
+        kept[key] = value
+    return kept
+
+
+def _left_padded(
+    prompts: list[list[int]], rows: int, filler: int | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Ids and mask [rows, bucket]; missing rows repeat the first, empty ones hold `filler`."""
+    if filler is None and not all(prompts):
+        raise ValueError(
+            "an empty prompt cannot be continued: the tokenizer names no eos_token; give text"
+        )
     prompts = [prompt or [filler] for prompt in prompts]
     prompts = prompts + prompts[:1] * (rows - len(prompts))
     ids, mask = np.zeros((2, rows, bucket(len(prompts[0]))), np.int32)

@@ -6,6 +6,7 @@ the modules. The tensors beside a module's name tell how it is stored (`gptq.py`
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, cast, get_args
 
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from numpy.typing import DTypeLike
 
 from idp_jax.config.choices import FloatType
 from idp_jax.formats import compressed_tensors, gptq
+from idp_jax.formats.folder import CheckpointError
 from idp_jax.formats.names import NAMES
 from idp_jax.formats.quantization import (
     DENSE,
@@ -23,7 +25,7 @@ from idp_jax.formats.quantization import (
     Packing,
     read_config,
 )
-from idp_jax.formats.source import CheckpointError, Source
+from idp_jax.formats.source import Source
 from idp_jax.formats.stack import expanded, stack
 from idp_jax.models.abstract import abstract
 from idp_jax.models.block import Block, layer_slice
@@ -34,6 +36,7 @@ from idp_jax.models.matrices import matrices
 from idp_jax.weights import Dense, Quantized
 
 _DTYPES = get_args(FloatType)
+_STORED = (*_DTYPES, "float64")
 _UNUSED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 
 
@@ -64,6 +67,8 @@ class Reader:
     def __init__(self, source: Source, dtype="float32"):
         self.source = source
         self.config: ModelConfig = from_hf(source.hf_config)
+        if (ends := source.stop_ids) is not None:
+            self.config = replace(self.config, eos_token_ids=ends)
         self.names = NAMES[self.config.architecture]
         self.dtype = None if dtype == "auto" else _float_dtype(dtype)
         self.layout = read_config(source.quantization)
@@ -75,8 +80,11 @@ class Reader:
     ) -> np.ndarray:
         """One tensor, expanded where only a mask and its values are stored.
 
+        Args:
+            cast: whether it is a parameter; else a part of a packed matrix, in its own type.
+
         Raises:
-            CheckpointError: it is missing, or not of this shape.
+            CheckpointError: it is missing, not of this shape, or not of finite numbers.
         """
         value = self._read(name)
         if shape is not None and value.shape != shape:
@@ -84,42 +92,58 @@ class Reader:
                 f"{name} in {self.source.path} has shape {value.shape}, config.json asks for "
                 f"{shape}"
             )
-        floating = value.dtype.kind in "fV"  # V: numpy's kind of bfloat16
-        return value.astype(self.dtype) if cast and floating and self.dtype is not None else value
+        floating = str(value.dtype) in _STORED
+        if cast and not floating:
+            raise CheckpointError(
+                f"{name} in {self.source.path} holds {value.dtype} numbers, which are no weights "
+                "by themselves; give the original model, or one packed in a known form"
+            )
+        stored = value
+        if cast and self.dtype is not None:
+            with np.errstate(over="ignore"):
+                value = stored.astype(self.dtype)
+        if floating and not np.isfinite(value).all():
+            raise CheckpointError(self._not_finite(name, stored, value))
+        return value
+
+    def _not_finite(self, name: str, stored: np.ndarray, value: np.ndarray) -> str:
+        count, damaged = (x.size - int(np.isfinite(x).sum()) for x in (value, stored))
+        holds = f"{name} in {self.source.path} holds"
+        if damaged == 0:
+            return f"{holds} {count} numbers beyond {value.dtype}; load it as float32 or bfloat16"
+        return (
+            f"{holds} {damaged} of {stored.size} numbers that are not finite (NaN or infinity); "
+            "give a model whose training did not diverge, or fetch it again"
+        )
 
     def _read(self, name: str) -> np.ndarray:
-        found = self._find(name)
+        found = self.source.find(name)
         if found is not None:
             self._used.add(found)
             return self.source.read(found)
         # compressed-tensors' first versions kept ".weight" in the name of a masked tensor.
         for stem in (name, name.removesuffix(".weight")):
-            if self._find(f"{stem}.bitmask"):
+            if self.source.find(f"{stem}.bitmask"):
                 parts = {kind: self._read(f"{stem}.{kind}") for kind in compressed_tensors.MASKED}
-                self._used.add(self._find(f"{stem}.row_offsets") or "")
+                self._used.add(self.source.find(f"{stem}.row_offsets") or "")
                 return compressed_tensors.from_mask(stem, parts)
         raise CheckpointError(
             f"{self.source.path} lacks the tensor {name}; fetch the checkpoint again"
         )
 
-    def _find(self, name: str) -> str | None:
-        # OPT's oldest checkpoints leave out the leading "model.".
-        both = (name, name.removeprefix("model."))
-        return next((found for found in both if found in self.source.names), None)
-
     def weight(self, name: str, shape: tuple[int, int], bias: bool) -> Dense | Quantized:
         """The weight of module `name`; `shape` is (out, in)."""
         bias_array = self.tensor(f"{name}.bias", shape[:1]) if bias else None
-        if not bias and self._find(f"{name}.bias"):
+        if not bias and self.source.find(f"{name}.bias"):
             # Packers write a bias of zeros beside every packed matrix.
             if np.any(self.tensor(f"{name}.bias")):
                 raise CheckpointError(
                     f"{name}.bias is in {self.source.path}, but config.json says no bias"
                 )
-        if self._find(f"{name}.qweight"):
+        if self.source.find(f"{name}.qweight"):
             parts, packing, layout = self._parts(name, gptq)
             return gptq.to_weight(name, shape, parts, bias_array, packing, layout)
-        if self._find(f"{name}.weight_packed"):
+        if self.source.find(f"{name}.weight_packed"):
             parts, packing, _ = self._parts(name, compressed_tensors)
             return compressed_tensors.to_weight(name, shape, parts, bias_array, packing)
         return Dense(np.ascontiguousarray(self.tensor(f"{name}.weight", shape).T), bias_array)
@@ -132,7 +156,7 @@ class Reader:
                 f"{name} is packed, but the quantization_config of {self.source.path} says nothing "
                 "of it"
             )
-        there = [part for part in kind.OPTIONAL if self._find(f"{name}.{part}")]
+        there = [part for part in kind.OPTIONAL if self.source.find(f"{name}.{part}")]
         parts = {
             part: self.tensor(f"{name}.{part}", cast=False) for part in (*kind.REQUIRED, *there)
         }
@@ -167,6 +191,8 @@ class Reader:
         for name in ("embedding", "positions"):
             like = getattr(expected, name)
             file_name = f"{getattr(names, name)}.weight"
+            if name == "embedding" and self.config.tied_embeddings:
+                file_name = self._tied_name()
             outer[name] = None if like is None else self.tensor(file_name, like.shape)
         if expected.final_norm is not None:
             outer["final_norm"] = self.norm(names.final_norm, expected.final_norm)
@@ -177,6 +203,11 @@ class Reader:
                 inputs, outputs = like.kernel.shape
                 outer[name] = self.weight(getattr(names, name), (outputs, inputs), False)
         return outer
+
+    def _tied_name(self) -> str:
+        """The name of an embedding that is the head too; either of the two may be stored."""
+        both = (f"{self.names.embedding}.weight", f"{self.names.head}.weight")
+        return next((name for name in both if self.source.find(name)), both[0])
 
     def decoder(self, progress: Callable = iter) -> Decoder:
         """The whole model, with numpy arrays as leaves.

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from idp_jax.formats import gguf, hf
+from idp_jax.formats.folder import reason, refuse_custom_code
 from idp_jax.formats.source import open_source, resolve
 from idp_jax.kernels.dispatch import machine_backend
 from idp_jax.models.decoder import Decoder
@@ -89,7 +90,9 @@ def load_tokenizer(path_or_name: str | Path):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"no tokenizer can be read from {path}: {reason}") from error
+        for file in (path / "tokenizer_config.json", path / "config.json"):
+            if file.is_file():
+                refuse_custom_code(file, error)
+        raise ValueError(f"no tokenizer can be read from {path}: {reason(error)}") from error

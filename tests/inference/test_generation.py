@@ -142,7 +142,6 @@ def test_top_k_of_one_is_greedy():
         ({"max_new_tokens": 2, "temperature": 1.0}, "random key"),
         ({"max_new_tokens": 2, "temperature": -1.0}, "temperature"),
         ({"max_new_tokens": 2, "top_k": 0}, "top_k"),
-        ({"max_new_tokens": 2, "stop_ids": [128]}, "stop token 128"),
         ({"max_new_tokens": 2, "attention_mask": np.array([[1, 1, 0]])}, "last token"),
         ({"max_new_tokens": 2, "attention_mask": np.ones((1, 2))}, "must be one"),
         ({"max_new_tokens": 255}, "258 tokens"),
