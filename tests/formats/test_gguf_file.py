@@ -142,8 +142,8 @@ def test_a_gguf_model_is_saved_as_a_folder(tmp_path):
     ("changes", "message"),
     [
         ({"architecture": "gpt2"}, "'gpt2' model; only llama"),
-        ({"scaling": gguf.RopeScalingType.YARN}, "RoPE by 'yarn'"),
-        ({"extra": ["rope_freqs.weight"]}, "RoPE"),
+        ({"scaling": gguf.RopeScalingType.YARN}, "rope.scaling.type' to 'yarn'"),
+        ({"extra": ["rope_freqs.weight"]}, "RoPE by the tensor rope_freqs"),
         ({"extra": ["blk.0.attn_sinks.weight"]}, "'blk.0.attn_sinks.weight'"),
     ],
 )
