@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from idp_jax.compression.flow import Flow
@@ -32,6 +33,9 @@ from idp_jax.weights import Dense, Quantized
 
 # What float32 sums may differ by between two equally good results.
 _TOLERANCE = 1e-3
+# The squared error of rounding a scale to float16, in which all are kept: a matrix that loses no
+# more than this is as exact as it can be, whatever its baseline loses.
+_ROUNDING = 2.0**-22
 
 
 class CompressionError(ValueError):
@@ -83,7 +87,8 @@ def compress(
 
     Raises:
         ConfigError: a group size, pattern or rule that does not fit the model.
-        CompressionError: a matrix without a usable Hessian, or worse than its baseline.
+        CompressionError: a matrix that is not finite, has no usable Hessian, or ends worse than its
+            baseline.
     """
     model = restore(model)
     names = model.layers.weight_names
@@ -189,7 +194,8 @@ def compress_block(
         The block as it is to be stored, and its rows of the report.
 
     Raises:
-        CompressionError: a matrix without a usable Hessian, or worse than its baseline.
+        CompressionError: a matrix that is not finite, has no usable Hessian, or ends worse than its
+            baseline.
     """
     stored, rows = {}, []
     modules = module_names(block.config)
@@ -206,6 +212,8 @@ def compress_block(
                 done.append(hessian)
         with times.measure("core") as done:
             weights = {name: getattr(block, name) for name in names}
+            for name, weight in weights.items():
+                _check_finite(weight, modules[layer, name])
             results = compress_matrices(weights, hessian, chosen)
             done.append(results)
         for name, result in results.items():
@@ -250,6 +258,16 @@ def _numbers(row: dict[str, Any]) -> dict[str, Any]:
     return numbers
 
 
+def _check_finite(weight: Dense, module: str) -> None:
+    """Refuses numbers that rounding and pruning would turn into ordinary ones."""
+    wrong = weight.kernel.size - int(jnp.count_nonzero(jnp.isfinite(weight.kernel[...])))
+    if wrong:
+        raise CompressionError(
+            f"{module} holds {wrong} numbers of {weight.kernel.size} that are not finite; fetch "
+            "the model again"
+        )
+
+
 def _check(row: dict[str, Any], settings: Compression) -> None:
     """Refuses a matrix whose Hessian could not be factorised, or that is worse than it need be."""
     module, error = row["module"], row.get("relative_error", 0.0)
@@ -259,7 +277,7 @@ def _check(row: dict[str, Any], settings: Compression) -> None:
             "calibration text or a larger --damping"
         )
     baseline = row.get("baseline_error", np.inf)
-    if error > baseline * (1 + _TOLERANCE) and not allowed_worse(settings, module):
+    if error > max(baseline * (1 + _TOLERANCE), _ROUNDING) and not allowed_worse(settings, module):
         kind = "rounding to nearest" if "bits" in row else "magnitude pruning"
         raise CompressionError(
             f"{module} ends with a relative output error of {error:g}, {kind} alone with "

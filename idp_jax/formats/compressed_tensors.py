@@ -3,9 +3,10 @@
 `pack-quantized`, per linear [out, in]: `weight_packed` int32 [out, ceil(in * bits / 32)], a stream
 along the inputs; `weight_scale` [out, groups]; `weight_zero_point` int32 [ceil(out * bits / 32),
 groups], a stream along the outputs, absent where every zero is 2^(bits - 1); `weight_g_idx` [in]
-where inputs name their group; `weight_shape` [2]. What is stored is q + 2^(bits - 1) of signed q,
-for the zeros as well, which is our unsigned code. Before version 0.18 a word of 3 bits held 10
-values and two idle bits; the width of `weight_packed` tells.
+where inputs name their group, -1 throughout where they do not; `weight_shape` [2]. What is stored
+is q + 2^(bits - 1) of signed q, for the zeros as well, which is our unsigned code. Before version
+0.18 a word of 3 bits held 10 values and two idle bits; the width of `weight_packed` tells. The
+oldest files keep each signed zero by itself, int8 [out, groups]; the shape tells.
 
 `sparse-bitmask`: `compressed` [values that are not 0], `bitmask` uint8 [out, ceil(in / 8)] from the
 lowest bit on, `row_offsets` int64 [out], `shape` int64 [2]. `sparse-24-bitmask`: `compressed`
@@ -17,7 +18,7 @@ The invariant: dequantised values are those that the library computes from float
 import jax.numpy as jnp
 import numpy as np
 
-from idp_jax.formats.gptq import as_scales, group_index, groups_of
+from idp_jax.formats.gptq import as_scales, check_parts, group_index, groups_of
 from idp_jax.formats.quantization import BITMASK_24, Packing
 from idp_jax.kernels.packing import pack, unpack, word_count
 from idp_jax.weights import Dense, Quantized
@@ -42,7 +43,7 @@ def to_weight(
         parts: the tensors of `REQUIRED`, and of `OPTIONAL` those that are there.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes or types that do not fit together, or scales that are not finite.
     """
     outputs, inputs = shape
     bits, words = packing.bits, parts["weight_packed"]
@@ -51,42 +52,46 @@ def to_weight(
             f"the {inputs} inputs of {name} do not fill whole words of {bits} bits; only sizes "
             "that are multiples of 32 can be loaded"
         )
-    scales = _scales(parts["weight_scale"]).reshape(outputs, -1)
+    if "weight_shape" in parts and tuple(parts["weight_shape"].ravel()) != shape:
+        raise ValueError(
+            f"{name}.weight_shape says {parts['weight_shape'].tolist()}, config.json asks for "
+            f"{shape}; fetch the checkpoint again"
+        )
+    scales = _scales(f"{name}.weight_scale", parts["weight_scale"], outputs)
     groups = scales.shape[1]
     padded = words.shape == (outputs, _padded_words(inputs)) and bits == 3
-    expected = {"weight_packed": (outputs, word_count(inputs, bits))}
-    if "weight_zero_point" in parts:
-        expected["weight_zero_point"] = (word_count(outputs, bits), groups)
-    if padded:
-        expected = {"weight_packed": words.shape}
-        expected["weight_zero_point"] = (_padded_words(outputs), groups)
-    for key, wanted in expected.items():
-        if key in parts and parts[key].shape != wanted:
-            raise ValueError(
-                f"{name}.{key} has shape {parts[key].shape}; {bits} bits and config.json "
-                f"ask for {wanted}"
-            )
+    count = _padded_words if padded else lambda size: word_count(size, bits)
+    zeros, expected = parts.get("weight_zero_point"), {"weight_packed": (outputs, count(inputs))}
+    single = zeros is not None and zeros.size == outputs * groups
+    if not single:
+        expected["weight_zero_point"] = (count(outputs), groups)
+    check_parts(name, parts, expected, bits)
+    index = parts.get("weight_g_idx")
+    if index is not None and np.all(index == -1):
+        index = None
     return Quantized(
         np.asarray(pack(jnp.asarray(_padded_values(words.T, inputs)), 3))
         if padded
         else np.ascontiguousarray(words.T),
         np.ascontiguousarray(scales.T),
-        _zeros(parts.get("weight_zero_point"), outputs, groups, bits, padded),
+        _single_zeros(f"{name}.weight_zero_point", zeros, (outputs, groups), bits)
+        if single
+        else _zeros(zeros, outputs, groups, bits, padded),
         bits=bits,
-        group_index=groups_of(
-            f"{name}.weight_g_idx", inputs, groups, parts.get("weight_g_idx"), packing.group_size
-        ),
+        group_index=groups_of(f"{name}.weight_g_idx", inputs, groups, index, packing.group_size),
         bias=bias,
     )
 
 
-def _scales(stored: np.ndarray) -> np.ndarray:
-    """float16 or float32; float16 also where float32 numbers fit it, as those written here do."""
-    if stored.dtype != np.float32:
-        return as_scales(stored)
+def _scales(name: str, stored: np.ndarray, outputs: int) -> np.ndarray:
+    """[O, G], float16 or float32; float16 also where float32 fits it, as what is written here."""
+    if stored.ndim not in (1, 2) or len(stored) != outputs:
+        raise ValueError(f"{name} has shape {stored.shape}; config.json asks for {outputs} rows")
+    scales = as_scales(name, stored).reshape(outputs, -1)
     with np.errstate(over="ignore"):
-        halves = stored.astype(np.float16)
-    return halves if np.array_equal(halves, stored) else stored
+        halves = scales.astype(np.float16)
+    exact = stored.dtype == np.float32 and np.array_equal(halves, scales)
+    return halves if exact else scales
 
 
 def _zeros(
@@ -99,6 +104,18 @@ def _zeros(
         return np.ascontiguousarray(_padded_values(words, outputs).T)
     values = unpack(jnp.asarray(words), bits, count=outputs)
     return np.ascontiguousarray(np.asarray(values).T)
+
+
+def _single_zeros(name: str, stored: np.ndarray, shape: tuple[int, int], bits: int) -> np.ndarray:
+    """uint8 [G, O] of signed numbers [O, G] that are not packed."""
+    fits = stored.shape == shape or stored.shape == shape[:1]
+    codes = stored.reshape(shape).astype(np.int64) + 2 ** (bits - 1)
+    if not fits or stored.dtype.kind != "i" or codes.min() < 0 or codes.max() >= 2**bits:
+        raise ValueError(
+            f"{name} is {stored.dtype} {stored.shape}; zero points of {bits} bits are words of "
+            f"int32, or signed numbers {shape} of that many bits"
+        )
+    return np.ascontiguousarray(codes.T.astype(np.uint8))
 
 
 def _padded_words(count: int) -> int:

@@ -38,21 +38,22 @@ def to_weight(
         layout: the checkpoint's, for its form.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes or types that do not fit together, scales that are not finite, or an
+            order of the inputs that is announced but not there.
     """
     outputs, inputs = shape
-    bits, groups = packing.bits, parts["scales"].shape[0]
+    bits, groups = packing.bits, len(np.atleast_1d(parts["scales"]))
     expected = {
         "qweight": (inputs * bits // 32, outputs),
         "qzeros": (groups, outputs * bits // 32),
         "scales": (groups, outputs),
     }
-    for key, wanted in expected.items():
-        if parts[key].shape != wanted:
-            raise ValueError(
-                f"{name}.{key} has shape {parts[key].shape}; {bits} bits and config.json "
-                f"ask for {wanted}"
-            )
+    check_parts(name, parts, expected, bits)
+    if packing.act_order and groups > 1 and "g_idx" not in parts:
+        raise ValueError(
+            f"{name}.g_idx is missing, which desc_act in the quantization settings asks for; fetch "
+            "the checkpoint again"
+        )
     words, packed_zeros = parts["qweight"], parts["qzeros"].T
     if layout.form == PLANAR and bits == 3:
         words, packed_zeros = _from_planes(words), _from_planes(packed_zeros)
@@ -64,7 +65,7 @@ def to_weight(
         zeros = (zeros + np.uint8(1)) & np.uint8(2**bits - 1)
     return Quantized(
         words,
-        as_scales(parts["scales"]),
+        as_scales(f"{name}.scales", parts["scales"]),
         np.ascontiguousarray(zeros),
         bits=bits,
         group_index=groups_of(
@@ -74,8 +75,43 @@ def to_weight(
     )
 
 
-def as_scales(scales: np.ndarray) -> np.ndarray:
-    """Scales in the file's own float16, whatever the model's dtype; any other type as float32."""
+def check_parts(
+    name: str, parts: dict[str, np.ndarray], expected: dict[str, tuple[int, ...]], bits: int
+) -> None:
+    """Holds the tensors of a packed matrix against what its size asks for.
+
+    Raises:
+        ValueError: another shape, or words that are not int32.
+    """
+    for key, wanted in expected.items():
+        if key not in parts:
+            continue
+        if parts[key].shape != wanted:
+            raise ValueError(
+                f"{name}.{key} has shape {parts[key].shape}; {bits} bits and config.json "
+                f"ask for {wanted}"
+            )
+        if "scale" not in key and parts[key].dtype != np.int32:
+            raise ValueError(
+                f"{name}.{key} is {parts[key].dtype}, but packed words are int32; fetch the "
+                "checkpoint again"
+            )
+
+
+def as_scales(name: str, scales: np.ndarray) -> np.ndarray:
+    """Scales in the file's own float16, whatever the model's dtype; any other type as float32.
+
+    Raises:
+        ValueError: numbers that are not finite, or no floating-point ones.
+    """
+    if not jnp.issubdtype(scales.dtype, jnp.floating):
+        raise ValueError(f"{name} is {scales.dtype}, but scales are floating-point numbers")
+    wrong = scales.size - np.count_nonzero(np.isfinite(scales))
+    if wrong:
+        raise ValueError(
+            f"{name} holds {wrong} scales of {scales.size} that are not finite; fetch the "
+            "checkpoint again"
+        )
     return scales if scales.dtype == np.float16 else scales.astype(np.float32)
 
 
@@ -88,11 +124,15 @@ def groups_of(
         index: as in the file, or None, where groups are runs of `group_size` inputs.
 
     Raises:
-        ValueError: an index of another length, or a group that does not exist.
+        ValueError: an index of another length, a group that does not exist, or groups that the
+            size leaves over.
     """
-    if index is None:
-        index = np.arange(inputs) // (group_size if group_size > 0 else inputs)
-    if index.shape != (inputs,) or index.min() < 0 or index.max() >= groups:
+    runs = np.arange(inputs) // (group_size if group_size > 0 else inputs)
+    # What the settings leave over would mean that the file is cut finer than they say.
+    fits = index is not None or runs[-1] + 1 == groups
+    index = runs if index is None else index
+    whole = index.shape == (inputs,) and index.dtype.kind in "iu"
+    if not fits or not whole or index.min() < 0 or index.max() >= groups:
         raise ValueError(
             f"{name} must give each of {inputs} inputs one of {groups} groups; "
             f"check group_size {group_size} in the quantization settings"

@@ -127,6 +127,12 @@ class Reader:
                 parts = {kind: self._read(f"{stem}.{kind}") for kind in compressed_tensors.MASKED}
                 self._used.add(self.source.find(f"{stem}.row_offsets") or "")
                 return compressed_tensors.from_mask(stem, parts)
+        module = name.removesuffix(".weight")
+        if self._find(f"{module}.qweight") or self._find(f"{module}.weight_packed"):
+            raise CheckpointError(
+                f"{module} in {self.source.path} is packed, which only matrices of linear layers "
+                "can be; quantise again without it"
+            )
         raise CheckpointError(
             f"{self.source.path} lacks the tensor {name}; fetch the checkpoint again"
         )
@@ -201,7 +207,10 @@ class Reader:
             outer[name] = None
             if like is not None:
                 inputs, outputs = like.kernel.shape
-                outer[name] = self.weight(getattr(names, name), (outputs, inputs), False)
+                weight = self.weight(getattr(names, name), (outputs, inputs), False)
+                # Only the matrices of the layers are multiplied as they are packed.
+                packed, dtype = isinstance(weight, Quantized), outer["embedding"].dtype
+                outer[name] = expanded(weight, dtype) if packed else weight
         return outer
 
     def _tied_name(self) -> str:

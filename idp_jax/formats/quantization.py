@@ -74,6 +74,7 @@ def read_config(config: dict[str, Any] | None) -> Layout | None:
     """
     if config is None:
         return None
+    _typed(config, dict, "the quantization settings")
     method = config.get("quant_method") or config.get("method")
     if method is None:
         # AutoGPTQ's oldest files and compressed-tensors' first ones name no method.
@@ -116,8 +117,24 @@ def write_config(
     return _gptq_config(form, packings, default, damping)
 
 
+def _typed(value: Any, kind: type, name: str) -> Any:
+    if not isinstance(value, kind):
+        words = {dict: "an object", list: "a list", str: "a text"}
+        raise ValueError(f"{name} must be {words[kind]}, but is {value!r}; correct it")
+    return value
+
+
+def _group_size(value: Any) -> int:
+    """Inputs that share a scale; -1, or nothing, for all of them."""
+    if value is None:
+        return -1
+    if type(value) is not int or (value != -1 and value < 1):
+        raise ValueError(f"group_size {value!r} is neither -1 nor a number from 1 on; correct it")
+    return value
+
+
 def _bits(value: Any, method: str) -> int:
-    if value not in BITS:
+    if type(value) is not int or value not in BITS:
         raise ValueError(
             f"{value}-bit {method} is not supported; supported: {', '.join(map(str, BITS))}"
         )
@@ -152,22 +169,31 @@ def _read_gptq(config: dict[str, Any]) -> Layout:
         )
     if config.get("pack_dtype", "int32") != "int32":
         raise ValueError(f"pack_dtype {config['pack_dtype']!r} is not supported; supported: int32")
-    if config.get("lm_head"):
-        raise ValueError("a packed lm_head is not supported; quantise again with lm_head false")
+    if config.get("format") not in (None, form):
+        raise ValueError(
+            f"checkpoint_format {form!r} and format {config['format']!r} contradict each other; "
+            "correct the quantization settings"
+        )
     rules = []
-    for pattern, changes in (config.get("dynamic") or {}).items():
+    for pattern, changes in _typed(config.get("dynamic") or {}, dict, "dynamic").items():
         rule = _pattern(pattern.removeprefix("+:").removeprefix("-:"))
         skipped = pattern.startswith("-:")
-        rules.append((rule, None if skipped else _gptq_packing({**config, **changes})))
-    quantizer = str((config.get("meta") or {}).get("quantizer", ""))
+        changed = {**config, **_typed(changes or {}, dict, f"dynamic {pattern!r}")}
+        rules.append((rule, None if skipped else _gptq_packing(changed)))
+    quantizer = str(_typed(config.get("meta") or {}, dict, "meta").get("quantizer", ""))
     by_word = form == "gptq" and "gptqmodel" in quantizer
     return Layout(form, (*rules, (_ANY, _gptq_packing(config))), by_word)
 
 
 def _gptq_packing(config: dict[str, Any]) -> Packing:
+    if config.get("adapter"):
+        raise ValueError(
+            "a GPTQ checkpoint whose matrices have an adapter beside them (adapter) is not "
+            "supported; fetch the same model without it"
+        )
     return Packing(
         bits=_bits(config.get("bits"), "GPTQ"),
-        group_size=config.get("group_size", -1),
+        group_size=_group_size(config.get("group_size", -1)),
         symmetric=bool(config.get("sym", True)),
         act_order=bool(config.get("desc_act", False)),
     )
@@ -203,8 +229,9 @@ def _gptq_config(
 
 
 def _read_compressed_tensors(config: dict[str, Any]) -> Layout | None:
-    sparse = (config.get("sparsity_config") or {}).get("format", DENSE)
-    groups = config.get("config_groups") or {}
+    sparsity = _typed(config.get("sparsity_config") or {}, dict, "sparsity_config")
+    sparse = sparsity.get("format", DENSE)
+    groups = _typed(config.get("config_groups") or {}, dict, "config_groups")
     if sparse not in (*SPARSE_FORMS, DENSE):
         raise ValueError(
             f"sparsity format {sparse!r} is not supported; supported: {', '.join(SPARSE_FORMS)}"
@@ -220,18 +247,26 @@ def _read_compressed_tensors(config: dict[str, Any]) -> Layout | None:
         return None
     if config.get("kv_cache_scheme"):
         raise ValueError("a quantised KV cache (kv_cache_scheme) is not supported")
+    if config.get("transform_config"):
+        raise ValueError(
+            "a model whose activations are rotated as it runs (transform_config) is not supported; "
+            "fetch one that is only packed"
+        )
     rules: list[tuple[int, re.Pattern[str], Packing]] = []
     for name, group in groups.items():
         packing = _group_packing(name, group, config.get("format"))
-        for target in group.get("targets") or ():
+        for target in _typed(group.get("targets") or [], list, f"targets of {name}"):
             rules.append((*_target(target), packing))
-    ignored = [(_target(target)[1], None) for target in config.get("ignore") or ()]
+    ignored = [
+        (_target(target)[1], None) for target in _typed(config.get("ignore") or [], list, "ignore")
+    ]
     ordered = sorted(rules, key=lambda rule: rule[0])
     return Layout(PACK_QUANTIZED, (*ignored, *((rule, packing) for _, rule, packing in ordered)))
 
 
 def _target(target: str) -> tuple[int, re.Pattern[str]]:
     """A target's rank (names before patterns before the class of all matrices) and its pattern."""
+    _typed(target, str, "a target of the quantization settings")
     if target == "Linear":
         return 2, _ANY
     if target.startswith("re:"):
@@ -253,8 +288,13 @@ def _group_packing(name: str, group: Any, form: str | None) -> Packing:
         )
     if group.get("input_activations") or group.get("output_activations"):
         raise ValueError(f"config_groups.{name} quantises activations, which is not supported")
-    size, strategy = weights.get("group_size"), weights.get("strategy")
-    strategy = strategy or ("group" if size and size > 0 else "channel")
+    _typed(weights, dict, f"the weights of config_groups.{name}")
+    if weights.get("dynamic"):
+        raise ValueError(
+            f"config_groups.{name} packs weights as it runs (dynamic: true), which is not supported"
+        )
+    size, strategy = _group_size(weights.get("group_size")), weights.get("strategy")
+    strategy = strategy or ("group" if size > 0 else "channel")
     if weights.get("type", "int") != "int" or strategy not in ("group", "channel"):
         raise ValueError(
             f"config_groups.{name} packs {weights.get('type')!r} by {strategy!r}, which is not "

@@ -218,7 +218,6 @@ def test_unsupported_configuration(folder, changes, words):
         ({"dynamic": {"-:.*q_proj": {}}}, ["layers.0.self_attn.q_proj is packed"]),
         ({"dynamic": {"+:.*(q_proj": {}}}, [".*(q_proj", "regular expression"]),
         ({"dynamic": {"+:.*q_proj": {"bits": 7}}}, ["7-bit"]),
-        ({"lm_head": True}, ["lm_head"]),
         ({"bits": 8}, ["q_proj.qweight", "8 bits"]),
     ],
 )

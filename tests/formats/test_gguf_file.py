@@ -1,95 +1,15 @@
 """GGUF: a tiny file written here, and SmolLM2's tokenizer against transformers'."""
 
+import struct
+
 import gguf
 import numpy as np
 import pytest
 
 from idp_jax import load_model, load_tokenizer, save_model
 from idp_jax.formats import resolve
-from idp_jax.models.config import RopeConfig
-from tests.helpers import close, needs_smollm2, tiny_decoder, tiny_ids, tiny_tokenizer
-
-_NAMES = {
-    "q": "attn_q",
-    "k": "attn_k",
-    "v": "attn_v",
-    "o": "attn_output",
-    "gate": "ffn_gate",
-    "up": "ffn_up",
-    "down": "ffn_down",
-}
-
-
-def _interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Half-split rows of q or k in the order of llama.cpp: row i of a head beside row i + H / 2."""
-    head_dim = rows.shape[0] // heads
-    order = [i + half for i in range(head_dim // 2) for half in (0, head_dim // 2)]
-    return np.ascontiguousarray(rows.reshape(heads, head_dim, -1)[:, order].reshape(rows.shape))
-
-
-def _write(path, model, kind=gguf.GGMLQuantizationType.F32, **changes) -> None:
-    """Writes a decoder as llama.cpp's converter would."""
-    config = model.config
-    writer = gguf.GGUFWriter(path, changes.get("architecture", "llama"))
-    writer.add_context_length(config.max_positions)
-    writer.add_embedding_length(config.hidden_dim)
-    writer.add_block_count(config.num_layers)
-    writer.add_feed_forward_length(config.ffw_dim)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_layer_norm_rms_eps(config.norm_epsilon)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope.theta)
-    if "scaling" in changes:
-        writer.add_rope_scaling_type(changes["scaling"])
-    _write_tokenizer(writer)
-
-    def add(name, values):
-        values = np.asarray(values, np.float32)
-        if values.ndim == 1:
-            writer.add_tensor(name, values)
-        else:
-            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
-
-    add("token_embd.weight", model.embedding[...])
-    add("output_norm.weight", model.final_norm.scale[...])
-    if model.head is not None:
-        add("output.weight", model.head.dense().T)
-    for layer in range(config.num_layers):
-        prefix = f"blk.{layer}."
-        add(prefix + "attn_norm.weight", model.layers.attention_norm.scale[layer])
-        add(prefix + "ffn_norm.weight", model.layers.mlp_norm.scale[layer])
-        for name in model.layers.weight_names:
-            matrix = np.asarray(getattr(model.layers, name).dense()[layer]).T
-            heads = {"q": config.num_heads, "k": config.num_kv_heads}.get(name)
-            matrix = matrix if heads is None else _interleaved(matrix, heads)
-            add(f"{prefix}{_NAMES[name]}.weight", matrix)
-    for extra in changes.get("extra", ()):
-        add(extra, np.ones(32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def _write_tokenizer(writer) -> None:
-    vocabulary = tiny_tokenizer().get_vocab()
-    tokens = sorted(vocabulary, key=vocabulary.get)
-    merges = ["h e", "l l", "he ll"]
-    tokens += [merge.replace(" ", "") for merge in merges]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3] * 3 + [1] * (len(tokens) - 3))
-    writer.add_token_merges(merges)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(0)
-
-
-def _model(**overrides):
-    # GGUF keeps float32 numbers: a power of two is the same on both sides.
-    fixed = {"vocab_size": 262, "rope": RopeConfig(500.0, "default"), "norm_epsilon": 2.0**-17}
-    return tiny_decoder("llama", **fixed, **overrides)
+from tests.formats.gguf_files import tiny_model, write_file
+from tests.helpers import close, needs_smollm2, tiny_ids, tiny_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -98,8 +18,8 @@ def _model(**overrides):
     ids=["grouped", "tied", "wide-heads"],
 )
 def test_float_file(tmp_path, overrides):
-    model = _model(**overrides)
-    _write(tmp_path / "tiny.gguf", model)
+    model = tiny_model(**overrides)
+    write_file(tmp_path / "tiny.gguf", model)
     loaded = load_model(tmp_path / "tiny.gguf")
     assert loaded.config == model.config
     assert close(loaded(tiny_ids(model)), model(tiny_ids(model)), 1e-5)
@@ -107,8 +27,8 @@ def test_float_file(tmp_path, overrides):
 
 def test_quantised_file(tmp_path):
     """Eight bits a number: every matrix within its rounding, rows of q and k in their places."""
-    model = _model()
-    _write(tmp_path / "tiny.gguf", model, gguf.GGMLQuantizationType.Q8_0)
+    model = tiny_model()
+    write_file(tmp_path / "tiny.gguf", model, kind=gguf.GGMLQuantizationType.Q8_0)
     loaded = load_model(tmp_path / "tiny.gguf")
     for name in model.layers.weight_names:
         exact = getattr(model.layers, name).dense()
@@ -117,7 +37,7 @@ def test_quantised_file(tmp_path):
 
 
 def test_tokenizer_of_the_tiny_file(tmp_path):
-    _write(tmp_path / "tiny.gguf", _model())
+    write_file(tmp_path / "tiny.gguf", tiny_model())
     tokenizer, plain = load_tokenizer(tmp_path / "tiny.gguf"), tiny_tokenizer()
     assert (tokenizer.bos_token, tokenizer.eos_token_id, tokenizer.pad_token) == ("<s>", 2, "<pad>")
     assert tokenizer("hello")["input_ids"] == [261, *plain("o")["input_ids"]]
@@ -127,8 +47,8 @@ def test_tokenizer_of_the_tiny_file(tmp_path):
 
 
 def test_a_gguf_model_is_saved_as_a_folder(tmp_path):
-    model = _model()
-    _write(tmp_path / "tiny.gguf", model)
+    model = tiny_model()
+    write_file(tmp_path / "tiny.gguf", model)
     out = save_model(
         load_model(tmp_path / "tiny.gguf"), tmp_path / "saved", like=tmp_path / "tiny.gguf"
     )
@@ -138,30 +58,187 @@ def test_a_gguf_model_is_saved_as_a_folder(tmp_path):
     assert load_tokenizer(out)("hello")["input_ids"][0] == 261
 
 
+def refused(path, *words):
+    with pytest.raises(ValueError) as caught:
+        load_model(path)
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in (path.name, *words)), message
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"architecture": "gpt2"}, "'gpt2' model; only llama"),
-        ({"scaling": gguf.RopeScalingType.YARN}, "RoPE by 'yarn'"),
-        ({"extra": ["rope_freqs.weight"]}, "RoPE"),
-        ({"extra": ["blk.0.attn_sinks.weight"]}, "'blk.0.attn_sinks.weight'"),
+        ({"tensors": ("rope_freqs.weight",)}, "RoPE by the tensor rope_freqs"),
+        ({"tensors": ("blk.0.attn_sinks.weight",)}, "'blk.0.attn_sinks.weight'"),
+        ({"tensors": ("blk.2.attn_norm.weight",)}, "layers.2.input_layernorm"),
     ],
 )
 def test_what_is_not_supported_is_refused(tmp_path, changes, message):
-    _write(tmp_path / "tiny.gguf", _model(), **changes)
-    with pytest.raises(ValueError, match=message) as caught:
-        load_model(tmp_path / "tiny.gguf")
-    assert "\n" not in str(caught.value)
+    write_file(tmp_path / "tiny.gguf", tiny_model(), **changes)
+    refused(tmp_path / "tiny.gguf", message)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.rope.scaling.type", "yarn"),
+        ("llama.rope.scaling.type", "longrope"),
+        ("llama.rope.scaling.factor", 4.0),
+        ("llama.rope.scaling.attn_factor", 0.5),
+        ("llama.rope.scaling.yarn_beta_fast", 32.0),
+        ("llama.rope.freq_base_swa", 10000.0),
+        ("llama.rope.dimension_sections", [8, 8]),
+        ("llama.attention.sliding_window", 4096),
+        ("llama.attention.causal", False),
+        ("llama.attention.scale", 0.5),
+        ("llama.attention.clamp_kqv", 8.0),
+        ("llama.attention.max_alibi_bias", 8.0),
+        ("llama.attention.key_length", 32),
+        ("llama.attention.value_length", 8),
+        ("llama.attention.head_count_kv", [1, 2]),
+        ("llama.attention.layer_norm_epsilon", 1e-5),
+        ("llama.final_logit_softcapping", 30.0),
+        ("llama.logit_scale", 0.25),
+        ("llama.residual_scale", 0.25),
+        ("llama.embedding_scale", 12.0),
+        ("llama.expert_count", 8),
+        ("llama.use_parallel_residual", True),
+        ("llama.no_such_key", 0),
+        ("general.type", "adapter"),
+        ("split.count", 3),
+    ],
+)
+def test_a_key_that_changes_the_model_is_refused_by_name(tmp_path, key, value):
+    write_file(tmp_path / "tiny.gguf", tiny_model(), {key: value}, weights=False)
+    refused(tmp_path / "tiny.gguf", key.removeprefix("llama."))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.block_count", None),
+        ("llama.block_count", 0),
+        ("llama.block_count", 2_000_000_000),
+        ("llama.embedding_length", 1_000_000),
+        ("llama.feed_forward_length", 32),
+        ("llama.attention.head_count", "4"),
+        ("llama.attention.head_count", 0),
+        ("llama.attention.head_count_kv", 3),
+        ("llama.attention.layer_norm_rms_epsilon", float("nan")),
+        ("llama.rope.freq_base", float("inf")),
+        ("llama.rope.freq_base", 0.0),
+        ("llama.rope.dimension_count", 7),
+        ("llama.context_length", True),
+        ("llama.vocab_size", 4000),
+        ("tokenizer.ggml.bos_token_id", 262),
+        ("tokenizer.ggml.eos_token_id", 2**32 - 1),
+        ("tokenizer.ggml.padding_token_id", "<pad>"),
+        ("general.architecture", None),
+    ],
+)
+def test_a_key_with_an_impossible_value_is_refused(tmp_path, key, value):
+    architecture = {"architecture": "x"} if key == "general.architecture" else {}
+    fields = {} if architecture else {key: value}
+    write_file(tmp_path / "tiny.gguf", tiny_model(), fields, **architecture)
+    refused(tmp_path / "tiny.gguf")
+
+
+def test_keys_that_change_nothing_are_accepted(tmp_path):
+    model = tiny_model()
+    neutral = {
+        "general.type": "model",
+        "general.name": "tiny",
+        "general.quantization_version": 2,
+        "general.sampling.temp": 0.7,
+        "general.tags": ["text"],
+        "quantize.imatrix.entries_count": 7,
+        "split.count": 1,
+        "llama.vocab_size": 262,
+        "llama.rope.scaling.type": "none",
+        "llama.rope.scaling.factor": 1.0,
+        "llama.rope.scaling.original_context_length": 64,
+        "llama.rope.scale_linear": 1.0,
+        "llama.attention.key_length": model.config.head_dim,
+        "llama.attention.value_length": model.config.head_dim,
+        "llama.attention.causal": True,
+        "llama.expert_count": 0,
+        "llama.tensor_data_layout": "Meta AI original pth",
+    }
+    write_file(tmp_path / "tiny.gguf", model, neutral)
+    loaded = load_model(tmp_path / "tiny.gguf")
+    assert loaded.config == model.config
+    assert close(loaded(tiny_ids(model)), model(tiny_ids(model)), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "Q4_0"])
+def test_numbers_that_are_not_finite_are_counted(tmp_path, kind):
+    """Packed ones come from a scale, whose whole block of 32 is lost."""
+    kind, path = gguf.GGMLQuantizationType[kind], tmp_path / "tiny.gguf"
+    write_file(path, tiny_model(), kind=kind)
+    tensor = next(t for t in gguf.GGUFReader(path).tensors if t.name == "blk.1.ffn_up.weight")
+    content = bytearray(path.read_bytes())
+    infinity = np.array([np.inf], np.float32 if kind.name == "F32" else np.float16).tobytes()
+    content[tensor.data_offset : tensor.data_offset + len(infinity)] = infinity
+    path.write_bytes(content)
+    refused(path, "blk.1.ffn_up.weight", "32 numbers" if kind.name[0] == "Q" else "1 numbers")
 
 
 @pytest.mark.parametrize("kept", [0, 3, 200, 5_000, 200_000])
 def test_a_damaged_file_is_refused(tmp_path, kept):
-    _write(tmp_path / "whole.gguf", _model())
+    write_file(tmp_path / "whole.gguf", tiny_model())
     path = tmp_path / "cut.gguf"
     path.write_bytes((tmp_path / "whole.gguf").read_bytes()[:kept])
     with pytest.raises(ValueError, match=r"cut\.gguf is not a readable GGUF file") as caught:
         load_model(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_the_other_byte_order_is_refused(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "big.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    refused(tmp_path / "big.gguf", "big-endian")
+
+
+def string(text: str) -> bytes:
+    return struct.pack("<Q", len(text)) + text.encode()
+
+
+def entry(key: str, kind: int, value: bytes) -> bytes:
+    return string(key) + struct.pack("<I", kind) + value
+
+
+@pytest.mark.parametrize(
+    ("counts", "body", "message"),
+    [
+        ((2**60, 0), b"", "it ends"),
+        ((0, 2**60), b"", "it ends"),
+        ((0, 1), struct.pack("<Q", 2**62), "it ends"),
+        ((0, 1), entry("a", 9, struct.pack("<IQ", 4, 2**61)), "it ends"),
+        ((0, 1), entry("a", 9, struct.pack("<IQ", 8, 2**61)), "it ends"),
+        ((0, 1), entry("a", 9, struct.pack("<IQ", 9, 1) * 50_000), "unknown type 9"),
+        ((0, 1), entry("a", 77, b""), "unknown type 77"),
+        ((0, 2), entry("a", 0, b"1") * 2, "key 'a' twice"),
+        ((0, 1), entry("a", 8, struct.pack("<Q", 2) + b"\xff\xfe"), "no UTF-8"),
+        ((0, 1), entry("general.alignment", 4, struct.pack("<I", 0)), "no power of two"),
+        ((1, 0), string("t") + struct.pack("<IQIQ", 1, 2**50, 0, 0), "does not lie within"),
+        ((1, 0), string("t") + struct.pack("<IQIQ", 1, 8, 0, 2**63), "does not lie within"),
+        ((1, 0), string("t") + struct.pack("<I", 2**31), "it ends"),
+        ((1, 0), string("t") + struct.pack("<IQIQ", 1, 31, 8, 0), "impossible shape"),
+        ((1, 0), string("t") + struct.pack("<IQIQ", 1, 8, 99, 0), "unknown type 99"),
+        (
+            (2, 0),
+            b"".join(string(t) + struct.pack("<IQIQ", 1, 8, 0, 0) for t in "ab") + b"\0" * 96,
+            "lies over another",
+        ),
+    ],
+)
+def test_a_hostile_head_is_refused_at_once(tmp_path, counts, body, message):
+    path = tmp_path / "hostile.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, *counts) + body)
+    refused(path, message)
 
 
 PARAGRAPH = """In 1969, 600 million people watched; by 2024 it was 5,300,000,000 (+783 %).
