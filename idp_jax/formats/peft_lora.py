@@ -189,6 +189,9 @@ class _Found:
             self.modules.setdefault(name.rpartition(".")[0], place)
         linear = {m for m, p in self.modules.items() if p.turned and m != names.head}
         self.updated = {m for m in self.modules if updates(settings, m, linear)}
+        tied = {names.embedding, names.head}
+        if settings["ensure_weight_tying"] and config.tied_embeddings and tied & self.updated:
+            self.updated |= tied
         self.saved = {name for name in places if self._is_saved(name)}
         rows = settings["trainable_token_indices"]
         rows = rows if isinstance(rows, dict) else ({names.embedding: rows} if rows else {})

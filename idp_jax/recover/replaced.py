@@ -39,11 +39,11 @@ def with_parameters(decoder: Decoder, values: dict[str, jax.Array]) -> Decoder:
         *owners, leaf = path.split(".")
         value = value.astype(dtype)
         if leaf != "kernel":
-            setattr(reduce(getattr, owners, copy), leaf, nnx.Param(value))
+            setattr(reduce(getattr, owners, copy), leaf, nnx.data(nnx.Param(value)))
             continue
         *above, name = owners
         owner = reduce(getattr, above, copy)
         old = getattr(owner, name)
         bias = None if old is None or old.bias is None else old.bias[...]
-        setattr(owner, name, Dense(value, bias))
+        setattr(owner, name, nnx.data(Dense(value, bias)))
     return copy
