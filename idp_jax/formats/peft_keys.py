@@ -23,7 +23,7 @@ class Key(NamedTuple):
     Attributes:
         wanted: what it may hold, in words.
         valid: whether a value is that.
-        default: PEFT's value where the key is missing or None; REQUIRED where it must be there.
+        default: PEFT's value where the key is missing; REQUIRED where it must be there.
     """
 
     wanted: str
@@ -181,15 +181,14 @@ def checked(file: Path, tree: dict[str, Any], kind: str) -> dict[str, Any]:
         raise ValueError(f"{file}: {key} = {short(value)} is not supported: {reason}")
     settings = {}
     for key, rule in known.items():
-        value = tree.get(key)
-        if value is None and rule.default is not REQUIRED:
-            settings[key] = rule.default
-        elif key not in tree:
+        # PEFT takes None for every default but an empty dict.
+        missing = key not in tree or (tree[key] is None and rule.default != {})
+        value = rule.default if missing else tree[key]
+        if value is REQUIRED:
             raise ValueError(f"{file} lacks {key}; save the adapter again")
-        elif not rule.valid(value):
+        if not missing and not rule.valid(value):
             raise ValueError(f"{file}: {key} = {short(value)} is not {rule.wanted}")
-        else:
-            settings[key] = value
+        settings[key] = value
     if kind == "LORA":
         _check_lora(file, settings)
     return settings

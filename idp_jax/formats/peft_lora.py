@@ -202,8 +202,9 @@ class _Found:
             if module.endswith(name)
         }
         if len(self.rows) != len(rows):
-            raise self._wrong(
-                f"trainable_token_indices names {next(iter(rows))}, which is no embedding or head"
+            raise ValueError(
+                f"{folder / 'adapter_config.json'}: trainable_token_indices names "
+                f"{next(iter(rows))}, which is no embedding or head"
             )
         self.plain: dict[str, np.ndarray] = {}
         self.parts: dict[str, dict[str, np.ndarray]] = {}

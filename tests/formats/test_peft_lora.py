@@ -1,15 +1,12 @@
 """What LoRA's settings say is done as PEFT does it, or refused by name."""
 
-import json
-
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from idp_jax import load_adapter, load_model
 from idp_jax.formats import save_adapter
 from idp_jax.formats.adapters import read_adapter
-from tests.formats.test_peft import change, deprecated, their_logits
+from tests.formats.test_peft import deprecated, their_logits
 from tests.helpers import hf_config, tiny_decoder, write_folder
 
 # PEFT warns of what it does with tied weights, biases and embeddings.
@@ -105,7 +102,10 @@ HONOURED = {
     "saved-matrix": ("opt", {"modules_to_save": ["fc1"]}),
     "saved-in-one-layer": ("llama", {"modules_to_save": ["layers.1.mlp"], "target_modules": ALL}),
     "saved-attention": ("llama", {"modules_to_save": ["self_attn"], "target_modules": ALL}),
-    "ranks": ("opt", {"target_modules": ALL, "rank_pattern": {"fc1": 5, r"layers\.1\..*k_proj": 1}}),
+    "ranks": (
+        "opt",
+        {"target_modules": ALL, "rank_pattern": {"fc1": 5, r"layers\.1\..*k_proj": 1}},
+    ),
     "alphas": ("llama", {"alpha_pattern": {"v_proj": 11, "^model.layers.0.self_attn.q_proj": 1}}),
     "ranks-and-alphas": (
         "llama",
