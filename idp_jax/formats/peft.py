@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from idp_jax.formats.names import NAMES
+from idp_jax.formats.peft_files import other_model, read_adapter_tensors, read_json
+from idp_jax.formats.peft_keys import checked
+from idp_jax.formats.peft_lora import lora_files, read_lora
 from idp_jax.models.config import ModelConfig
 from idp_jax.models.decoder import Decoder
-from idp_jax.models.matrices import matrices
 from idp_jax.recover.lora import LoraAdapter
 from idp_jax.recover.methods import Adapter
 from idp_jax.recover.prefix import PrefixAdapter
@@ -44,23 +45,22 @@ def read_peft(decoder: Decoder, folder: Path) -> Adapter:
     """Reads an adapter.
 
     Raises:
-        ValueError: there is none, one of an unknown type, or one for another model.
+        ValueError: there is none, one of an unknown type, one whose settings ask for something
+            that is not done here, or one for another model.
     """
-    if not (folder / "adapter_config.json").is_file():
+    file = folder / "adapter_config.json"
+    if not file.is_file():
         raise ValueError(
             f"{folder} holds no adapter_config.json and no pool.json; give an adapter's folder"
         )
-    settings = read_json(folder / "adapter_config.json")
-    tensors = read_tensors(folder / "adapter_model.safetensors")
-    kind = settings.get("peft_type")
-    if kind not in PEFT_FORMS:
+    tree = read_json(file)
+    kind = tree.get("peft_type")
+    if not isinstance(kind, str) or kind not in PEFT_FORMS:
         raise ValueError(
-            f"{folder}: peft_type {kind!r} is not supported; supported: {', '.join(PEFT_FORMS)}"
+            f"{file}: peft_type {kind!r} is not supported; supported: {', '.join(PEFT_FORMS)}"
         )
-    try:
-        return PEFT_FORMS[kind].read(decoder, folder, settings, tensors)
-    except KeyError as error:
-        raise ValueError(f"{folder} lacks {error}; save the adapter again") from error
+    settings = checked(file, tree, kind)
+    return PEFT_FORMS[kind].read(decoder, folder, settings, read_adapter_tensors(folder))
 
 
 def _prompt_files(adapter: SoftPrompt, config: ModelConfig):
@@ -92,118 +92,48 @@ def _prefix_files(adapter: PrefixAdapter, config: ModelConfig):
     return settings, {"prompt_embeddings": np.moveaxis(rows, 2, 0).reshape(length, -1)}
 
 
-def _lora_files(adapter: LoraAdapter, config: ModelConfig):
-    names = NAMES[config.architecture]
-    settings = {
-        "r": adapter.rank,
-        "lora_alpha": adapter.alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_rslora": False,
-        "fan_in_fan_out": False,
-        "target_modules": [names.weights[name].rpartition(".")[2] for name in adapter.a],
-    }
-    tensors = {}
-    for name in adapter.a:
-        a, b = np.asarray(adapter.a[name][...]), np.asarray(adapter.b[name][...])
-        for layer in range(config.num_layers):
-            module = f"base_model.model.{names.weight(layer, name)}"
-            tensors[f"{module}.lora_A.weight"] = a[layer].T
-            tensors[f"{module}.lora_B.weight"] = b[layer].T
-    return settings, tensors
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The settings in a file; a ValueError where it holds none."""
-    try:
-        tree = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON ({error}); save the adapter again") from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"{file} holds no settings; save the adapter again")
-    return tree
-
-
-def read_tensors(file: Path) -> dict[str, np.ndarray]:
-    """The tensors in a file; a ValueError where it is missing or damaged."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
+def _rows(folder: Path, settings, tensors, width: int) -> np.ndarray:
+    """The only tensor of a prompt or prefix, [num_virtual_tokens, width]."""
+    if set(tensors) != {"prompt_embeddings"}:
         raise ValueError(
-            f"{file} is missing or damaged ({error}); save the adapter again"
-        ) from error
+            f"{folder} must hold prompt_embeddings alone, not {sorted(tensors)}; save the adapter "
+            "again"
+        )
+    rows, count = tensors["prompt_embeddings"], settings["num_virtual_tokens"]
+    if rows.ndim != 2 or len(rows) != count:
+        raise ValueError(
+            f"{folder}: prompt_embeddings of {rows.shape} do not have the {count} rows that "
+            "num_virtual_tokens says; save the adapter again"
+        )
+    if rows.shape[1] != width:
+        raise other_model(folder, f"rows of {rows.shape[1]} numbers", str(width))
+    return rows
 
 
-def other_model(folder: Path, found: str, wanted: str) -> ValueError:
-    """The error that refuses an adapter of another model."""
-    return ValueError(
-        f"the adapter {folder} was made for another model: it has {found}, this model needs "
-        f"{wanted}"
-    )
+def _check_sizes(folder: Path, settings, **sizes: int) -> None:
+    """Compares what the settings say of the model with the model."""
+    for key, wanted in sizes.items():
+        if settings[key] not in (None, wanted):
+            raise other_model(folder, f"{key} {settings[key]}", str(wanted))
 
 
 def _read_prompt(decoder: Decoder, folder: Path, settings, tensors) -> SoftPrompt:
-    embeddings = tensors["prompt_embeddings"]
-    wanted = (settings["num_virtual_tokens"], decoder.config.embedding_dim)
-    if embeddings.shape != wanted:
-        raise other_model(folder, f"prompt embeddings {embeddings.shape}", str(wanted))
-    layers = settings.get("num_layers")
-    if layers not in (None, decoder.config.num_layers):
-        raise other_model(folder, f"{layers} layers", str(decoder.config.num_layers))
-    return SoftPrompt(jnp.asarray(embeddings, jnp.float32))
+    config = decoder.config
+    _check_sizes(folder, settings, token_dim=config.embedding_dim, num_layers=config.num_layers)
+    rows = _rows(folder, settings, tensors, config.embedding_dim)
+    return SoftPrompt(jnp.asarray(rows, jnp.float32))
 
 
 def _read_prefix(decoder: Decoder, folder: Path, settings, tensors) -> PrefixAdapter:
-    if settings.get("prefix_projection"):
-        raise ValueError(f"{folder}: prefix_projection is not supported; merge it with PEFT first")
-    config, flat = decoder.config, tensors["prompt_embeddings"]
-    width = config.num_layers * 2 * config.num_kv_heads * config.head_dim
-    if flat.shape[1] != width:
-        raise other_model(folder, f"prefix rows of {flat.shape[1]}", str(width))
-    shape = (len(flat), config.num_layers, 2, config.num_kv_heads, config.head_dim)
+    config = decoder.config
+    layers, heads, width = config.num_layers, config.num_kv_heads, config.head_dim
+    _check_sizes(
+        folder, settings, num_layers=layers, num_attention_heads=heads, token_dim=heads * width
+    )
+    flat = _rows(folder, settings, tensors, layers * 2 * heads * width)
+    shape = (len(flat), layers, 2, heads, width)
     rows = jnp.moveaxis(jnp.asarray(flat, jnp.float32).reshape(shape), 0, 2)
     return PrefixAdapter(rows[:, 0], rows[:, 1])
-
-
-def _read_lora(decoder: Decoder, folder: Path, settings, tensors) -> LoraAdapter:
-    for key in (
-        "use_dora",
-        "rank_pattern",
-        "alpha_pattern",
-        "layers_to_transform",
-        "modules_to_save",
-    ):
-        if settings.get(key):
-            raise ValueError(f"{folder}: LoRA with {key} is not supported")
-    config, names = decoder.config, NAMES[decoder.config.architecture]
-    a, b, used = {}, {}, 0
-    for matrix in matrices(config):
-        name = matrix.name
-        modules = [f"base_model.model.{names.weight(i, name)}" for i in range(config.num_layers)]
-        found = [m for m in modules if f"{m}.lora_A.weight" in tensors]
-        if not found:
-            continue
-        if len(found) != len(modules):
-            raise other_model(folder, f"{name} in {len(found)} layers", f"{len(modules)} layers")
-        a[name] = np.stack([tensors[f"{m}.lora_A.weight"].T for m in modules])
-        b[name] = np.stack([tensors[f"{m}.lora_B.weight"].T for m in modules])
-        wanted = (matrix.inputs, matrix.outputs)
-        if (a[name].shape[1], b[name].shape[2]) != wanted:
-            raise other_model(
-                folder, f"{name} of {(a[name].shape[1], b[name].shape[2])}", str(wanted)
-            )
-        used += 2 * len(modules)
-    if not a or used != len(tensors):
-        raise other_model(folder, f"{len(tensors)} LoRA tensors", f"{used} of them")
-    rank = settings["r"]
-    alpha = settings["lora_alpha"] * (rank**0.5 if settings.get("use_rslora") else 1.0)
-    to_jax = lambda arrays: {
-        name: jnp.asarray(value, jnp.float32) for name, value in arrays.items()
-    }
-    return LoraAdapter(to_jax(a), to_jax(b), alpha)
 
 
 class PeftForm(NamedTuple):
@@ -222,5 +152,5 @@ class PeftForm(NamedTuple):
 PEFT_FORMS = {
     "PROMPT_TUNING": PeftForm(SoftPrompt, _prompt_files, _read_prompt),
     "PREFIX_TUNING": PeftForm(PrefixAdapter, _prefix_files, _read_prefix),
-    "LORA": PeftForm(LoraAdapter, _lora_files, _read_lora),
+    "LORA": PeftForm(LoraAdapter, lora_files, read_lora),
 }

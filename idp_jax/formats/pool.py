@@ -5,14 +5,15 @@ pool that names a file or a package runs its code when it is loaded.
 """
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from idp_jax.formats.peft import other_model, read_json, read_peft, read_tensors, write_peft
+from idp_jax.formats.peft import read_peft, write_peft
+from idp_jax.formats.peft_files import other_model, read_json, read_tensors, short
 from idp_jax.models.decoder import Decoder
 from idp_jax.recover.pool import Pool
 from idp_jax.recover.prompt import SoftPrompt
@@ -57,11 +58,8 @@ def read_pool(decoder: Decoder, folder: Path, given: str | Selector | None) -> P
     Raises:
         ValueError: no pool, another model's, or its selector cannot be had.
     """
-    settings = read_json(folder / "pool.json")
-    missing = [name for name in ("prompts", "selector") if not settings.get(name)]
-    if missing:
-        raise ValueError(f"{folder / 'pool.json'} names no {missing[0]}; save the pool again")
-    alignment = settings.get("alignment", "own")
+    settings = _settings(folder / "pool.json")
+    alignment = settings.get("alignment") or "own"
     # Rotary models tell distances alone, so a prompt at 0 .. n - 1 and one that ends with the
     # longest are the same. Learned positions do not move: only prompts trained at 0 .. n - 1 fit.
     if alignment not in ("own", _alignment(decoder)):
@@ -74,7 +72,54 @@ def read_pool(decoder: Decoder, folder: Path, given: str | Selector | None) -> P
                 f"{folder / name} is not a PROMPT_TUNING adapter; a pool has no others"
             )
         prompts.append(prompt)
+    lengths = [prompt.length for prompt in prompts]
+    if settings.get("lengths") not in (None, lengths):
+        raise ValueError(
+            f"{folder / 'pool.json'}: lengths {settings['lengths']} are not those of the prompts, "
+            f"{lengths}; save the pool again"
+        )
     return Pool(prompts, _read_selector(decoder, folder, settings["selector"], given, len(prompts)))
+
+
+# What each key of pool.json may hold; all but the first two may be missing.
+_KEYS = {
+    "prompts": (
+        "a list of folders below this one",
+        lambda x: isinstance(x, list) and x and all(map(_is_below, x)),
+    ),
+    "selector": ("a name", lambda x: isinstance(x, str) and x),
+    "type": ("IDP_POOL", lambda x: x == "IDP_POOL"),
+    "lengths": ("a list of numbers", lambda x: isinstance(x, list)),
+    "alignment": ("a name", lambda x: isinstance(x, str)),
+}
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """The keys of pool.json, of which none is unknown or of the wrong type."""
+    settings = read_json(file)
+    missing = [key for key in ("prompts", "selector") if not settings.get(key)]
+    if missing:
+        raise ValueError(f"{file} names no {missing[0]}; save the pool again")
+    for key, value in settings.items():
+        if value is None:
+            continue
+        if key not in _KEYS:
+            raise ValueError(f"{file}: {key} is not known here; it may change the pool")
+        wanted, valid = _KEYS[key]
+        if not valid(value):
+            raise ValueError(f"{file}: {key} = {short(value)} is not {wanted}")
+    for name in settings["prompts"]:
+        if not (file.parent / name).resolve().is_relative_to(file.parent.resolve()):
+            raise ValueError(f"{file}: the prompt {name!r} lies outside {file.parent}")
+    return settings
+
+
+def _is_below(name) -> bool:
+    """Whether a name can be that of a folder in another, links aside."""
+    if not isinstance(name, str) or "\0" in name or len(name) > 255:
+        return False
+    path = PurePath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def _alignment(decoder: Decoder) -> str:

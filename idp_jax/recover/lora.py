@@ -1,5 +1,6 @@
 """Low-rank updates beside the frozen matrices."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from flax import nnx
 from idp_jax.models.decoder import Decoder
 from idp_jax.models.matrices import matrices, matrix_axes
 from idp_jax.recover.repaired import Repaired
+from idp_jax.recover.replaced import with_parameters
 from idp_jax.weights import Lora
 
 
@@ -20,12 +22,26 @@ class LoraAdapter(nnx.Module):
     Attributes:
         a: by matrix name, [L, I, r]; b: [L, r, O].
         alpha: the update is scaled by alpha / r.
+        bias: by matrix name, [L, O], added to x @ a @ b before it is scaled; PEFT's `lora_bias`.
+        replaced: whole parameters of the model by their path, see `replaced.with_parameters`. Only
+            adapters of PEFT have them: `init` makes none.
     """
 
-    def __init__(self, a: dict[str, jax.Array], b: dict[str, jax.Array], alpha: float):
+    def __init__(
+        self,
+        a: dict[str, jax.Array],
+        b: dict[str, jax.Array],
+        alpha: float,
+        *,
+        bias: Mapping[str, jax.Array] | None = None,
+        replaced: Mapping[str, jax.Array] | None = None,
+    ):
         self.a = nnx.Dict({name: nnx.Param(value) for name, value in a.items()})
         self.b = nnx.Dict({name: nnx.Param(value) for name, value in b.items()})
         self.alpha = alpha
+        self.bias = nnx.Dict({name: nnx.Param(value) for name, value in (bias or {}).items()})
+        # A path has dots in it, which nnx.Dict takes for no attribute's name.
+        self.replaced = nnx.Dict({n: nnx.Param(value) for n, value in (replaced or {}).items()})
 
     @classmethod
     def init(
@@ -64,6 +80,7 @@ class LoraAdapter(nnx.Module):
     def repair(self, decoder: Decoder) -> Repaired:
         """The model with the updates beside its frozen matrices (not merged)."""
         dtype = decoder.embedding.dtype
+        decoder = with_parameters(decoder, self._parameters(decoder))
         with_updates = {
             name: Lora(
                 getattr(decoder.layers, name),
@@ -75,9 +92,20 @@ class LoraAdapter(nnx.Module):
         }
         return Repaired(decoder.with_layers(decoder.layers.replace(**with_updates)))
 
+    def _parameters(self, decoder: Decoder) -> dict[str, jax.Array]:
+        """The parameters of the model that are others with this adapter, by their path."""
+        values = {path: value[...] for path, value in self.replaced.items()}
+        for name, bias in self.bias.items():
+            path, update = f"layers.{name}.bias", bias[...] * (self.alpha / self.rank)
+            old = getattr(decoder.layers, name).bias
+            before = values.get(path, None if old is None else old[...].astype(jnp.float32))
+            values[path] = update if before is None else before + update
+        return values
+
     def logical_axes(self) -> dict[str, Any]:
         """What the axes of the parameters mean, see `sharding.declared_axes`."""
         return {
             "a": {name: (matrix_axes(name)[0], "rank") for name in self.a},
             "b": {name: ("rank", matrix_axes(name)[1]) for name in self.b},
+            "bias": {name: (matrix_axes(name)[1],) for name in self.bias},
         }

@@ -1,0 +1,397 @@
+"""LoRA in PEFT's files.
+
+Updates of the blocks' matrices stay low-rank beside the frozen weights, which may be compressed.
+All else that a file may hold (biases, modules_to_save, rows of the embedding, updates of matrices
+outside the blocks, which are dense) becomes whole parameters of the model. The invariant: every
+tensor of the file is used, and every module that the settings name is in it.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from idp_jax.formats.names import NAMES
+from idp_jax.formats.peft_files import other_model
+from idp_jax.formats.peft_keys import by_pattern, updates
+from idp_jax.models.abstract import abstract
+from idp_jax.models.config import ModelConfig
+from idp_jax.models.decoder import Decoder
+from idp_jax.models.matrices import matrices
+from idp_jax.recover.lora import LoraAdapter
+from idp_jax.recover.replaced import parameter
+
+_PREFIX = "base_model.model."
+_LINEAR = ("lora_A.weight", "lora_B.weight")
+_LOOKUP = ("lora_embedding_A", "lora_embedding_B")
+_BIAS = "lora_B.bias"
+_ROWS = "token_adapter.trainable_tokens_delta"
+
+
+class Place(NamedTuple):
+    """Where a parameter of Hugging Face's model stands in a decoder.
+
+    Attributes:
+        path: see `recover.replaced`.
+        layer: its layer, or None outside the layers.
+        shape: in the file.
+    """
+
+    path: str
+    layer: int | None
+    shape: tuple[int, ...]
+
+    @property
+    def turned(self) -> bool:
+        """Whether the file has [O, I] where the decoder has [I, O]."""
+        return self.path.endswith(".kernel")
+
+
+def _places(config: ModelConfig) -> dict[str, Place]:
+    """Every parameter of a model by its name in files, the head of tied models too."""
+    names, like, found = NAMES[config.architecture], abstract(config), {}
+
+    def norm(module: str, path: str, parts, layer: int | None = None) -> None:
+        for name, leaf in (("weight", "scale"), ("bias", "bias")):
+            if getattr(parts, leaf, None) is not None:
+                found[f"{module}.{name}"] = Place(f"{path}.{leaf}", layer, (config.hidden_dim,))
+
+    for name in ("embedding", "positions"):
+        if getattr(like, name) is not None:
+            found[f"{getattr(names, name)}.weight"] = Place(name, None, getattr(like, name).shape)
+    found[f"{names.head}.weight"] = Place("head.kernel", None, like.embedding.shape)
+    for name in ("project_in", "project_out"):
+        weight = getattr(like, name)
+        if weight is not None:
+            shape = weight.kernel.shape[::-1]
+            found[f"{getattr(names, name)}.weight"] = Place(f"{name}.kernel", None, shape)
+    norm(names.final_norm, "final_norm", like.final_norm)
+    for layer in range(config.num_layers):
+        for matrix in matrices(config):
+            module, path = names.weight(layer, matrix.name), f"layers.{matrix.name}"
+            shape = (matrix.outputs, matrix.inputs)
+            found[f"{module}.weight"] = Place(f"{path}.kernel", layer, shape)
+            if matrix.bias:
+                found[f"{module}.bias"] = Place(f"{path}.bias", layer, shape[:1])
+        for name in ("attention_norm", "mlp_norm"):
+            module = names.layer.format(layer) + getattr(names, name)
+            norm(module, f"layers.{name}", getattr(like.layers, name), layer)
+    return found
+
+
+def lora_files(adapter: LoraAdapter, config: ModelConfig):
+    """The settings and tensors of PEFT's two files.
+
+    Raises:
+        ValueError: there is no low-rank update, without which PEFT loads no LoRA.
+    """
+    if not adapter.a:
+        raise ValueError(
+            "this LoRA updates no matrix of the blocks, and PEFT loads none without such an update"
+        )
+    names = NAMES[config.architecture]
+    settings = {
+        "r": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "fan_in_fan_out": False,
+        "target_modules": [names.weights[name].rpartition(".")[2] for name in adapter.a],
+    }
+    tensors, updated = {}, set()
+    for name in adapter.a:
+        parts = {_LINEAR[0]: adapter.a[name], _LINEAR[1]: adapter.b[name]}
+        if adapter.bias:
+            settings["lora_bias"] = True
+            nothing = jnp.zeros(adapter.b[name].shape[::2], jnp.float32)
+            parts[_BIAS] = adapter.bias.get(name, nothing)
+        for layer in range(config.num_layers):
+            module = names.weight(layer, name)
+            updated.add(module)
+            for suffix, value in parts.items():
+                tensors[f"{_PREFIX}{module}.{suffix}"] = np.asarray(value[...])[layer].T
+    for name, place in _places(config).items():
+        if place.path not in adapter.replaced:
+            continue
+        module, _, leaf = name.rpartition(".")
+        value = np.asarray(adapter.replaced[place.path][...])
+        value = value if place.layer is None else value[place.layer]
+        inner = "base_layer." if module in updated else ""
+        tensors[f"{_PREFIX}{module}.{inner}{leaf}"] = value.T if place.turned else value
+    if config.tied_embeddings and "head.kernel" in adapter.replaced:
+        settings["modules_to_save"] = [names.head]  # else PEFT puts it into the embedding too
+    return settings, tensors
+
+
+def read_lora(decoder: Decoder, folder: Path, settings, tensors) -> LoraAdapter:
+    """Makes the adapter of what PEFT's two files hold.
+
+    Raises:
+        ValueError: the file and the settings contradict each other, or belong to another model.
+    """
+    places = _places(decoder.config)
+    found = _Found(folder, settings, places, decoder.config)
+    found.sort(tensors)
+    found.check()
+    updates_of = {module: found.update(module) for module in sorted(found.updated)}
+    low_rank, alpha = _stacked(decoder.config, updates_of)
+    outer = {
+        found.modules[module].path: update.scale * (update.a @ update.b)
+        for module, update in updates_of.items()
+        if found.modules[module].layer is None
+    }
+    replaced = _replaced_in_layers(decoder, found) | _replaced_outside(decoder, found, outer)
+    a, b, bias, replaced = (
+        {name: jnp.asarray(value, jnp.float32) for name, value in part.items()}
+        for part in (*low_rank, replaced)
+    )
+    return LoraAdapter(a, b, alpha, bias=bias, replaced=replaced)
+
+
+class _Update(NamedTuple):
+    """One module's update: a [I, r], b [r, O], PEFT's lora_bias [O] or None, and its alpha."""
+
+    a: np.ndarray
+    b: np.ndarray
+    bias: np.ndarray | None
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        """The rank r."""
+        return self.a.shape[1]
+
+    @property
+    def scale(self) -> float:
+        """What the product of a and b is multiplied by."""
+        return self.alpha / self.rank
+
+
+class _Found:
+    """The tensors of a file, by what they are.
+
+    Attributes:
+        modules: the model's modules, with the place of their weight.
+        updated: those that the settings put an update beside.
+        saved: the parameters of those that the settings replace (modules_to_save).
+        rows: the modules some of whose rows the file has, with the numbers of these rows.
+        plain: whole parameters of the file.
+        parts: the rest of a module's tensors, by module and name.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], places, config: ModelConfig):
+        names = NAMES[config.architecture]
+        self.folder, self.settings, self.places = folder, settings, places
+        self.modules: dict[str, Place] = {}
+        for name, place in places.items():
+            self.modules.setdefault(name.rpartition(".")[0], place)
+        linear = {m for m, p in self.modules.items() if p.turned and m != names.head}
+        self.updated = {m for m in self.modules if updates(settings, m, linear)}
+        tied = {names.embedding, names.head}
+        if settings["ensure_weight_tying"] and config.tied_embeddings and tied & self.updated:
+            self.updated |= tied
+        self.saved = {name for name in places if self._is_saved(name)}
+        rows = settings["trainable_token_indices"]
+        rows = rows if isinstance(rows, dict) else ({names.embedding: rows} if rows else {})
+        self.rows = {
+            module: numbers
+            for name, numbers in rows.items()
+            for module in (names.embedding, names.head)
+            if module.endswith(name)
+        }
+        if len(self.rows) != len(rows):
+            raise ValueError(
+                f"{folder / 'adapter_config.json'}: trainable_token_indices names "
+                f"{next(iter(rows))}, which is no embedding or head"
+            )
+        self.plain: dict[str, np.ndarray] = {}
+        self.parts: dict[str, dict[str, np.ndarray]] = {}
+
+    def _is_saved(self, parameter_name: str) -> bool:
+        """Whether a module around the parameter ends with a name of modules_to_save, as in PEFT."""
+        words = parameter_name.split(".")[:-1]
+        around = [".".join(words[: end + 1]) for end in range(len(words))]
+        return any(m.endswith(name) for m in around for name in self.settings["modules_to_save"])
+
+    def _wrong(self, what: str) -> ValueError:
+        return ValueError(f"{self.folder}: {what}")
+
+    def sort(self, tensors: dict[str, np.ndarray]) -> None:
+        """Puts every tensor where it belongs."""
+        for full, value in tensors.items():
+            name = full.removeprefix(_PREFIX)
+            words = name.split(".")
+            heads = (".".join(words[:end]) for end in range(len(words) - 1, 0, -1))
+            module = next((m for m in heads if m in self.modules), None)
+            if module is None or name == full:
+                raise other_model(self.folder, f"the tensor {full}", "no such module")
+            suffix = name[len(module) + 1 :]
+            # PEFT puts the module that it updates one level deeper.
+            inner = "base_layer." if module in self.updated else ""
+            leaf = f"{module}.{suffix.removeprefix(inner)}"
+            if suffix.startswith(inner) and leaf in self.places:
+                if value.shape != self.places[leaf].shape:
+                    wanted = str(self.places[leaf].shape)
+                    raise other_model(self.folder, f"{full} of {value.shape}", wanted)
+                self.plain[leaf] = value
+            elif suffix in (*_LINEAR, *_LOOKUP, _BIAS, _ROWS):
+                self.parts.setdefault(module, {})[suffix] = value
+            else:
+                raise self._wrong(f"the tensor {full} is not known here")
+
+    def check(self) -> None:
+        """Compares the modules that the settings name with those of the file."""
+        if not self.updated:
+            raise self._wrong(
+                f"target_modules {self.settings['target_modules']!r} names no module of this model"
+            )
+        there = {module for module, parts in self.parts.items() if set(parts) - {_ROWS}}
+        layers = lambda modules: {self.modules[m].layer for m in modules} - {None}
+        if not there:
+            raise self._wrong("the file holds no update; save the adapter again")
+        if there < self.updated and layers(there) < layers(self.updated):
+            wanted = f"{len(layers(self.updated))} layers"
+            raise other_model(self.folder, f"updates in {len(layers(there))} layers", wanted)
+        for module in sorted(there - self.updated):
+            raise self._wrong(
+                f"the file updates {module}, which target_modules and its companions leave out"
+            )
+        for module in sorted(self.updated - there):
+            raise self._wrong(f"the settings update {module}, of which the file holds nothing")
+        for name in sorted(self.saved - set(self.plain)):
+            raise self._wrong(f"modules_to_save replaces {name}, which the file lacks")
+        with_rows = {module for module, parts in self.parts.items() if _ROWS in parts}
+        for module in sorted(with_rows ^ set(self.rows)):
+            raise self._wrong(
+                f"trainable_token_indices and the tensor {module}.{_ROWS} do not go together"
+            )
+
+    def update(self, module: str) -> _Update:
+        """The update of one module, compared with the settings and the model."""
+        parts, settings, place = self.parts[module], self.settings, self.modules[module]
+        names = _LOOKUP if place.path == "embedding" else _LINEAR
+        if place.path != "embedding" and not place.turned:
+            raise self._wrong(f"an update of {module} is not supported")
+        bias = [_BIAS] if settings["lora_bias"] else []
+        for name in (*names, *bias):
+            if name not in parts:
+                raise self._wrong(f"the file lacks {module}.{name}; save the adapter again")
+        for name in set(parts) - {*names, *bias, _ROWS}:
+            raise self._wrong(f"{module}.{name} contradicts the settings; save the adapter again")
+        if bias and place.layer is None:
+            raise self._wrong(f"lora_bias of {module}, outside the blocks, is not supported")
+        a, b = parts[names[0]], parts[names[1]]
+        rank = by_pattern(settings["rank_pattern"], module, settings["r"])
+        alpha = by_pattern(settings["alpha_pattern"], module, settings["lora_alpha"])
+        if a.ndim != 2 or b.ndim != 2 or (a.shape[0], b.shape[1]) != (rank, rank):
+            raise self._wrong(
+                f"{module}.{names[0]} of {a.shape} and {names[1]} of {b.shape} do not have the "
+                f"rank {rank} that r or rank_pattern says"
+            )
+        # The embedding is a matrix of [V, E] that reads one-hot rows, so its inputs are V.
+        outputs, inputs = place.shape if place.turned else place.shape[::-1]
+        if (a.shape[1], b.shape[0]) != (inputs, outputs):
+            wanted = str((inputs, outputs))
+            raise other_model(self.folder, f"{module} of {(a.shape[1], b.shape[0])}", wanted)
+        if bias and parts[_BIAS].shape != (outputs,):
+            raise other_model(
+                self.folder, f"{module}.{_BIAS} of {parts[_BIAS].shape}", f"{outputs}"
+            )
+        alpha = alpha * (rank**0.5 if settings["use_rslora"] else 1.0)
+        return _Update(a.T, b.T, parts.get(_BIAS), alpha)
+
+    def with_rows(self, module: str, value: np.ndarray) -> np.ndarray:
+        """A parameter [V, E] with the rows that the file has for it."""
+        numbers, new = self.rows[module], self.parts[module][_ROWS]
+        if len(set(numbers)) != len(numbers) or new.shape != (len(numbers), value.shape[1]):
+            raise self._wrong(
+                f"{module}.{_ROWS} of {new.shape} does not fit {len(numbers)} different tokens of "
+                "trainable_token_indices"
+            )
+        if numbers and max(numbers) >= len(value):
+            raise other_model(self.folder, f"token {max(numbers)}", f"less than {len(value)}")
+        value = np.array(value)
+        value[numbers] = new
+        return value
+
+
+def _stacked(config: ModelConfig, found: dict[str, _Update]):
+    """The updates of the blocks' matrices as (a, b, bias) by matrix, and their common alpha.
+
+    Where ranks or alphas differ, a and b are filled up with zeros to the largest rank and b takes
+    its own scale; a layer without an update has zeros. Otherwise the numbers are the file's.
+    """
+    names = NAMES[config.architecture]
+    inside = {
+        (matrix, layer): found[module]
+        for matrix in matrices(config)
+        for layer in range(config.num_layers)
+        if (module := names.weight(layer, matrix.name)) in found
+    }
+    rank = max((update.rank for update in inside.values()), default=0)
+    kinds = {(update.rank, update.alpha) for update in inside.values()}
+    alike = len(kinds) == 1
+    alpha = next(iter(kinds))[1] if alike else float(rank)
+    a, b, bias = {}, {}, {}
+    for (matrix, layer), update in inside.items():
+        name, scale, used = matrix.name, 1.0 if alike else update.scale, update.rank
+        a.setdefault(name, np.zeros((config.num_layers, matrix.inputs, rank), np.float32))
+        b.setdefault(name, np.zeros((config.num_layers, rank, matrix.outputs), np.float32))
+        a[name][layer, :, :used] = update.a
+        b[name][layer, :used] = update.b * scale
+        if update.bias is not None:
+            bias.setdefault(name, np.zeros((config.num_layers, matrix.outputs), np.float32))
+            bias[name][layer] = update.bias * scale
+    return (a, b, bias), alpha
+
+
+def _replaced_in_layers(decoder: Decoder, found: _Found) -> dict[str, np.ndarray]:
+    """The stacked parameters of the layers that the file replaces in one layer or more."""
+    stacked = {}
+    for name, value in found.plain.items():
+        path, layer, _ = place = found.places[name]
+        if layer is None:
+            continue
+        if path not in stacked:
+            stacked[path] = np.array(parameter(decoder, path))
+        stacked[path][layer] = value.T if place.turned else value
+    return stacked
+
+
+def _replaced_outside(decoder: Decoder, found: _Found, deltas) -> dict[str, np.ndarray]:
+    """The parameters outside the layers that are others with the adapter.
+
+    In a tied model a parameter of the file goes into the embedding and the head at once, and so do
+    rows of the embedding; modules_to_save and updates belong to one of them.
+
+    Args:
+        deltas: updates, multiplied out to [I, O], by path.
+    """
+    tied, both = decoder.config.tied_embeddings, ("embedding", "head.kernel")
+    turned = lambda path, value: value.T if path.endswith(".kernel") else value
+    values, apart = {}, False  # as in the file: [O, I]
+
+    def current(path: str) -> np.ndarray:
+        value = values.get(path)
+        return turned(path, np.asarray(parameter(decoder, path))) if value is None else value
+
+    for name, value in sorted(found.plain.items(), key=lambda item: item[0] in found.saved):
+        path, layer, _ = found.places[name]
+        if layer is None:
+            alone = not tied or path not in both or name in found.saved
+            apart |= name in found.saved and path in both
+            values |= dict.fromkeys([path] if alone else both, value)
+    for module in found.rows:
+        path = found.modules[module].path
+        for one in both if tied else (path,):
+            values[one] = found.with_rows(module, current(one))
+    for path, delta in deltas.items():
+        values[path] = current(path) + turned(path, delta)
+        apart |= path in both
+    if tied and not apart:
+        values.pop("head.kernel", None)
+    elif tied and "embedding" in values:
+        values.setdefault("head.kernel", current("head.kernel"))
+    return {path: turned(path, value) for path, value in values.items()}
