@@ -96,7 +96,7 @@ def test_no_number_is_no_result(tmp_path, changes, place):
 
 
 def test_what_no_float_holds_is_null_and_infinite_again(tmp_path):
-    """A mean loss of 900 has a perplexity that is none; an item alone has a difference unbounded."""
+    """A mean loss of 900 has no perplexity; the difference on one item has no bounds."""
     alone = Estimate(1.0, -math.inf, math.inf)
     large = dataclasses.replace(text(), perplexity=math.inf, interval=(1e5, math.inf))
     metrics = {"t": task(metrics={"acc": 0.5, "word_perplexity": math.inf})}
