@@ -285,8 +285,8 @@ class Measurement(Settings):
     """lm-eval tasks, separated by commas; `knowledge` is the built-in probe."""
     task_data: Path | None = None
     """Folder with a local copy of every task's data, TASK/{train,validation,test}.jsonl[.gz]."""
-    limit: int | None = None
-    """Items of each task."""
+    limit: int | float | None = None
+    """Items of each task, or the fraction of them where it is below 1."""
     num_fewshot: int | None = None
     """Examples before each item; by default what the task says."""
     perplexity: Path | None = None
@@ -309,8 +309,11 @@ class Measurement(Settings):
         super().__post_init__()
         at_least("batch-size", self.batch_size, 1)
         at_least("sequence-length", self.sequence_length, 2)
-        if self.limit is not None:
-            at_least("limit", self.limit, 1)
+        if self.limit is not None and not (0 < self.limit < 1 or self.limit in range(1, 2**63)):
+            raise ConfigError(
+                f"--limit {self.limit} must be a whole number of items, or a fraction of them "
+                "between 0 and 1"
+            )
         if self.windows is not None:
             at_least("windows", self.windows, 1)
         if not self.task_names and self.perplexity is None and not self.latency:

@@ -4,12 +4,15 @@ Scores equal those of the harness's Hugging Face backend, but a context is read 
 continuations are branches behind it in one row (see `layers.visibility`), and only the positions
 that predict a continuation reach the vocabulary.
 
-A pool chooses its prompt from the context alone, once per question. Where the context is empty that
-is the one prefix token (BOS or EOS) the harness puts there; a rolling likelihood has no context, so
-there the whole window chooses, as in `perplexity`.
+A pool chooses its prompt once per question, from what all of its options share: the common prefix
+of their contexts' tokens. That is the context where they have one, and the text before the options
+where these stand in it (WinoGrande). Where nothing is shared, or the context is empty, it is the
+one prefix token (BOS or EOS) the harness puts there; a rolling likelihood has no context, so there
+the whole window chooses, as in `perplexity`.
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +27,9 @@ from lm_eval.models.utils import (
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from idp_jax.evaluation.requests import Request, Score, score_requests
+from idp_jax.evaluation.journal import Journal
+from idp_jax.evaluation.requests import Request, Score, common_prefix, score_requests
+from idp_jax.evaluation.results import NOT_FINITE
 from idp_jax.inference.buckets import bucket
 from idp_jax.inference.generation import generate
 from idp_jax.jobs.progress import SILENT, Progress
@@ -50,7 +55,9 @@ class HarnessLM(TemplateLM):
     """A model for `lm_eval.simple_evaluate(model=...)`.
 
     Attributes:
-        choices: by task, the pool's prompt for every question (empty without a pool).
+        choices: by task and item, the pool's prompt for every question asked of it: one, or one for
+            every window of a rolling likelihood (empty without a pool).
+        refused: by task and item, why it could not be scored; see `skip`.
     """
 
     def __init__(
@@ -62,7 +69,9 @@ class HarnessLM(TemplateLM):
         *,
         add_bos_token: bool | None = None,
         seed: int = 0,
+        skip: bool = False,
         progress: Progress = SILENT,
+        journal: Journal | None = None,
     ):
         """Takes the model and says how it is read.
 
@@ -72,7 +81,10 @@ class HarnessLM(TemplateLM):
             max_length: text tokens of a row at most; default is what the model's positions allow.
             add_bos_token: None leaves special tokens to the tokenizer.
             seed: of sampled answers.
+            skip: an item that cannot be scored is noted in `refused` and its log-probabilities are
+                not numbers, instead of an error that ends the evaluation.
             progress: of scoring and generation.
+            journal: of batches that are known already.
 
         Raises:
             ValueError: a size below 1, or more tokens than learned positions.
@@ -86,8 +98,11 @@ class HarnessLM(TemplateLM):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.add_bos_token = add_bos_token
         self.seed = seed
+        self.skip = skip
         self.progress = progress
-        self.choices: dict[str, list[int]] = {}
+        self.journal = journal or Journal()
+        self.choices: dict[str, dict[int, list[int]]] = {}
+        self.refused: dict[str, dict[int, str]] = {}
         self._vocabulary: list[str] | None = None
 
     @property
@@ -143,14 +158,43 @@ class HarnessLM(TemplateLM):
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-probability of each continuation, and whether greedy decoding gives it."""
-        pairs = [self._encode_request(*request.args) for request in requests]
-        scores = self._score([self._truncate(*pair) for pair in pairs])
-        keys = [(r.task_name, r.doc_id, r.args[0]) for r in requests]
-        self._record(keys, [score.choice for score in scores])
-        answers = [(score.logprob, score.greedy) for score in scores]
+        asked = self._questions(requests)
+        ready = [request for request in asked if request is not None]
+        scores = iter(self._score(ready))
+        found = [None if request is None else next(scores) for request in asked]
+        keys = [(r.task_name, r.doc_id, bool(r.args[0])) for r in requests]
+        self._record(keys, [None if score is None else score.choice for score in found])
+        answers = [
+            (math.nan, False) if score is None else (score.logprob, score.greedy) for score in found
+        ]
         for request, answer in zip(requests, answers, strict=True):
+            self._check_finite(request, answer[0])
             self.cache_hook.add_partial("loglikelihood", request.args, answer)
         return answers
+
+    def _questions(self, instances) -> list[Request | None]:
+        """What is to be scored, all options of a question with one chooser; None where refused."""
+        pairs = [self._encode_request(*instance.args) for instance in instances]
+        questions: dict[tuple, list[int]] = {}
+        for index, instance in enumerate(instances):
+            # Options without a context, of a mutual information, are a question of their own.
+            key = (instance.task_name, instance.doc_id, bool(instance.args[0]))
+            key = (index,) if instance.doc_id is None else key
+            questions.setdefault(key, []).append(index)
+        found: list[Request | None] = [None] * len(instances)
+        for members in questions.values():
+            shared = common_prefix([pairs[i][0] for i in members])
+            sizes = [len(pairs[i][1]) for i in members]
+            if not 0 < min(sizes) <= max(sizes) <= self.max_length:
+                size = max(sizes) if min(sizes) else 0
+                reason = f"an answer of {size} tokens; only 1 to {self.max_length} can be scored"
+                self._refuse(instances[members[0]], reason)
+                continue
+            # Contexts are cut from the left: no option's may be shorter than the chooser.
+            chooser = (shared or [self.prefix_token_id])[-(self.max_length + 1 - max(sizes)) :]
+            for index in members:
+                found[index] = self._truncate(*pairs[index], chooser)
+        return found
 
     def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
         scores = self._score([self._truncate(context, text) for _, context, text in requests])
@@ -170,14 +214,13 @@ class HarnessLM(TemplateLM):
                 windows.append(Request(*make_disjoint_window(window), whole=True))
                 owners.append(index)
         scores = self._score(windows)
-        self._record(
-            [(requests[i].task_name, i, n) for n, i in enumerate(owners)],
-            [s.choice for s in scores],
-        )
+        keys = [(requests[i].task_name, requests[i].doc_id, n) for n, i in enumerate(owners)]
+        self._record(keys, [score.choice for score in scores])
         totals = [0.0] * len(requests)
         for index, score in zip(owners, scores, strict=True):
             totals[index] += score.logprob
         for request, total in zip(requests, totals, strict=True):
+            self._check_finite(request, total)
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
@@ -195,7 +238,8 @@ class HarnessLM(TemplateLM):
                 answers[index], choices[index] = text, choice
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, answer)
-        self._record([(request.task_name, n) for n, request in enumerate(requests)], choices)
+        keys = [(request.task_name, request.doc_id, request.args[0]) for request in requests]
+        self._record(keys, choices)
         return answers
 
     def _continue(self, contexts: list[str], options: dict) -> list[tuple[str, int | None]]:
@@ -212,31 +256,45 @@ class HarnessLM(TemplateLM):
                 f"{count} new tokens leave no room for a prompt in {self.max_length} tokens"
             )
         prompts = [self.tok_encode(context)[count - self.max_length :] for context in contexts]
+        self._check_generates(prompts[0])
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         starts = range(0, len(order), self.batch_size)
         stop_ids = self._stop_ids(until)
         answers: list[tuple[str, int | None]] = [("", None)] * len(prompts)
         for start in self._progress("generating")(starts):
             members = order[start : start + self.batch_size]
-            ids, mask = _left_padded(
-                [prompts[i] for i in members], self.batch_size, self.eot_token_id
+            arrays = _left_padded([prompts[i] for i in members], self.batch_size, self.eot_token_id)
+            compute = lambda start=start, arrays=arrays: self._generate(
+                *arrays, count, stop_ids, options, start
             )
-            choices = gather(_choose(self.repaired, ids, mask))
-            tokens = generate(
-                self.repaired,
-                ids,
-                mask,
-                max_new_tokens=count,
-                stop_ids=stop_ids,
-                temperature=options["temperature"] if options["do_sample"] else 0.0,
-                top_k=options.get("top_k"),
-                key=jax.random.fold_in(jax.random.key(self.seed), start),
-            )
-            tokens = gather(tokens)
+            parts = (count, stop_ids, options, start, self.seed)
+            tokens, choices = self.journal(compute, "generation", *arrays, *parts)
             for number, index in enumerate(members):
                 text = self._text(np.asarray(tokens[number]), stop_ids, until)
                 answers[index] = text, None if choices is None else int(choices[number])
         return answers
+
+    def _generate(self, ids, mask, count: int, stop_ids: list[int], options: dict, start: int):
+        """New tokens of a batch and the pool's choices, as lists; `start` draws its samples."""
+        choices = gather(_choose(self.repaired, ids, mask))
+        tokens = generate(
+            self.repaired,
+            ids,
+            mask,
+            max_new_tokens=count,
+            stop_ids=stop_ids,
+            temperature=options["temperature"] if options["do_sample"] else 0.0,
+            top_k=options.get("top_k"),
+            key=jax.random.fold_in(jax.random.key(self.seed), start),
+        )
+        listed = np.asarray(gather(tokens)).tolist()
+        return listed, None if choices is None else np.asarray(choices).tolist()
+
+    def _check_generates(self, prompt: list[int]) -> None:
+        """The likeliest of logits that are not numbers would be a token like any other."""
+        (score,) = self._score([Request(prompt or [self.prefix_token_id], [self.eot_token_id])])
+        if not math.isfinite(score.logprob):
+            raise ValueError(f"the log-probability of a token is {score.logprob}: {NOT_FINITE}")
 
     def _text(self, tokens: np.ndarray, stop_ids: list[int], until: list[str]) -> str:
         ends = np.flatnonzero(np.isin(tokens, stop_ids))
@@ -269,7 +327,9 @@ class HarnessLM(TemplateLM):
             return tokens[:1], tokens[1:]
         return [self.prefix_token_id], tokens
 
-    def _truncate(self, context: Sequence[int], continuation: Sequence[int]) -> Request:
+    def _truncate(
+        self, context: Sequence[int], continuation: Sequence[int], chooser: list[int] | None = None
+    ) -> Request:
         """Cuts the context from the left; a text's last token, only predicted, takes no room."""
         if not context or not 0 < len(continuation) <= self.max_length:
             raise ValueError(
@@ -277,22 +337,40 @@ class HarnessLM(TemplateLM):
                 f"scored; both need text, and at most {self.max_length} tokens"
             )
         room = self.max_length + 1 - len(continuation)
-        return Request(list(context[-room:]), list(continuation))
+        return Request(list(context[-room:]), list(continuation), chooser=chooser)
 
     def _score(self, requests: list[Request]) -> list[Score]:
-        progress = self._progress("scoring")
-        return score_requests(self.repaired, requests, self.batch_size, self.max_length, progress)
+        return score_requests(
+            self.repaired,
+            requests,
+            self.batch_size,
+            self.max_length,
+            self._progress("scoring"),
+            self.journal,
+        )
+
+    def _refuse(self, instance, reason: str) -> None:
+        """Notes an item that cannot be scored, or ends the evaluation with it."""
+        if not self.skip:
+            where = f"item {instance.doc_id} of {instance.task_name}"
+            raise ValueError(f"{where} cannot be scored: {reason}")
+        self.refused.setdefault(instance.task_name, {}).setdefault(instance.doc_id, reason)
+
+    def _check_finite(self, instance, logprob: float) -> None:
+        refused = instance.doc_id in self.refused.get(instance.task_name, ())
+        if not refused and not math.isfinite(logprob):
+            self._refuse(instance, f"its log-probability is {logprob}: {NOT_FINITE}")
 
     def _progress(self, description: str) -> Callable:
         return self.progress.tracker(description)
 
     def _record(self, keys: list, choices: list[int | None]) -> None:
-        """Keeps one choice per question: all answers of one share it."""
+        """Keeps one choice per question (task, item, and what of it): all its answers share it."""
         chosen = {
             key: choice for key, choice in zip(keys, choices, strict=True) if choice is not None
         }
-        for (task, *_), choice in chosen.items():
-            self.choices.setdefault(task, []).append(choice)
+        for (task, item, _), choice in chosen.items():
+            self.choices.setdefault(task, {}).setdefault(item, []).append(choice)
 
 
 def _length_limit(repaired: Repaired, max_length: int | None) -> int:
@@ -301,6 +379,11 @@ def _length_limit(repaired: Repaired, max_length: int | None) -> int:
     # Learned positions end somewhere, so a prompt takes room from the text; rotary ones do not.
     limit = config.max_positions - (prompt if config.rope is None else 0)
     max_length = limit if max_length is None else max_length
+    if limit < 1:
+        raise ValueError(
+            f"a prompt of {prompt} tokens leaves no room for text in the {config.max_positions} "
+            "learned positions; train a shorter one"
+        )
     if max_length < 1 or (config.rope is None and max_length > limit):
         raise ValueError(f"max_length {max_length} must lie between 1 and {limit}")
     return max_length

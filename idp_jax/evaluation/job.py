@@ -1,7 +1,13 @@
-"""`idp-jax eval`: a model is loaded once and measured with every selector that is asked for."""
+"""`idp-jax eval`: a model is loaded once and measured with every selector that is asked for.
+
+Whatever can be told without the model (tasks, texts, adapter, the place of the results) is looked
+at before it is loaded. What has been scored is kept beside the results until these are written, so
+that the same call goes on where it was stopped.
+"""
 
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +18,7 @@ from idp_jax.config import ConfigError, Evaluate, Measurement
 from idp_jax.config.choices import Role
 from idp_jax.config.files import to_dict
 from idp_jax.data.text import read_text
+from idp_jax.evaluation.journal import Journal
 from idp_jax.evaluation.latency import latency
 from idp_jax.evaluation.perplexity import perplexity, windows_from_text
 from idp_jax.evaluation.results import (
@@ -22,13 +29,17 @@ from idp_jax.evaluation.results import (
     write,
 )
 from idp_jax.formats.adapters import read_adapter
+from idp_jax.formats.source import open_config
+from idp_jax.jobs.files import fingerprint
 from idp_jax.jobs.folder import check_writable
 from idp_jax.jobs.lock import locked
 from idp_jax.jobs.machine import describe
 from idp_jax.jobs.progress import SILENT, Progress
+from idp_jax.models.abstract import abstract
+from idp_jax.models.config import from_hf
 from idp_jax.processes import first_process, mesh_of
-from idp_jax.recover import Repaired
-from idp_jax.recover.methods import parameter_count
+from idp_jax.recover import Pool, Repaired
+from idp_jax.recover.methods import Adapter, parameter_count
 from idp_jax.recover.selection import find_selector
 from idp_jax.sharding import shard
 
@@ -51,9 +62,14 @@ def score(settings: Evaluate, *, progress: Progress = SILENT) -> Results:
             _check_replaceable(settings)
 
         first_process(begin, "results: begin")
-        variants = _variants(settings, mesh, progress)
+        tokenizer = formats.load_tokenizer(settings.model)
+        inputs = read_inputs(settings, tokenizer)
+        adapter = _adapter(settings, inputs)
+        journal = _journal(settings)
+        variants = _variants(settings, adapter, tokenizer, inputs, mesh, progress, journal)
         results = Results(config=to_dict(settings), environment=describe(), variants=variants)
         first_process(lambda: write(results, settings.out), "results")
+        journal.remove()
     return results
 
 
@@ -72,40 +88,114 @@ def _check_replaceable(settings: Evaluate) -> None:
         raise ConfigError(f"{out} holds no results, so it is not replaced; give another --out")
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a model is to be measured on.
+
+    Attributes:
+        windows: int32 [W, T] for the perplexity.
+        tasks: the harness's, loaded.
+    """
+
+    windows: np.ndarray | None
+    tasks: list[Any]
+
+
+def read_inputs(settings: Measurement, tokenizer: Any) -> Inputs:
+    """Reads text and tasks, for which no model is needed.
+
+    Raises:
+        ValueError: a task or the text cannot be used.
+    """
+    windows, tasks = None, []
+    if settings.perplexity is not None:
+        windows = windows_from_text(
+            tokenizer, read_text(settings.perplexity), settings.sequence_length, settings.windows
+        )
+    if settings.task_names:
+        from idp_jax.evaluation.task_data import local_tasks  # imports the harness, some seconds
+
+        tasks = local_tasks(
+            settings.task_names,
+            settings.task_data,
+            limit=settings.limit,
+            num_fewshot=settings.num_fewshot,
+        )
+    return Inputs(windows, tasks)
+
+
+def _adapter(settings: Evaluate, inputs: Inputs) -> Adapter | None:
+    """The adapter, held with the inputs against the model's configuration alone.
+
+    Raises:
+        ConfigError: selectors are given for what is no pool.
+        ValueError: it cannot be read or belongs to another model, or windows do not fit behind it.
+    """
+    model = abstract(from_hf(open_config(settings.model)))
+    adapter = None if settings.adapter is None else read_adapter(model, settings.adapter)
+    if settings.selector and not (isinstance(adapter, Pool) and len(adapter.lengths) > 1):
+        raise ConfigError(
+            f"--selector {settings.selector[0]} chooses among the prompts of a pool, which "
+            f"{settings.adapter} is not"
+        )
+    if inputs.windows is not None:
+        repair = Repaired.of if adapter is None else adapter.repair
+        model.check(inputs.windows, jax.eval_shape(repair, model).prefix)
+    return adapter
+
+
+def _journal(settings: Evaluate) -> Journal:
+    """Of batches that are scored, beside the results; of this model, adapter and machine only."""
+    file = settings.out.with_name(f"{settings.out.name}.scored.jsonl")
+    folders = [formats.resolve(settings.model), *([settings.adapter] if settings.adapter else [])]
+    folders += [part for folder in folders for part in sorted(folder.glob("*/"))]
+    held = [settings.held, to_dict(settings.mesh), describe()]
+    return Journal(file).within([fingerprint(folder) for folder in folders], held)
+
+
+def _code(selector: str | None) -> str:
+    """The file that a selector is in, whose changes change scores; nothing for one of a package."""
+    file, found, _ = (selector or "").partition(".py:")
+    return Path(f"{file}.py").read_text() if found else ""
+
+
 def _variants(
-    settings: Evaluate, mesh: jax.sharding.Mesh | None, progress: Progress
+    settings: Evaluate,
+    adapter: Adapter | None,
+    tokenizer: Any,
+    inputs: Inputs,
+    mesh: jax.sharding.Mesh | None,
+    progress: Progress,
+    journal: Journal,
 ) -> list[VariantResult]:
     """One variant for each selector, or the one that the model and its adapter are."""
     model = formats.load_model(
         settings.model, **settings.held, mesh=mesh, progress=progress.tracker("loading")
     )
-    tokenizer = formats.load_tokenizer(settings.model)
     repaired, name = Repaired.of(model), settings.model
     identity: dict[str, Any] = {"model": settings.model, "role": _role(settings)}
-    if settings.adapter is not None:
-        adapter = shard(read_adapter(model, settings.adapter), mesh)
-        repaired, name = adapter.repair(model), f"{settings.model} + {settings.adapter}"
+    if adapter is not None:
+        repaired = shard(adapter, mesh).repair(model)
+        name = f"{settings.model} + {settings.adapter}"
         identity["adapter"] = str(settings.adapter)
         identity["extra_parameters"] = parameter_count(adapter)
-    if not settings.selector:
-        return [measure(repaired, tokenizer, settings, name=name, progress=progress, **identity)]
-    if len(prompt_lengths(repaired)) < 2:
-        raise ConfigError(
-            f"--selector {settings.selector[0]} chooses among the prompts of a pool, which "
-            f"{settings.adapter} is not"
+    found, own = [], getattr(getattr(adapter, "selector", None), "name", None)
+    for selector in settings.selector or (None,):
+        chosen = {} if selector is None else {"selector": selector}
+        found.append(
+            measure(
+                repaired if selector is None else repaired.with_selector(selector),
+                tokenizer,
+                settings,
+                name=name if selector is None else f"{name}, {selector}",
+                inputs=inputs,
+                progress=progress,
+                journal=journal.within(selector, _code(selector or own)),
+                **chosen,
+                **identity,
+            )
         )
-    return [
-        measure(
-            repaired.with_selector(chosen),
-            tokenizer,
-            settings,
-            name=f"{name}, {chosen}",
-            selector=chosen,
-            progress=progress,
-            **identity,
-        )
-        for chosen in settings.selector
-    ]
+    return found
 
 
 def measure(
@@ -113,40 +203,42 @@ def measure(
     tokenizer: Any,
     settings: Measurement,
     *,
+    inputs: Inputs | None = None,
     progress: Progress = SILENT,
+    journal: Journal | None = None,
     **identity: Any,
 ) -> VariantResult:
     """Measures one variant.
 
     Args:
         tokenizer: a transformers tokenizer.
+        inputs: those of the settings, where they are read already.
+        journal: of batches that are known already.
         identity: what `VariantResult` says of it: name, role, model and the rest.
 
     Raises:
         ValueError: a task or the text cannot be used.
     """
     text, scores, times = None, TaskScores(), None
-    if settings.perplexity is not None:
-        windows = windows_from_text(
-            tokenizer, read_text(settings.perplexity), settings.sequence_length, settings.windows
-        )
+    inputs = inputs or read_inputs(settings, tokenizer)
+    if inputs.windows is not None:
         track = progress.tracker("perplexity")
-        found = perplexity(repaired, windows, settings.batch_size, progress=track)
+        found = perplexity(repaired, inputs.windows, settings.batch_size, track, journal)
         text = replace(found, file=str(settings.perplexity))
-    if settings.task_names:
+    if inputs.tasks:
         from idp_jax.evaluation.harness_tasks import evaluate  # imports the harness, some seconds
 
         scores = evaluate(
             repaired,
             tokenizer,
-            tasks=settings.task_names,
-            task_data=settings.task_data,
+            tasks=inputs.tasks,
             limit=settings.limit,
             batch_size=settings.batch_size,
             num_fewshot=settings.num_fewshot,
             max_length=settings.max_length,
             seed=settings.seed,
             progress=progress,
+            journal=journal,
         )
     if settings.latency:
         with progress.bar("latency") as update:

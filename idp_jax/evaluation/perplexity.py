@@ -6,20 +6,19 @@ their mean over all windows.
 """
 
 import hashlib
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
-from idp_jax.evaluation.results import PerplexityResult
+from idp_jax.evaluation.journal import Journal
+from idp_jax.evaluation.results import NOT_FINITE, PerplexityResult
+from idp_jax.evaluation.statistics import exponential, perplexity_interval
 from idp_jax.models import Decoder
 from idp_jax.models.likelihood import token_scores
 from idp_jax.processes import gather
 from idp_jax.recover import Repaired
-
-_LARGEST_NLL = math.log(1e300)
 
 
 def windows_from_text(
@@ -66,6 +65,7 @@ def perplexity(
     windows: np.ndarray,
     batch_size: int = 4,
     progress: Callable = iter,
+    journal: Journal | None = None,
 ) -> PerplexityResult:
     """Perplexity on windows of tokens.
 
@@ -73,9 +73,11 @@ def perplexity(
         windows: int [W, T], from `windows_from_text`.
         batch_size: windows scored at a time; it does not change the result.
         progress: wraps the list of batches, for a progress bar.
+        journal: of batches that are known already.
 
     Raises:
-        ValueError: windows are not [W, T] with T >= 2, or hold ids outside the vocabulary.
+        ValueError: windows are not [W, T] with T >= 2, hold ids outside the vocabulary or are
+            longer than learned positions allow; or a loss is not finite.
     """
     repaired = Repaired.of(repaired)
     windows = np.asarray(windows, np.int32)
@@ -83,23 +85,34 @@ def perplexity(
         raise ValueError(f"windows must be [W, T] with T >= 2, got shape {windows.shape}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    repaired.decoder.check(windows)
+    repaired.decoder.check(windows, repaired.prefix)
     count, length = windows.shape
     batch_size = min(batch_size, count)
-    losses = []
+    journal, losses = journal or Journal(), []
     for start in progress(range(0, count, batch_size)):
         # The last batch is filled up with window 0, so that one compilation serves all.
         rows = np.arange(start, start + batch_size)
-        batch = _window_losses(repaired, windows[np.where(rows < count, rows, 0)])
-        losses.append(np.asarray(gather(batch), np.float64))
-    per_window = np.concatenate(losses)[:count]
-    mean = float(per_window.mean())
+        batch = windows[np.where(rows < count, rows, 0)]
+        compute = lambda batch=batch: np.asarray(
+            gather(_window_losses(repaired, batch)), np.float64
+        ).tolist()
+        losses += journal(compute, "perplexity", batch)
+        _check_finite(losses[start:count], start)
+    per_window = np.asarray(losses[:count])
+    mean, interval = float(per_window.mean()), perplexity_interval(per_window)
     return PerplexityResult(
-        # Beyond the range of a float no perplexity tells anything.
-        perplexity=math.exp(mean) if mean < _LARGEST_NLL else math.inf,
+        perplexity=exponential(mean),
         mean_nll=mean,
         tokens=count * (length - 1),
         windows=count,
         per_window_nll=per_window.tolist(),
         digest=hashlib.sha256(windows.tobytes()).hexdigest()[:16],
+        interval=None if interval is None else (interval.low, interval.high),
     )
+
+
+def _check_finite(losses: list[float], first: int) -> None:
+    """Refuses the loss of a window, the first of which is number `first`, that is no number."""
+    bad = np.flatnonzero(~np.isfinite(losses))
+    if len(bad):
+        raise ValueError(f"the loss of window {first + bad[0]} is {losses[bad[0]]}: {NOT_FINITE}")

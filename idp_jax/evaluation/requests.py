@@ -4,15 +4,20 @@ Pairs with one context share a row: the context is its trunk, and every distinct
 branch behind it, which sees the trunk and itself. A continuation's last token is predicted but
 never read, so a one-token answer adds nothing to the row. The invariant: scores are those of each
 pair by itself, whatever the batch, the order and the other pairs.
+
+A pool's prompt is chosen from a request's `chooser`, which need not be the whole context: of
+options that differ in their context it is what these share.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from idp_jax.evaluation.journal import Journal
 from idp_jax.inference.buckets import bucket
 from idp_jax.models.likelihood import token_scores
 from idp_jax.processes import gather
@@ -28,12 +33,16 @@ _FIRST_BRANCH = 2
 class Request:
     """A continuation to be scored behind a context (both of one token or more).
 
-    `whole`: the continuation is part of the text that a pool's prompt is chosen from.
+    Attributes:
+        whole: both are one text, and a pool's prompt is chosen from all that is read of it.
+        chooser: what a pool's prompt is chosen from, no longer than the context; None is the
+            context.
     """
 
     context: list[int]
     continuation: list[int]
     whole: bool = False
+    chooser: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,11 +62,15 @@ class Score:
 
 @dataclass
 class _Row:
-    """One row: its tokens and mask, the predictions asked of it, and whose answers they are."""
+    """One row: its tokens and mask, the predictions asked of it, and whose answers they are.
+
+    `chooser`: what the pool's prompt is chosen from; None is all that the mask marks 1.
+    """
 
     tokens: list[int]
     mask: list[int]
     trunk_end: int
+    chooser: tuple[int, ...] | None = None
     positions: list[int] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
     answers: list[tuple[list[int], int]] = field(default_factory=list)
@@ -71,6 +84,12 @@ class _Row:
         self.answers.append((owners, len(continuation)))
 
 
+def common_prefix(rows: Sequence[list[int]]) -> list[int]:
+    """The tokens that all rows begin with."""
+    pairs = zip(min(rows), max(rows), strict=False)  # all others lie between these two
+    return [token for token, other in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+
+
 def plan_rows(requests: Sequence[Request], max_length: int) -> list[_Row]:
     """The rows that answer all requests, none longer than `max_length`.
 
@@ -79,15 +98,16 @@ def plan_rows(requests: Sequence[Request], max_length: int) -> list[_Row]:
     groups: dict[tuple, dict[tuple, list[int]]] = {}
     for index, request in enumerate(requests):
         # A whole text is a trunk to its end, so it shares its row with nothing.
-        key = (tuple(request.context), index if request.whole else None)
+        chooser = None if request.chooser in (None, request.context) else tuple(request.chooser)
+        key = (tuple(request.context), chooser, index if request.whole else None)
         groups.setdefault(key, {}).setdefault(tuple(request.continuation), []).append(index)
     rows = []
-    for (context, alone), continuations in groups.items():
+    for (context, chooser, alone), continuations in groups.items():
         row = None
         for continuation, owners in continuations.items():
             room = min(max_length, MERGED_TOKENS) - len(continuation) + 1
             if row is None or len(row.tokens) > room:
-                row = _Row(list(context), [1] * len(context), len(context))
+                row = _Row(list(context), [1] * len(context), len(context), chooser)
                 rows.append(row)
             mark = 1 if alone is not None else _FIRST_BRANCH + len(row.answers)
             row.add(continuation, owners, mark)
@@ -100,6 +120,7 @@ def score_requests(
     batch_size: int,
     max_length: int,
     progress: Callable = iter,
+    journal: Journal | None = None,
 ) -> list[Score]:
     """Scores in the order of the requests.
 
@@ -107,6 +128,7 @@ def score_requests(
         batch_size: rows at a time, fewer where rows are long.
         max_length: tokens of a row at most.
         progress: wraps the list of batches, for a progress bar.
+        journal: of batches that are known already.
 
     Raises:
         ValueError: an id outside the vocabulary.
@@ -115,20 +137,37 @@ def score_requests(
     if rows:
         every_id = np.concatenate([np.asarray(row.tokens + row.targets, np.int32) for row in rows])
         repaired.decoder.check(every_id[:, None])
+    journal = journal or Journal()
     scores: list[Score | None] = [None] * len(requests)
     for batch, length, size in progress(_batches(rows, batch_size)):
-        logprob, greedy, choice = _run(repaired, batch, length, size)
-        end = 0
+        found = _answers(repaired, batch, length, size, journal)
+        for row, answers in zip(batch, found, strict=True):
+            for (owners, _), answer in zip(row.answers, answers, strict=True):
+                for owner in owners:
+                    scores[owner] = Score(*answer)
+    return [score for score in scores if score is not None]  # every request has its row
+
+
+def _answers(
+    repaired: Repaired, batch: list[_Row], length: int, size: int, journal: Journal
+) -> list[list[tuple[float, bool, int | None]]]:
+    """By row and answer: log-probability, greediness and the row's choice."""
+    arrays = _arrays(batch, length, size)
+
+    def compute():
+        logprob, greedy, choice = _run(repaired, *arrays)
+        found, end = [], 0
         for number, row in enumerate(batch):
             chosen = None if choice is None else int(choice[number])
-            for owners, count in row.answers:
+            found.append([])
+            for _, count in row.answers:
                 start, end = end, end + count
-                score = Score(
-                    float(logprob[start:end].sum()), bool(greedy[start:end].all()), chosen
-                )
-                for owner in owners:
-                    scores[owner] = score
-    return [score for score in scores if score is not None]  # every request has its row
+                total, likeliest = logprob[start:end].sum(), greedy[start:end].all()
+                found[-1].append((float(total), bool(likeliest), chosen))
+        return found
+
+    counts = [[count for _, count in row.answers] for row in batch]
+    return journal(compute, "scores", *arrays, counts)
 
 
 def _batches(rows: list[_Row], batch_size: int) -> list[tuple[list[_Row], int, int]]:
@@ -142,31 +181,41 @@ def _batches(rows: list[_Row], batch_size: int) -> list[tuple[list[_Row], int, i
     return batches
 
 
-def _run(repaired: Repaired, batch: list[_Row], length: int, size: int):
-    """Log-probabilities (float64) and greediness of a batch's targets, and the rows' choices."""
-    ids, mask = np.zeros((2, size, length), np.int32)
+def _arrays(batch: list[_Row], length: int, size: int) -> tuple[np.ndarray, ...]:
+    """Ids, mask, the choosers' ids and mask, [size, length]; targets and their places, [count]."""
+    ids, mask, chooser_ids, chooser_mask = np.zeros((4, size, length), np.int32)
     positions, targets = [], []
     for number, row in enumerate(batch):
         ids[number, : len(row.tokens)] = row.tokens
         mask[number, : len(row.tokens)] = row.mask
+        chooser_ids[number], chooser_mask[number] = ids[number], mask[number]
+        if row.chooser is not None:
+            chooser_ids[number] = chooser_mask[number] = 0
+            chooser_ids[number, : len(row.chooser)] = row.chooser
+            chooser_mask[number, : len(row.chooser)] = 1
         positions += [number * length + position for position in row.positions]
         targets += row.targets
-    # Rows that fill up the last batch repeat its first.
-    ids[len(batch) :], mask[len(batch) :] = ids[0], mask[0]
+    whole = ids, mask, chooser_ids, chooser_mask
+    for rows in whole:
+        rows[len(batch) :] = rows[0]  # rows that fill up the last batch repeat its first
+    return *whole, np.asarray(targets, np.int32), np.asarray(positions, np.int32)
+
+
+def _run(repaired: Repaired, ids, mask, chooser_ids, chooser_mask, targets, positions):
+    """Log-probabilities (float64) and greediness of a batch's targets, and the rows' choices."""
     count = len(targets)
     spare = max(32, 1 << (count - 1).bit_length()) - count
-    index = np.pad(np.asarray(positions, np.int32), (0, spare))
-    wanted = np.pad(np.asarray(targets, np.int32), (0, spare))
-    hidden, choice = _read(repaired, ids, mask)
+    index, wanted = np.pad(positions, (0, spare)), np.pad(targets, (0, spare))
+    hidden, choice = _read(repaired, ids, mask, chooser_ids, chooser_mask)
     logprob, greedy = gather(_score(repaired, hidden, index, wanted))
     choice = None if choice is None else np.asarray(gather(choice))
     return np.asarray(logprob, np.float64)[:count], np.asarray(greedy)[:count], choice
 
 
 @jax.jit
-def _read(repaired: Repaired, ids: jax.Array, mask: jax.Array):
+def _read(repaired: Repaired, ids, mask, chooser_ids, chooser_mask):
     """Hidden states [B * T, E] and the pool's choice [B] or None."""
-    choice = repaired.choose(ids, mask)
+    choice = repaired.choose(chooser_ids, chooser_mask)
     past = (
         repaired.prefix
         if choice is None or repaired.prefix is None

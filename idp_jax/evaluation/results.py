@@ -2,7 +2,8 @@
 
 `eval` and the experiments write a `Results`; comparisons, tables and figures read one. The
 invariant: a file is valid JSON of the schema that it names, so whoever reads one may rely on every
-key below; not-a-number is refused when it is written, not found out later.
+key below; not-a-number is refused when it is written, not found out later. An infinity (of a
+perplexity that no float holds) is null in the file, and is read back as what it was.
 """
 
 import json
@@ -15,10 +16,12 @@ from typing import Any, ClassVar
 from idp_jax.config.choices import Role
 from idp_jax.config.files import from_dict
 from idp_jax.config.groups import ConfigError
-from idp_jax.evaluation.statistics import Estimate
-from idp_jax.jobs.files import write_text
+from idp_jax.evaluation.statistics import Estimate, Number
+from idp_jax.jobs.files import write_json
 
 SCHEMA = "idp-jax.results/1"
+NOT_FINITE = "the model or its adapter holds numbers that cannot be computed with"
+_UNBOUNDED = {"interval", "metrics", "groups", "comparisons"}  # beside a perplexity itself
 ACCURACIES = ("acc", "exact_match")  # a task's main metric: the first of these that it has
 
 
@@ -40,15 +43,17 @@ class PerplexityResult(_Part):
         per_window_nll: the mean loss of each window.
         digest: of the windows' tokens; equal digests are of the same text, cut in the same way.
         file: where the text came from.
+        interval: 95 % of the perplexity, over windows; None where there is only one.
     """
 
-    perplexity: float
+    perplexity: Number
     mean_nll: float
     tokens: int
     windows: int
     per_window_nll: list[float]
     digest: str
     file: str | None = None
+    interval: tuple[float, Number] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,15 +90,18 @@ class TaskResult(_Part):
     Attributes:
         metrics: every metric of the harness by name.
         interval: 95 % (Wilson) of those that are right or wrong by item.
-        items: how many were scored.
+        items: how many were scored; the lists below hold these.
         num_fewshot: examples before each item.
         version: the task's own, in the harness.
         samples: by metric one score per item, in the order of the items.
         documents: the harness's hash of every item, in the same order.
         choices: how often each prompt of the pool was chosen; None without a pool.
+        prompts: of every item the prompts that were chosen for it, one for each of its questions
+            or windows; None without a pool.
+        refused: by number of the item, why it could not be scored.
     """
 
-    metrics: dict[str, float]
+    metrics: dict[str, Number]
     interval: dict[str, tuple[float, float]]
     items: int
     num_fewshot: int | None
@@ -101,6 +109,8 @@ class TaskResult(_Part):
     samples: dict[str, list[float]]
     documents: list[str]
     choices: list[int] | None = None
+    prompts: list[list[int]] | None = None
+    refused: dict[int, str] = field(default_factory=dict)
 
     @property
     def accuracy(self) -> str | None:
@@ -115,11 +125,12 @@ class TaskScores(_Part):
     Attributes:
         tasks: by name.
         groups: the metrics of groups of tasks, without intervals.
-        mean_accuracy: the mean over tasks of their main metrics.
+        mean_accuracy: the mean of the main metrics of the tasks and groups that were asked for,
+            each counted once.
     """
 
     tasks: dict[str, TaskResult] = field(default_factory=dict)
-    groups: dict[str, dict[str, float]] = field(default_factory=dict)
+    groups: dict[str, dict[str, Number]] = field(default_factory=dict)
     mean_accuracy: float | None = None
 
     @property
@@ -208,16 +219,14 @@ def write(results: Results, path: str | Path) -> None:
     """Writes the file, which is complete or absent.
 
     Raises:
-        ConfigError: a number is not finite.
+        ConfigError: a number is not finite, where it is none that may be infinite (`Number`).
     """
     tree = asdict(results)
     for place, value in _numbers(tree):
-        if not math.isfinite(value):
-            raise ConfigError(
-                f"{path} was not written: {'.'.join(place)} is {value}; the model or its adapter "
-                "holds numbers that cannot be computed with"
-            )
-    write_text(path, json.dumps(tree, indent=2, allow_nan=False))
+        unbounded = place[-1] == "perplexity" or not _UNBOUNDED.isdisjoint(place)
+        if math.isnan(value) or (math.isinf(value) and not unbounded):
+            raise ConfigError(f"{path} was not written: {'.'.join(place)} is {value}; {NOT_FINITE}")
+    write_json(path, tree)
 
 
 def is_results(path: str | Path) -> bool:

@@ -3,22 +3,35 @@
 Comparisons are paired: two models answer the same items, and whole items are drawn again.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import numpy as np
+from pydantic import BeforeValidator
 from scipy import stats
 
 RESAMPLES = 10_000
+_LARGEST_EXPONENT = math.log(1e300)
+
+
+def _or(infinity: float) -> BeforeValidator:
+    """JSON has no infinity: it is written as null, and read as what it was."""
+    return BeforeValidator(lambda value: infinity if value is None else value)
+
+
+Number = Annotated[float, _or(math.inf)]
+Low = Annotated[float, _or(-math.inf)]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and the interval that holds it at `confidence`."""
+    """A number and the interval that holds it at `confidence`; of one item alone, no bounds."""
 
-    value: float
-    low: float
-    high: float
+    value: Number
+    low: Low
+    high: Number
     confidence: float = 0.95
 
     def excludes(self, value: float) -> bool:
@@ -59,6 +72,30 @@ def paired_difference(
     return _bootstrap(difference, np.mean, seed, confidence)
 
 
+def exponential(value: float) -> float:
+    """exp(value), and infinity where no float holds it: such a perplexity tells nothing."""
+    return math.exp(value) if value < _LARGEST_EXPONENT else math.inf
+
+
+def perplexity_interval(losses: Sequence[float], confidence: float = 0.95) -> Estimate | None:
+    """exp(mean) of the losses of windows, with Student's interval of the mean; None for one window.
+
+    Args:
+        losses: mean loss of every window (`PerplexityResult.per_window_nll`).
+
+    Raises:
+        ValueError: no windows.
+    """
+    values = _items(losses)
+    if len(values) < 2:
+        return None
+    mean, deviation = float(values.mean()), float(values.std(ddof=1))
+    reach = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1))
+    reach *= deviation / math.sqrt(len(values))
+    numbers = (exponential(x) for x in (mean, mean - reach, mean + reach))
+    return Estimate(*numbers, confidence)
+
+
 def perplexity_ratio(
     first: Sequence[float], second: Sequence[float], *, seed: int = 0, confidence: float = 0.95
 ) -> Estimate:
@@ -71,7 +108,12 @@ def perplexity_ratio(
         ValueError: no windows, or a different number of them.
     """
     difference = _same_items(first, second)
-    return _bootstrap(difference, lambda x, axis=-1: np.exp(np.mean(x, axis)), seed, confidence)
+    found = _bootstrap(difference, _exponential_of_mean, seed, confidence)
+    return replace(found, low=max(found.low, 0.0))
+
+
+def _exponential_of_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
+    return np.exp(np.minimum(np.mean(values, axis), _LARGEST_EXPONENT))
 
 
 def _items(values: Sequence[float]) -> np.ndarray:
@@ -90,6 +132,8 @@ def _same_items(first: Sequence[float], second: Sequence[float]) -> np.ndarray:
 
 def _bootstrap(values: np.ndarray, statistic, seed: int, confidence: float) -> Estimate:
     value = float(statistic(values, axis=-1))
+    if len(values) == 1:  # one item says nothing of how much others would differ
+        return Estimate(value, -math.inf, math.inf, confidence)
     if np.ptp(values) == 0:  # nothing to draw from; scipy warns of a degenerate distribution
         return Estimate(value, value, value, confidence)
     result = stats.bootstrap(

@@ -2,16 +2,27 @@
 
 The harness's own task files stay as they are (templates, answers, metrics, version); only where the
 rows come from is overridden. A data folder is laid out as `<folder of the
-task>/{train,validation,test}.jsonl`, each perhaps with `.gz`.
+task>/{train,validation,test}.jsonl`, each perhaps with `.gz`. The invariant: what `local_tasks`
+returns can be asked, item by item; whatever cannot is told by file and row before a model is read.
 """
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import datasets
+import lm_eval.utils
+from lm_eval.api.group import Group
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
+
+from idp_jax.evaluation.task_rows import DataError, Rows, first_failing, one_line, read_rows
 
 BUILT_IN = Path(__file__).parent / "tasks"  # the knowledge probe, which carries its own data
 PAPER_TASKS = (
@@ -36,65 +47,207 @@ def task_manager() -> TaskManager:
     return TaskManager(include_path=BUILT_IN)
 
 
-def local_tasks(names: Sequence[str], data_dir: str | Path | None = None) -> list[Any]:
+def local_tasks(
+    names: Sequence[str],
+    data_dir: str | Path | None = None,
+    *,
+    limit: float | None = None,
+    num_fewshot: int | None = None,
+) -> list[Any]:
     """Tasks for `lm_eval.simple_evaluate(tasks=...)`.
 
     Args:
-        names: harness tasks (see `PAPER_TASKS`), and the built-in `knowledge` or one of its parts.
+        names: tasks, groups and tags of the harness (see `PAPER_TASKS`), patterns of their names
+            such as `mmlu_*`, and the built-in `knowledge` or one of its parts.
         data_dir: folder with one folder of rows per task; None leaves every task's data to the
           harness.
+        limit: items of each task that will be asked, or the fraction of them where it is below 1.
+        num_fewshot: examples before each item; by default what the task says.
 
     Returns:
         Loaded tasks and groups of the harness.
 
     Raises:
-        ValueError: a name that is no task, or a task without rows in `data_dir`.
+        ValueError: a name that is no task, a task without rows in `data_dir`, or a row that cannot
+            be asked.
     """
-    manager = task_manager()
-    logging.getLogger("lm_eval.api.task").addFilter(_no_advice_on_custom_data)
-    loaded = []
+    _quiet()
+    data = _LocalData(None if data_dir is None else Path(data_dir))
+    loaded: dict[str, Any] = {}
+    for name in _matched(names):
+        for found in _load(name, data):
+            loaded[found.name if isinstance(found, Group) else found.task_name] = found
+    for found in loaded.values():
+        for task in found.get_all_tasks() if isinstance(found, Group) else [found]:
+            _check_items(task, data.rows.get(task.task_name, {}), limit, num_fewshot)
+    task_manager().load(list(loaded.values()))  # refuses a task that is there twice
+    return list(loaded.values())
+
+
+def _quiet() -> None:
+    """Keeps what the harness and its data sets would say on their own account to themselves."""
+    datasets.disable_progress_bars()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it reports every setting as a warning
+
+
+def _matched(names: Sequence[str]) -> list[str]:
+    """The names of tasks, groups and tags that are asked for, patterns resolved."""
+    manager, found = task_manager(), []
     for name in names:
-        entry = manager.task_index.get(name)
-        if entry is None:
+        matched = manager.match_tasks([name]) if set(name) & set("*?[") else [name]
+        if not matched or matched[0] not in manager.task_index:
             raise ValueError(
                 f"there is no task {name!r}; `lm-eval ls tasks` lists the harness's own"
             )
-        built_in = entry.yaml_path is not None and Path(entry.yaml_path).is_relative_to(BUILT_IN)
-        if data_dir is None or built_in:
-            found: Any = manager.load(name)
-            loaded += list(found["groups"].values()) or list(found["tasks"].values())
-        else:
-            override = _local_rows(name, Path(data_dir))
-            group = {"group": "local", "task": [{"task": name, **override}]}
-            loaded += manager.load(group)["tasks"].values()
-    return loaded
+        found += matched
+    return list(dict.fromkeys(found))
 
 
-def _local_rows(name: str, data_dir: Path) -> dict[str, Any]:
-    """The keys of a task file that say where its rows come from."""
+def _load(name: str, data: "_LocalData") -> list[Any]:
+    """The task or group of a name, or the tasks of a tag."""
+    try:
+        with data.in_place():
+            found: Any = task_manager().load(name)
+    except DataError:
+        raise
+    except Exception as error:
+        raise data.explained(name, error) from error
+    root = found["groups"].get(name)
+    return [root] if root is not None else list(found["tasks"].values())
+
+
+class _LocalData:
+    """The rows of the tasks that are loaded from a folder.
+
+    Attributes:
+        folder: None leaves every task's data to the harness.
+        rows: by task and split.
+        last: the task whose rows were read last.
+    """
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+        self.rows: dict[str, dict[str, Rows]] = {}
+        self.last: Any = None
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Tasks that the harness makes meanwhile, of groups and tags too, get the folder's rows.
+
+        Those that bring their own rows keep them.
+        """
+        own = ConfigurableTask.download
+
+        def download(task: Any, dataset_kwargs: dict | None = None, **options: Any) -> None:
+            source = Path(str((task.config.metadata or {}).get("config_source")))
+            if self.folder is None or source.is_relative_to(BUILT_IN):
+                self.last = None
+                own(task, dataset_kwargs, **options)
+            else:
+                self.fill(task, self.folder)
+
+        with mock.patch.object(ConfigurableTask, "download", download):
+            yield
+
+    def fill(self, task: Any, folder: Path) -> None:
+        """Gives a task its rows, and says which splits there are."""
+        name = task.config.task
+        rows = {split: read_rows(path) for split, path in _files(name, folder).items()}
+        self.rows[name], self.last = rows, task
+        task.dataset = {split: own.dataset() for split, own in rows.items()}
+        for key, split in _SPLITS.items():
+            setattr(task.config, key, split if split in rows else None)
+        task.fewshot_cfg.split = "train" if "train" in rows else None
+
+    def explained(self, name: str, error: Exception) -> ValueError:
+        """Why a task could not be made: the row that its file cannot read, or no data to be had."""
+        if self.last is None:
+            return DataError(
+                f"the data of task {name!r} cannot be had ({one_line(error)}); check the network, "
+                "or give a local copy with --task-data"
+            )
+        rows, process = self.rows[self.last.config.task], self.last.config.process_docs
+        for own in rows.values() if process is not None else ():
+            build = lambda count, own=own: process(own.dataset(count))
+            bad = first_failing(build, len(own.rows))
+            if bad is not None:
+                return _refused(own.where(bad), error)
+        # What is left of making a task is to look at its first item.
+        return _refused(rows["test" if "test" in rows else "validation"].where(0), error)
+
+
+def _refused(where: str, error: Exception) -> DataError:
+    return DataError(f"{where}: {one_line(error)}; mend or remove the row")
+
+
+def _check_items(
+    task: Any, rows: dict[str, Rows], limit: float | None, num_fewshot: int | None
+) -> None:
+    """Refuses a task with an item that cannot be asked, or an example that cannot be shown."""
+    if not isinstance(task, ConfigurableTask):
+        return
+    docs = task.task_docs
+    count = len(docs) if limit is None else limit if limit >= 1 else math.ceil(len(docs) * limit)
+    shots = task.config.num_fewshot if task.config.num_fewshot == 0 else num_fewshot
+    parts = [(docs, int(count), rows.get("test", rows.get("validation")))]
+    if shots or (shots is None and task.config.num_fewshot):
+        examples = list(task.fewshot_docs() or ())
+        parts.append((examples, len(examples), rows.get("train")))
+    environment = lm_eval.utils.env  # it compiles a template anew for every item
+    with mock.patch.object(environment, "from_string", cache(environment.from_string)):
+        for items, number, own in parts:
+            for index, item in enumerate(islice(items, number)):
+                try:
+                    _check_item(task, item)
+                except Exception as error:
+                    where = f"item {index} of task {task.task_name}"
+                    where = _row_of(task, len(items), index, own) if own is not None else where
+                    raise _refused(where, error) from error
+
+
+def _row_of(task: Any, items: int, index: int, own: Rows) -> str:
+    """File and line of an item; a task's file may have left rows out."""
+    if items == len(own.rows):
+        return own.where(index)
+
+    def build(count: int) -> None:
+        if len(task.config.process_docs(own.dataset(count))) > index:
+            raise IndexError
+
+    return own.where(first_failing(build, len(own.rows)) or 0)
+
+
+def _check_item(task: Any, item: dict[str, Any]) -> None:
+    question, answer = task.doc_to_text(item), task.doc_to_target(item)
+    if bool(task.multiple_input) != isinstance(question, int):
+        raise ValueError(f"the question is {question!r}, of another kind than in the first item")
+    if isinstance(answer, list) and not answer:
+        raise ValueError("there is no answer")
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return
+    options = task.doc_to_choice(item)
+    if not isinstance(options, list | tuple) or not all(isinstance(x, str) and x for x in options):
+        raise ValueError(f"the options are {options!r}, not a list of texts")
+    right = question if task.multiple_input else answer
+    for one in right if isinstance(right, list) else [right]:
+        known = one in options if isinstance(one, str) else one in range(len(options))
+        if not known:
+            raise ValueError(f"the answer is {one!r}, which is none of the {len(options)} options")
+
+
+def _files(name: str, data_dir: Path) -> dict[str, Path]:
+    """The files of a task's rows by split."""
     folder = data_dir / _FOLDERS.get(name, name)
     files = {}
     for split in _SPLITS.values():
         paths = [folder / f"{split}{end}" for end in (".jsonl", ".jsonl.gz")]
-        found = [str(path) for path in paths if path.is_file()]
+        found = [path for path in paths if path.is_file()]
         if found:
             files[split] = found[0]
     if not {"validation", "test"} & files.keys():
         held = sorted(path.parent.name for path in data_dir.glob("*/*.jsonl*"))
-        raise ValueError(
+        raise DataError(
             f"task {name!r} has no test or validation rows in {folder}; "
             f"{data_dir} holds {', '.join(dict.fromkeys(held)) or 'no tasks'}"
         )
-    splits = {key: split if split in files else None for key, split in _SPLITS.items()}
-    return {
-        "dataset_path": "json",
-        "dataset_name": None,
-        "dataset_kwargs": {"data_files": files},
-        "fewshot_split": splits["training_split"],
-        **splits,
-    }
-
-
-def _no_advice_on_custom_data(record: logging.LogRecord) -> bool:
-    """Drops the harness's advice on `--metadata`, which it gives for every task of our own."""
-    return "Custom kwargs can be passed" not in record.getMessage()
+    return files

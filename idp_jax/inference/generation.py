@@ -195,7 +195,9 @@ def decode_step(decoder: Decoder, tokens: jax.Array, cache: KV, slot) -> tuple[j
     Returns:
         float32 [B, V] logits of the next token, and the cache.
     """
-    hidden, new = decoder.hidden(tokens[:, None], past=cache, keep=True)
+    # The mask says that not every slot of the cache is a token: its length is no position.
+    alone = jnp.ones((tokens.shape[0], 1), jnp.int32)
+    hidden, new = decoder.hidden(tokens[:, None], alone, past=cache, keep=True)
     return decoder.logits(hidden[:, 0]), cache.write(new, slot)
 
 

@@ -92,7 +92,11 @@ class Decoder(nnx.Module):
                 f"token id {bad} is outside the vocabulary of {self.config.vocab_size}; "
                 "use the tokenizer that belongs to this model"
             )
-        end = input_ids.shape[1] + (0 if past is None else past.length)
+        self._check_length(input_ids.shape[1], past)
+
+    def _check_length(self, tokens: int, past: KV | None) -> None:
+        """Refuses `tokens` behind `past` where they end beyond the learned positions."""
+        end = tokens + (0 if past is None else past.length)
         if self.config.rope is None and end > self.config.max_positions:
             raise ValueError(
                 f"{end} tokens (prompt included) exceed the {self.config.max_positions} learned "
@@ -113,12 +117,18 @@ class Decoder(nnx.Module):
 
         Returns:
             h [B, T, D], the `Context`, and the position of the token after each row's last, [B].
+
+        Raises:
+            ValueError: without a mask, more tokens (prompt included) than learned positions. With
+                one, how many tokens there are is known on the device only: there a row that goes
+                beyond the positions is not a number.
         """
         with jax.named_scope("embed"):
             return self._start(embeddings, attention_mask, past)
 
     def _start(self, embeddings, attention_mask, past: KV | None):
         if attention_mask is None:
+            self._check_length(embeddings.shape[1], past)
             attention_mask = jnp.ones(embeddings.shape[:2], jnp.int32)
         visible = visibility(attention_mask)
         first = jnp.zeros((1,), jnp.int32) if past is None else past.next_position
@@ -130,7 +140,9 @@ class Decoder(nnx.Module):
             h = self.project_in(h)
         turns = None
         if self.positions is not None:
-            h = h + self.positions[...][positions + OPT_POSITION_OFFSET].astype(h.dtype)
+            # Plain indexing would give a token beyond the table its last row without a word.
+            rows = self.positions[...].at[positions + OPT_POSITION_OFFSET]
+            h = h + rows.get(mode="fill", fill_value=jnp.nan).astype(h.dtype)
         else:
             turns = rotation(positions, self._frequencies(positions))
         past_mask = None if past is None else past.mask

@@ -199,7 +199,7 @@ def test_pool_choices_are_counted_once_per_question():
         [ask("generate_until", "abc", {"until": ["\n"], "max_gen_toks": 2}, task="say")]
     )
     ids = jnp.asarray([TOKENS.encode("Which is it?")], jnp.int32)
-    assert harness.choices["quiz"][0] == int(jax.jit(Repaired.choose)(model, ids)[0])
+    assert harness.choices["quiz"][0] == [int(jax.jit(Repaired.choose)(model, ids)[0])]
     assert len(harness.choices["quiz"]) == 5 and len(harness.choices["say"]) == 1
     bare = HarnessLM(tiny_decoder("llama", **SIZE), TOKENS)
     bare.loglikelihood(asked[:1])
@@ -289,7 +289,7 @@ def test_bad_generation_options_are_refused(options, message):
 
 def test_what_cannot_be_scored_is_refused():
     harness = HarnessLM(tiny_decoder("llama", **SIZE), TOKENS, max_length=8)
-    with pytest.raises(ValueError, match="cannot be scored"):
+    with pytest.raises(ValueError, match="item 0 of task cannot be scored: an answer of 9 tokens"):
         harness.loglikelihood([ask("loglikelihood", "a", "b" * 9)])
     small = HarnessLM(tiny_decoder("llama"), TOKENS)
     with pytest.raises(ValueError, match="outside the vocabulary"):

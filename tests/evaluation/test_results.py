@@ -33,6 +33,8 @@ def task(scores=(1.0, 0.0, 1.0), **changes) -> TaskResult:
             samples={"acc": list(scores)},
             documents=[f"hash {i}" for i in range(len(scores))],
             choices=[1, 2],
+            prompts=[[0], [1], [1]],
+            refused={7: "too long"},
         ),
         **changes,
     )
@@ -83,7 +85,7 @@ def test_a_file_gives_the_same_results_again(tmp_path):
     ("changes", "place"),
     [
         ({"mean_accuracy": math.nan}, r"variants\.0\.mean_accuracy is nan"),
-        ({"perplexity": text([3.0, math.inf])}, r"variants\.0\.perplexity\.perplexity is inf"),
+        ({"perplexity": text([3.0, math.inf])}, r"variants\.0\.perplexity\.mean_nll is inf"),
         ({"tasks": {"t": task([0.0, math.nan])}}, r"variants\.0\.tasks\.t\.metrics\.acc is nan"),
     ],
 )
@@ -91,6 +93,21 @@ def test_no_number_is_no_result(tmp_path, changes, place):
     with pytest.raises(ConfigError, match=place):
         write(results(variant(**changes)), tmp_path / "r.json")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_no_float_holds_is_null_and_infinite_again(tmp_path):
+    """A mean loss of 900 has no perplexity; the difference on one item has no bounds."""
+    alone = Estimate(1.0, -math.inf, math.inf)
+    large = dataclasses.replace(text(), perplexity=math.inf, interval=(1e5, math.inf))
+    metrics = {"t": task(metrics={"acc": 0.5, "word_perplexity": math.inf})}
+    whole = results(
+        variant(perplexity=large, tasks=metrics),
+        comparisons=[Comparison("a", "b", {"t": alone}, alone, alone)],
+    )
+    write(whole, tmp_path / "r.json")
+    assert read(tmp_path / "r.json") == whole
+    tree = json.loads((tmp_path / "r.json").read_text(), parse_constant=pytest.fail)
+    assert tree["variants"][0]["perplexity"]["perplexity"] is None
 
 
 def changed(change) -> str:

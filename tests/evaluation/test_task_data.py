@@ -64,9 +64,38 @@ def test_unknown_task_is_named(tmp_path):
 
 @pytest.mark.parametrize("data_dir", [None, "anywhere"])
 def test_built_in_tasks_need_no_data(data_dir):
-    group, task = local_tasks(["knowledge", "knowledge_arts"], data_dir)
+    (group,) = local_tasks(["knowledge"], data_dir, limit=2)
     assert isinstance(group, Group) and group.name == "knowledge"
+    (task,) = local_tasks(["knowledge_arts"], data_dir, limit=2)
     assert task.task_name == "knowledge_arts"
+    with pytest.raises(ValueError, match="'knowledge_arts': found in both 'knowledge' and"):
+        local_tasks(["knowledge", "knowledge_arts"], data_dir, limit=2)
+
+
+@pytest.mark.parametrize("asked", ["ai2_arc", "arc_eas?"])
+def test_tags_and_patterns_are_their_tasks(tmp_path, asked):
+    for name in ("arc_easy", "arc_challenge"):
+        write_rows(tmp_path / name / "test.jsonl", 4)
+    names = [task.task_name for task in local_tasks([asked, "arc_easy"], tmp_path)]
+    assert names == (["arc_challenge", "arc_easy"] if asked == "ai2_arc" else ["arc_easy"])
+
+
+def test_every_task_of_a_group_has_its_rows(tmp_path):
+    row = {"question": "Q", "subject": "s", "choices": ["1", "2", "3", "4"], "answer": 2}
+    group = "mmlu_humanities"
+    with pytest.raises(ValueError, match=r"'mmlu_\w+' has no test or validation rows") as error:
+        local_tasks([group], tmp_path)
+    for _ in range(20):  # one folder after the other, as the message asks for it
+        name = str(error.value).split("'")[1]
+        write_rows(tmp_path / name / "test.jsonl", 2, row)
+        write_rows(tmp_path / name / "validation.jsonl", 2, row)
+        try:
+            (loaded,) = local_tasks([group], tmp_path, limit=0.5)
+            break
+        except ValueError as missing:
+            error = pytest.ExceptionInfo.from_exception(missing)
+    tasks = loaded.get_all_tasks()
+    assert len(tasks) > 5 and {len(task.test_docs()) for task in tasks} == {2}
 
 
 @needs_data

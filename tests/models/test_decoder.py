@@ -131,3 +131,27 @@ def test_a_past_without_slots_is_no_past(model):
     past = KV(empty, empty, jnp.zeros((1, 0), bool), jnp.zeros((1,), jnp.int32))
     ids = tiny_ids(model)
     assert close(model(ids, past=past), model(ids))
+
+
+def test_no_entry_passes_the_learned_positions():
+    """What the traced entries (training, likelihoods) call has the check too, prompt included."""
+    model = tiny_decoder("opt", max_positions=16)
+    _, past = keep(model, tiny_ids(model, batch=1, time=6))
+    ids = tiny_ids(model, time=11)
+    for entry in (model.hidden, jax.jit(model.hidden)):
+        assert entry(ids[:, :10], past=past).shape == (2, 10, 64)
+        with pytest.raises(ValueError, match="17 tokens .prompt included. exceed the 16"):
+            entry(ids, past=past)
+    with pytest.raises(ValueError, match="17 tokens"):
+        model.start(jnp.zeros((1, 17, 64)))
+    assert jax.jit(tiny_decoder("llama", max_positions=16).hidden)(ids).shape == (2, 11, 64)
+
+
+def test_a_masked_row_beyond_the_learned_positions_is_no_number():
+    """Padding takes no position; a row with a token that has none is given no other's."""
+    model = tiny_decoder("opt", max_positions=16)
+    ids = tiny_ids(model, batch=2, time=20)
+    mask = jnp.ones_like(ids).at[0, :6].set(0)
+    hidden = jax.jit(model.hidden)(ids, mask)
+    assert bool(jnp.isfinite(hidden[0]).all())
+    assert bool(jnp.isnan(hidden[1]).all())
