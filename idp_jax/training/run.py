@@ -78,6 +78,7 @@ def _train(config: Train, out: Path, mesh, progress: Progress) -> dict[str, Any]
         validation=config.data.validation,
         validation_windows=config.data.validation_windows,
         seed=config.seed,
+        folder=out,
     )
     method = METHODS[config.method]
     trained, summaries = [], []
