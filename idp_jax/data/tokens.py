@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-_PIECE = 2**17  # characters
+_PIECE = 2**16  # characters
 _OVERLAP = 2**13
 _MARGIN = _OVERLAP // 4  # at either end of an overlap, where its neighbours may differ
 
@@ -93,8 +93,11 @@ def _tokenise(tokenizer: Any, text: str) -> _Piece:
 
 
 def _border(piece: _Piece, place: int) -> int:
-    """The last end of a token up to a place."""
-    return int(piece.ends[piece.ends <= place].max(initial=0))
+    """The last end of a word up to a place, or that of a token where the word is long."""
+    last = np.append(np.diff(piece.words) != 0, False)
+    of_token = piece.ends[piece.ends <= place].max(initial=0)
+    of_word = piece.ends[last & (piece.ends <= place)].max(initial=0)
+    return int(of_word if of_word > place - _OVERLAP else of_token)
 
 
 def _joint(
