@@ -8,7 +8,6 @@ one row of a .jsonl file. The tokenizer has a token for every byte, the most tha
 
 import argparse
 import gzip
-import json
 import os
 import tempfile
 import time
@@ -45,12 +44,14 @@ def write_byte_tokenizer(folder: Path) -> None:
 
 
 def write_line(file: Path, size: int) -> Path:
-    """A text of one line."""
-    text = (_LINE * (size // len(_LINE) + 1))[:size]
-    if file.suffix == ".jsonl":
-        text = json.dumps({"text": text}) + "\n"
-    data = text.encode()
-    file.write_bytes(gzip.compress(data) if file.suffix == ".gz" else data)
+    """A text of one line; in pieces, since a process' peak counts that of the one that began it."""
+    before, after = ('{"text": "', '"}\n') if file.suffix == ".jsonl" else ("", "")
+    opened = gzip.open if file.suffix == ".gz" else open
+    with opened(file, "wt") as out:
+        out.write(before)
+        for _ in range(size // len(_LINE)):
+            out.write(_LINE)
+        out.write(after)
     return file
 
 
