@@ -2,17 +2,15 @@
 
 from collections.abc import Iterator
 
-import numpy as np
-
-from idp_jax.data.text import read_documents
+from idp_jax.data.text import Document, read_documents
 
 SELF = "self"
 HUB = "hub:"
 _SHUFFLE_BUFFER = 10_000
 
 
-def documents(source: str, *, seed: int = 0, shuffle: bool = False) -> Iterator[str]:
-    """One pass over the documents of a source.
+def documents(source: str, *, seed: int = 0, shuffle: bool = False) -> Iterator[Document]:
+    """One pass over the documents of a source, which are read as they are asked for.
 
     Args:
         source: a .txt or .jsonl file (or its .gz), or hub:NAME[:CONFIG] (streamed, split
@@ -24,11 +22,8 @@ def documents(source: str, *, seed: int = 0, shuffle: bool = False) -> Iterator[
     """
     if source.startswith(HUB):
         yield from _hub_documents(source, seed, shuffle)
-        return
-    texts = read_documents(source)
-    order = np.random.default_rng(seed).permutation(len(texts)) if shuffle else range(len(texts))
-    for index in order:
-        yield texts[index]
+    else:
+        yield from read_documents(source, seed if shuffle else None)
 
 
 def _hub_documents(source: str, seed: int, shuffle: bool) -> Iterator[str]:

@@ -3,21 +3,22 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from idp_jax.data.batch import Batch
 from idp_jax.data.sources import HUB, documents
-from idp_jax.data.windows import take_windows, windows
+from idp_jax.data.windows import keep_windows, take_windows, windows
 
 
 @dataclass(frozen=True)
 class TrainingText:
     """Training windows in a fixed order, without end, and the windows held out for validation.
 
-    A local text is kept whole and shuffled anew every epoch; a hub dataset is streamed through a
-    shuffle buffer.
+    A local text is kept whole, in a file, and shuffled anew every epoch; a hub dataset is streamed
+    through a shuffle buffer.
     """
 
     source: str
@@ -38,10 +39,13 @@ class TrainingText:
         validation: str | None,
         validation_windows: int,
         seed: int,
+        folder: Path | None = None,
     ) -> "TrainingText":
         """Reads a local text, or starts a stream.
 
         Args:
+            folder: where the tokens of a local text are kept; None for the system's folder of
+                temporary files.
             validation: a source of its own, or None to hold out windows of the training text (a
                 local text's last, a stream's first).
 
@@ -50,7 +54,7 @@ class TrainingText:
         """
         local = None
         if not source.startswith(HUB):
-            local = list(windows(documents(source), tokenizer, length))
+            local = keep_windows(windows(documents(source), tokenizer, length), length, folder)
         held_out = 0
         if validation is not None:
             kept = take_windows(
@@ -67,13 +71,12 @@ class TrainingText:
                     f"when {validation_windows} are held out for validation; give more text, "
                     "--data.validation, or fewer --data.validation-windows"
                 )
-            kept, local = np.stack(local[-validation_windows:]), local[:-validation_windows]
+            kept, local = local[-validation_windows:], local[:-validation_windows]
         if local is not None and not len(local):
             raise ValueError(
                 f"{source} is shorter than one window of {length} tokens; give more text"
             )
-        stacked = None if local is None else np.stack(local)
-        return cls(source, tokenizer, length, kept, stacked, held_out, seed)
+        return cls(source, tokenizer, length, np.array(kept), local, held_out, seed)
 
     def batches(self, size: int) -> "Batches":
         """Training batches of `size` windows, without end."""

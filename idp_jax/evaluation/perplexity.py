@@ -6,12 +6,15 @@ their mean over all windows.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any
 
 import jax
 import numpy as np
 
+from idp_jax.data.tokens import token_ids
+from idp_jax.data.windows import cut, keep_windows
 from idp_jax.evaluation.journal import Journal
 from idp_jax.evaluation.results import NOT_FINITE, PerplexityResult
 from idp_jax.evaluation.statistics import exponential, perplexity_interval
@@ -22,13 +25,14 @@ from idp_jax.recover import Repaired
 
 
 def windows_from_text(
-    tokenizer: Any, text: str, length: int, count: int | None = None
+    tokenizer: Any, text: str | Iterable[str], length: int, count: int | None = None
 ) -> np.ndarray:
     """Cuts a text into windows of tokens; what is left over at the end is dropped.
 
     Args:
         tokenizer: a transformers tokenizer; its own special tokens are added once, at the start of
           the text.
+        text: the text, or its pieces in order; no more of them is read than the windows need.
         length: tokens of a window.
         count: keep only the first so many windows.
 
@@ -40,16 +44,14 @@ def windows_from_text(
     """
     if length < 2:
         raise ValueError(f"a window of {length} tokens predicts nothing; use 2 or more")
-    # verbose=False: a text longer than the model's context is expected here.
-    tokens = np.asarray(tokenizer(text, verbose=False)["input_ids"], np.int32)
-    available = len(tokens) // length
-    if available < (count or 1):
+    ids = token_ids(tokenizer, [text] if isinstance(text, str) else text)
+    found = keep_windows(islice(cut(ids, length), count), length)
+    if len(found) < (count or 1):
         raise ValueError(
-            f"the text has {len(tokens)} tokens, too few for {count or 1} window(s) of {length}; "
+            f"the text has {len(found)} windows of {length} tokens, {count or 1} are asked for; "
             "give more text or shorter windows"
         )
-    count = available if count is None else count
-    return tokens[: count * length].reshape(count, length)
+    return found
 
 
 @jax.jit
@@ -106,7 +108,7 @@ def perplexity(
         tokens=count * (length - 1),
         windows=count,
         per_window_nll=per_window.tolist(),
-        digest=hashlib.sha256(windows.tobytes()).hexdigest()[:16],
+        digest=hashlib.sha256(np.ascontiguousarray(windows)).hexdigest()[:16],
         interval=None if interval is None else (interval.low, interval.high),
     )
 

@@ -95,7 +95,7 @@ def _train(
     tokenizer = formats.load_tokenizer(config.model)
     text = None
     if config.data.train != SELF:
-        text = _text(config, str(config.data.train), tokenizer)
+        text = _text(config, out, str(config.data.train), tokenizer)
     method = METHODS[config.method]
     runs = method.runs(config)
     say(_budget(config, [run.label for run in runs], parameters))
@@ -107,7 +107,8 @@ def _train(
         progress=progress.tracker("loading"),
     )
     if text is None:
-        text = _text(config, _self_text(config, out, decoder, tokenizer, progress, say), tokenizer)
+        source = _self_text(config, out, decoder, tokenizer, progress, say)
+        text = _text(config, out, source, tokenizer)
     trained, summaries = [], []
     for number, run in enumerate(runs):
         key = jax.random.fold_in(jax.random.key(config.seed), number)
@@ -154,7 +155,7 @@ def _budget(config: Train, labels: list[str], parameters: int) -> str:
     )
 
 
-def _text(config: Train, source: str, tokenizer) -> TrainingText:
+def _text(config: Train, out: Path, source: str, tokenizer) -> TrainingText:
     return TrainingText.open(
         source,
         tokenizer,
@@ -162,6 +163,7 @@ def _text(config: Train, source: str, tokenizer) -> TrainingText:
         validation=config.data.validation,
         validation_windows=config.data.validation_windows,
         seed=config.seed,
+        folder=out,
     )
 
 
