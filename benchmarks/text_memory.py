@@ -9,11 +9,13 @@ one row of a .jsonl file. The tokenizer has a token for every byte, the most tha
 import argparse
 import gzip
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
-from random_model import start, write_model
+from random_model import write_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -44,7 +46,7 @@ def write_byte_tokenizer(folder: Path) -> None:
 
 
 def write_line(file: Path, size: int) -> Path:
-    """A text of one line; in pieces, since a process' peak counts that of the one that began it."""
+    """A text of one line."""
     before, after = ('{"text": "', '"}\n') if file.suffix == ".jsonl" else ("", "")
     opened = gzip.open if file.suffix == ".gz" else open
     with opened(file, "wt") as out:
@@ -78,11 +80,21 @@ def commands(model: Path, text: Path, out: Path) -> dict[str, tuple]:
 def peak(arguments: tuple, log: Path) -> tuple[float, float]:
     """Peak memory (MB) and seconds of a command."""
     began = time.monotonic()
-    process = start(*arguments, log=log)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
+    # Linux counts the peak of the process that starts another as the other's too (ru_maxrss), but
+    # not in what a process reads of itself.
+    call = (
+        "import atexit; from idp_jax.cli import main\n"
+        "status = lambda: open('/proc/self/status').read().split('VmHWM:')[1].split()[0]\n"
+        "atexit.register(lambda: print('peak', status()))\n"
+        "main()"
+    )
+    command = [sys.executable, "-c", call, *map(str, arguments)]
+    variables = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    with log.open("w") as file:
+        code = subprocess.run(command, stdout=file, stderr=file, env=variables).returncode
+    if code:
         raise SystemExit(f"{arguments[0]} failed:\n{log.read_text()[-2000:]}")
-    return usage.ru_maxrss / 1024, time.monotonic() - began
+    return int(log.read_text().split("peak ")[-1]) / 1024, time.monotonic() - began
 
 
 def main() -> None:

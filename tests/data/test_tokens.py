@@ -17,10 +17,6 @@ from tests.helpers import needs_smollm2
 _WORDS = (
     "the of and in to was it's 1984 2,500 naïve café ( ) . , ! -- 漢字 😀 👩‍👩‍👧 = @-@ x_y"
 ).split(" ")
-    "the of and in to was it's 1984 2,500 naïve café ( ) . , ! -- 漢字 😀 👩‍👩‍👧 = @-@ x_y".split(
-        " "
-    )
-)
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
