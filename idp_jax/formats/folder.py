@@ -51,7 +51,7 @@ def refuse_custom_code(file: Path, error: BaseException) -> None:
     """Says of a file that could not be used that this is because it needs code of its own.
 
     Raises:
-        CheckpointError: it does.
+        CheckpointError: it does, or it is no JSON at all.
     """
     code = read_json(file).get("auto_map")
     if code and "custom code" in str(error):

@@ -128,7 +128,7 @@ class Reader:
                 self._used.add(self.source.find(f"{stem}.row_offsets") or "")
                 return compressed_tensors.from_mask(stem, parts)
         module = name.removesuffix(".weight")
-        if self._find(f"{module}.qweight") or self._find(f"{module}.weight_packed"):
+        if any(self.source.find(f"{module}.{kind}") for kind in ("qweight", "weight_packed")):
             raise CheckpointError(
                 f"{module} in {self.source.path} is packed, which only matrices of linear layers "
                 "can be; quantise again without it"

@@ -92,7 +92,7 @@ def load_tokenizer(path_or_name: str | Path):
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
-        for file in (path / "tokenizer_config.json", path / "config.json"):
-            if file.is_file():
-                refuse_custom_code(file, error)
+        for name in ("tokenizer_config.json", "tokenizer.json", "config.json"):
+            if (path / name).is_file():
+                refuse_custom_code(path / name, error)
         raise ValueError(f"no tokenizer can be read from {path}: {reason(error)}") from error
