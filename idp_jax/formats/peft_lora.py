@@ -15,7 +15,7 @@ import numpy as np
 from idp_jax.formats.names import NAMES
 from idp_jax.formats.peft_files import other_model
 from idp_jax.formats.peft_keys import by_pattern, updates
-from idp_jax.models.abstract import abstract
+from idp_jax.formats.peft_places import Place, places_of
 from idp_jax.models.config import ModelConfig
 from idp_jax.models.decoder import Decoder
 from idp_jax.models.matrices import matrices
@@ -27,57 +27,6 @@ _LINEAR = ("lora_A.weight", "lora_B.weight")
 _LOOKUP = ("lora_embedding_A", "lora_embedding_B")
 _BIAS = "lora_B.bias"
 _ROWS = "token_adapter.trainable_tokens_delta"
-
-
-class Place(NamedTuple):
-    """Where a parameter of Hugging Face's model stands in a decoder.
-
-    Attributes:
-        path: see `recover.replaced`.
-        layer: its layer, or None outside the layers.
-        shape: in the file.
-    """
-
-    path: str
-    layer: int | None
-    shape: tuple[int, ...]
-
-    @property
-    def turned(self) -> bool:
-        """Whether the file has [O, I] where the decoder has [I, O]."""
-        return self.path.endswith(".kernel")
-
-
-def _places(config: ModelConfig) -> dict[str, Place]:
-    """Every parameter of a model by its name in files, the head of tied models too."""
-    names, like, found = NAMES[config.architecture], abstract(config), {}
-
-    def norm(module: str, path: str, parts, layer: int | None = None) -> None:
-        for name, leaf in (("weight", "scale"), ("bias", "bias")):
-            if getattr(parts, leaf, None) is not None:
-                found[f"{module}.{name}"] = Place(f"{path}.{leaf}", layer, (config.hidden_dim,))
-
-    for name in ("embedding", "positions"):
-        if getattr(like, name) is not None:
-            found[f"{getattr(names, name)}.weight"] = Place(name, None, getattr(like, name).shape)
-    found[f"{names.head}.weight"] = Place("head.kernel", None, like.embedding.shape)
-    for name in ("project_in", "project_out"):
-        weight = getattr(like, name)
-        if weight is not None:
-            shape = weight.kernel.shape[::-1]
-            found[f"{getattr(names, name)}.weight"] = Place(f"{name}.kernel", None, shape)
-    norm(names.final_norm, "final_norm", like.final_norm)
-    for layer in range(config.num_layers):
-        for matrix in matrices(config):
-            module, path = names.weight(layer, matrix.name), f"layers.{matrix.name}"
-            shape = (matrix.outputs, matrix.inputs)
-            found[f"{module}.weight"] = Place(f"{path}.kernel", layer, shape)
-            if matrix.bias:
-                found[f"{module}.bias"] = Place(f"{path}.bias", layer, shape[:1])
-        for name in ("attention_norm", "mlp_norm"):
-            module = names.layer.format(layer) + getattr(names, name)
-            norm(module, f"layers.{name}", getattr(like.layers, name), layer)
-    return found
 
 
 def lora_files(adapter: LoraAdapter, config: ModelConfig):
@@ -102,17 +51,17 @@ def lora_files(adapter: LoraAdapter, config: ModelConfig):
     }
     tensors, updated = {}, set()
     for name in adapter.a:
-        parts = {_LINEAR[0]: adapter.a[name], _LINEAR[1]: adapter.b[name]}
+        parts: dict[str, Any] = {_LINEAR[0]: adapter.a[name][...], _LINEAR[1]: adapter.b[name][...]}
         if adapter.bias:
             settings["lora_bias"] = True
-            nothing = jnp.zeros(adapter.b[name].shape[::2], jnp.float32)
-            parts[_BIAS] = adapter.bias.get(name, nothing)
+            nothing = np.zeros(adapter.b[name].shape[::2], np.float32)
+            parts[_BIAS] = adapter.bias[name][...] if name in adapter.bias else nothing
         for layer in range(config.num_layers):
             module = names.weight(layer, name)
             updated.add(module)
             for suffix, value in parts.items():
-                tensors[f"{_PREFIX}{module}.{suffix}"] = np.asarray(value[...])[layer].T
-    for name, place in _places(config).items():
+                tensors[f"{_PREFIX}{module}.{suffix}"] = np.asarray(value)[layer].T
+    for name, place in places_of(config).items():
         if place.path not in adapter.replaced:
             continue
         module, _, leaf = name.rpartition(".")
@@ -131,7 +80,7 @@ def read_lora(decoder: Decoder, folder: Path, settings, tensors) -> LoraAdapter:
     Raises:
         ValueError: the file and the settings contradict each other, or belong to another model.
     """
-    places = _places(decoder.config)
+    places = places_of(decoder.config)
     found = _Found(folder, settings, places, decoder.config)
     found.sort(tensors)
     found.check()

@@ -6,6 +6,7 @@ in the layers has all of them stacked. The decoder that is given is left as it i
 """
 
 from functools import reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from idp_jax.weights import Dense
 def parameter(decoder: Decoder, path: str) -> jax.Array:
     """A parameter in float32; the head of a tied model is its embedding, turned."""
     *owners, leaf = path.split(".")
-    owner = reduce(getattr, owners, decoder)
+    owner: Any = reduce(getattr, owners, decoder)
     if owner is None:
         return jnp.asarray(decoder.embedding[...], jnp.float32).T
     value = owner.dense() if leaf == "kernel" else getattr(owner, leaf)[...]

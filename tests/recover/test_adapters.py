@@ -15,6 +15,7 @@ from idp_jax.models.decoder import Decoder
 from idp_jax.models.matrices import matrices
 from idp_jax.recover import LoraAdapter, Pool, PrefixAdapter, Repaired, SoftPrompt
 from idp_jax.recover.methods import parameter_count
+from idp_jax.recover.replaced import parameter
 from idp_jax.weights import Dense
 from tests.helpers import close, quantize_decoder, tiny_decoder, tiny_ids
 
@@ -177,6 +178,53 @@ def test_lora_on_packed_weights():
     repaired = random_lora(model, ("q", "down")).repair(model)
     assert repaired.decoder.layers.q.base.bits == 3
     assert close(repaired(ids), merged(repaired, ids)[0], 1e-4)
+
+
+def normal(*shape: int) -> jax.Array:
+    """Numbers of one size."""
+    return jnp.asarray(np.random.default_rng(len(shape)).normal(0, 0.3, shape), jnp.float32)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_a_lora_with_biases_is_the_merged_matrix_and_bias(name, bits):
+    """Also where the matrix has no bias of its own, and where it is packed."""
+    model = model_of(name) if bits is None else quantize_decoder(model_of(name), bits)
+    plain, ids = random_lora(model, ("q", "up")), tiny_ids(model)
+    bias = {"q": normal(2, 64), "up": normal(2, 96)}
+    lora = LoraAdapter(dict(plain.a), dict(plain.b), plain.alpha, bias=bias)
+    layers = lora.repair(model).decoder.layers
+    for matrix, value in bias.items():
+        old = getattr(model.layers, matrix).bias
+        expected = value * (5.0 / 3) + (0 if old is None else old[...])
+        assert close(getattr(layers, matrix).bias[...], expected, 1e-6)
+    repaired = lora.repair(model)
+    assert close(repaired(ids), merged(repaired, ids)[0], 1e-4)
+    assert not close(repaired(ids), plain.repair(model)(ids), 0.05)
+
+
+@pytest.mark.parametrize("bits", [None, 3])
+def test_replaced_parameters_stand_in_the_model(bits):
+    model = model_of("opt") if bits is None else quantize_decoder(model_of("opt"), bits)
+    replaced = {
+        "embedding": normal(128, 64),
+        "head.kernel": normal(64, 128),  # of a tied model
+        "positions": normal(258, 64),
+        "final_norm.bias": normal(64),
+        "layers.mlp_norm.scale": normal(2, 64),
+        "layers.up.kernel": normal(2, 64, 96),
+        "layers.o.bias": normal(2, 64),
+    }
+    ids = tiny_ids(model)
+    before = np.asarray(model(ids))
+    found = LoraAdapter({}, {}, 1.0, replaced=replaced).repair(model).decoder
+    for path, value in replaced.items():
+        assert (np.asarray(parameter(found, path)) == np.asarray(value)).all(), path
+    assert (found.layers.up.bias[...] == model.layers.up.bias[...]).all()
+    assert not close(found(ids), before, 0.1)
+    assert (np.asarray(model(ids)) == before).all() and model.head is None
+    for path in ("layers.q.kernel", "layers.attention_norm.bias", "final_norm.scale"):
+        assert (np.asarray(parameter(found, path)) == np.asarray(parameter(model, path))).all()
 
 
 @pytest.mark.parametrize(

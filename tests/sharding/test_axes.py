@@ -42,6 +42,15 @@ def keys_and_values():
     return KV(stored, stored, jnp.ones((4, 8), bool), jnp.ones((4,), "int32"))
 
 
+def with_everything(model):
+    """A model with biases of a LoRA and a head of its own, neither of which it had."""
+    lora = LoraAdapter.init(model, 4, KEY, targets=ALL)
+    bias = {"q": jnp.zeros((2, 64), "float32")}
+    head = {"head.kernel": jnp.zeros((64, 128), "float32")}
+    lora = LoraAdapter(dict(lora.a), dict(lora.b), 1.0, bias=bias, replaced=head)
+    return lora.repair(model).decoder
+
+
 def adapter(name, config=LLAMA):
     return jax.eval_shape(ADAPTERS[name], abstract(config))
 
@@ -57,6 +66,9 @@ KINDS = {
     "sparse24": lambda: abstract(OPT, weights=Storage(sparse24=True, backend="pallas_tpu")),
     "with-lora": lambda: jax.eval_shape(
         lambda lora, model: lora.repair(model).decoder, adapter("lora"), abstract(LLAMA)
+    ),
+    "with-everything": lambda: jax.eval_shape(
+        with_everything, abstract(tiny_config("llama", tied_embeddings=True))
     ),
     "kv": keys_and_values,
     "repaired": lambda: Repaired(abstract(LLAMA), keys_and_values()),
