@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     Interrupted, it exits with 130 (SIGINT) or 143 (SIGTERM).
     """
-    with failures.lasting_streams(), signals.handled():
+    with failures.calm_streams(), signals.handled():
         _main(arguments)
 
 

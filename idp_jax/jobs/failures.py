@@ -62,16 +62,21 @@ def explained(error: BaseException, out: Any = None) -> tuple[str, int]:
 
 
 @contextlib.contextmanager
-def lasting_streams() -> Iterator[None]:
-    """While a command runs, whoever reads its output may leave: the work goes on without a word."""
-    own = sys.stdout, sys.stderr
+def calm_streams() -> Iterator[None]:
+    """While a command runs, what it says is its own, and whoever reads that may leave.
+
+    The work goes on without a word then. Threads of libraries print no traceback of what they meet
+    when a save failed; that is raised in the main thread, too.
+    """
+    own, hook = (sys.stdout, sys.stderr), sys.excepthook
     sys.stdout, sys.stderr = (_Lasting(stream) for stream in own)  # type: ignore[assignment]
+    sys.excepthook = lambda *_: None
     try:
         yield
     finally:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        sys.stdout, sys.stderr = own
+        (sys.stdout, sys.stderr), sys.excepthook = own, hook
 
 
 class _Lasting:

@@ -106,9 +106,9 @@ def test_damaged_files_of_our_own_are_named(tmp_path, text):
 
 LEFT = """
 import sys
-from idp_jax.jobs.failures import lasting_streams
+from idp_jax.jobs.failures import calm_streams
 
-with lasting_streams():
+with calm_streams():
     for number in range(20_000):
         print("said", number)
         print("said", number, file=sys.stderr)
