@@ -20,9 +20,12 @@ import re
 import sys
 from typing import Any
 
-from idp_jax import __version__, config
-from idp_jax.config.files import part_from_dict, read_yaml
+from idp_jax import __version__
 from idp_jax.jobs import signals
+
+with signals.handled():  # these take the longest until a command can begin
+    from idp_jax import config
+    from idp_jax.config.files import part_from_dict, read_yaml
 
 COMMANDS: dict[str, type] = {
     "demo": config.Demo,

@@ -173,7 +173,9 @@ def test_text_of_its_own_does_not_depend_on_interruptions(files, tmp_path):
     texts = [tmp_path / name / "self_text.jsonl" for name in ("whole", "other")]
     assert texts[0].read_bytes() == texts[1].read_bytes()
     assert not (tmp_path / "other" / "self_text.partial.jsonl").exists()
-    assert said[0].startswith("training prompt of 50 (3,200 parameters): 150 steps of 2 x 16 tokens")
+    assert said[0].startswith(
+        "training prompt of 50 (3,200 parameters): 150 steps of 2 x 16 tokens"
+    )
     assert said[0].endswith(f"4,800 tokens in all, of text that {tmp_path / 'model'} itself writes")
     assert said[-1].startswith("training prompt of 50: about 0:00:0")
     with pytest.raises(ConfigError, match=r"tokens = .* \(a longer run is written another text\)"):
