@@ -20,9 +20,12 @@ import re
 import sys
 from typing import Any
 
-from idp_jax import __version__, config
-from idp_jax.config.files import part_from_dict, read_yaml
+from idp_jax import __version__
 from idp_jax.jobs import failures, signals
+
+with signals.handled():  # these take the longest until a command can begin
+    from idp_jax import config
+    from idp_jax.config.files import part_from_dict, read_yaml
 
 COMMANDS: dict[str, type] = {
     "demo": config.Demo,
@@ -33,7 +36,7 @@ COMMANDS: dict[str, type] = {
 }
 
 # Called again, these go on from what an interrupted call has finished.
-_RESUMING = ("demo", "compress", "train")
+_RESUMING = ("demo", "compress", "train", "eval")
 
 # What libraries print on their own account; our bars and tables say the same.
 _QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
@@ -60,9 +63,8 @@ def _main(arguments: list[str] | None) -> None:
     if name not in COMMANDS:
         _fail(f"no command {name!r}; there are {', '.join(COMMANDS)}", 2)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    for (
-        handler
-    ) in logging.getLogger().handlers:  # absl: what orbax raises it logs before, at length
+    for handler in logging.getLogger().handlers:
+        # What orbax raises it logs before, at length, through absl.
         handler.addFilter(lambda record: record.name != "absl")
     for variable, value in _QUIET.items():
         os.environ.setdefault(variable, value)
@@ -73,8 +75,6 @@ def _main(arguments: list[str] | None) -> None:
         command = importlib.import_module(f"idp_jax.commands.{name}")
         signals.begin(resumes=name in _RESUMING)
         command.run(settings)
-    except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on from the last complete step", 130)
     except BaseException as error:
         if os.environ.get("IDP_JAX_TRACEBACK") or not failures.is_failure(error):
             raise

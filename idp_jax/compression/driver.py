@@ -95,7 +95,6 @@ def compress(
     packed = [n for n in names if not isinstance(getattr(model.layers, n), Dense)]
     if packed:
         raise ConfigError(f"matrix {packed[0]} is packed already; compress the uncompressed model")
-    _check_finite(model)
     by_name = resolve_settings(model.config, settings)
     times = StageTimes() if times is None else times
     flow = None
@@ -112,20 +111,6 @@ def compress(
         report.extend(rows)
         blocks.append(jax.tree.map(np.asarray, block))
     return model.with_layers(stack(blocks)), report
-
-
-def _check_finite(model: Decoder) -> None:
-    """Refuses what a method would hide: rounding makes a number of everything."""
-    modules = module_names(model.config)
-    for name in model.layers.weight_names:
-        kernel = getattr(model.layers, name).kernel[...]
-        counts = np.asarray((~jnp.isfinite(kernel)).sum((1, 2)))
-        if counts.any():
-            layer = int(counts.argmax())
-            raise ConfigError(
-                f"{modules[layer, name]} holds {counts[layer]} of {kernel[0].size} numbers that "
-                "are not finite (NaN or infinity); give a model whose training did not diverge"
-            )
 
 
 def resolve_settings(

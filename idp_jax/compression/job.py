@@ -195,11 +195,12 @@ class Job:
 
     def _tokens(self, progress: Progress = SILENT) -> np.ndarray:
         """int32 [samples, T]; kept in the folder, so that a job that goes on reads the same."""
-        file = self.folder / "calibration.npy"
+        file, kept = self.folder / "calibration.npy", self.folder / "sampled.jsonl"
 
         def write() -> None:
             if not file.is_file():
-                tokens = np.asarray(calibration_tokens(self.settings, progress=progress), np.int32)
+                found = calibration_tokens(self.settings, progress=progress, kept=kept)
+                tokens = np.asarray(found, np.int32)
                 write_file(file, lambda path: _save_array(path, tokens))
 
         # Asked inside: other processes may look for the file when it is already there.
@@ -324,8 +325,13 @@ def compress(
     return report
 
 
-def calibration_tokens(settings: Compress, *, progress: Progress = SILENT) -> np.ndarray:
+def calibration_tokens(
+    settings: Compress, *, progress: Progress = SILENT, kept: Path | None = None
+) -> np.ndarray:
     """The calibration windows that the settings ask for, int [samples, T].
+
+    Args:
+        kept: a file for text of the model's own, see `sample_documents`.
 
     Raises:
         ValueError: there is too little text.
@@ -343,6 +349,7 @@ def calibration_tokens(settings: Compress, *, progress: Progress = SILENT) -> np
                 document_tokens=min(length, 512),
                 seed=settings.seed,
                 progress=update,
+                kept=kept,
             )
         return take_windows(iter(texts), tokenizer, length, count, "the model's own text")
     shuffle = settings.order == "random"

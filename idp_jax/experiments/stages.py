@@ -69,8 +69,9 @@ def text_files(settings: Experiment) -> dict[str, Path]:
 
 def write_texts(settings: Experiment, model: Callable[[], Decoder], progress: Progress) -> None:
     """Samples text from the uncompressed model, and splits it by documents into its parts."""
-    files = text_files(settings)
+    files, kept = text_files(settings), settings.out / "text" / "sampled.jsonl"
     if all(file.is_file() for file in files.values()):
+        kept.unlink(missing_ok=True)  # left by a call that was stopped just before this line
         _check_unchanged(settings.out / "text")
         return
     tokenizer = formats.load_tokenizer(settings.model)
@@ -78,7 +79,6 @@ def write_texts(settings: Experiment, model: Callable[[], Decoder], progress: Pr
     held_out = (settings.validation_windows // 2 + spare) * length
     calibration = settings.calibration_windows * length
     train = max(settings.train_tokens, calibration) + spare * length
-    kept = settings.out / "text" / "sampled.jsonl"
     with progress.bar("sampling text from the model", "tokens") as update:
         texts = sample_documents(
             model(),
@@ -95,7 +95,7 @@ def write_texts(settings: Experiment, model: Callable[[], Decoder], progress: Pr
             chosen.append(texts.pop())
             count += len(tokenizer(chosen[-1])["input_ids"])
         write_text(files[part], "".join(json.dumps({"text": text}) + "\n" for text in chosen))
-    kept.unlink()
+    kept.unlink(missing_ok=True)
     mark(settings.out / "text")
 
 

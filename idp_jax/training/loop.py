@@ -26,7 +26,7 @@ from idp_jax.training.objectives import Objective
 from idp_jax.training.step import TrainState, evaluate_step, keep_best, make_train_step
 
 _UNVALIDATED = "unvalidated"  # beside the place in the data: a checkpoint before a validation
-_DIVERGED = 1.0  # nats above the start, with no better step in between
+_DIVERGED = 0.1  # nats above the start, with no better step in between
 _LOWER = "a lower --optimizer.learning-rate may help"
 
 
@@ -177,9 +177,10 @@ class _Run:
         if jax.process_index() == 0:
             for sink in self.sinks:
                 sink.write(self.step, values)
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise ValueError(_not_finite(name.replace("_", " "), value, self.step))
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            name = "loss" if "loss" in bad else bad[0]
+            raise ValueError(_not_finite(name.replace("_", " "), values[name], self.step))
 
     def save(self) -> None:
         """Writes a checkpoint of this step."""

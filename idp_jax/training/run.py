@@ -214,5 +214,5 @@ def _self_text(
             )
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
         first_process(lambda: write_text(file, lines), "text")
-        first_process(lambda: kept.unlink(missing_ok=True), "text: sampled")
+    first_process(lambda: kept.unlink(missing_ok=True), "text: sampled")
     return str(file)

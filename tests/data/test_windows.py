@@ -1,6 +1,7 @@
 """Windows of text: no gaps, the same for the same seed, never both held out and trained on."""
 
 import json
+from functools import partial
 from itertools import islice
 
 import datasets
@@ -259,3 +260,31 @@ def test_text_of_the_models_own():
     assert 2000 <= sum(len(ids_of(text)) for text in found) < 2000 + 64 * 24
     assert all(len(text) <= 24 for text in found)
     assert calls[-1] == (2000, 2000) and [done for done, _ in calls] == sorted(d for d, _ in calls)
+
+
+def test_text_of_the_models_own_goes_on_as_if_it_had_not_stopped(tmp_path):
+    class Stopped(Exception):
+        pass
+
+    def stop(done, total):
+        if done > 1000:
+            raise Stopped
+
+    model = tiny_decoder("llama", num_layers=1, max_positions=8)
+    write = partial(sample_documents, model, Letters(), 3000, seed=3, kept=tmp_path / "kept")
+    whole = sample_documents(model, Letters(), 3000, seed=3)
+    with pytest.raises(Stopped):
+        write(progress=stop)
+    before = (tmp_path / "kept").read_text()
+    assert before.count("\n") == 2
+    for cut in (before, before + '{"tokens": 7, "te', before[:-20]):
+        (tmp_path / "kept").write_text(cut)
+        assert write() == whole
+        assert (tmp_path / "kept").read_text().startswith(before)
+    calls = []
+    assert write(progress=lambda done, total: calls.append(done)) == whole  # nothing to write
+    assert calls[0] == 0 and calls[-1] == 3000
+    for junk in ("nothing\n", "{}\n", '{"tokens": 1, "texts": 5}\n'):
+        (tmp_path / "kept").write_text(junk)
+        with pytest.raises(ValueError, match="kept is damaged; remove it"):
+            write()

@@ -1,6 +1,8 @@
 """Whole runs, from a configuration to a folder: claimed, trained, found complete, refused."""
 
 import json
+from contextlib import contextmanager
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +10,12 @@ import numpy as np
 import pytest
 
 from idp_jax import load_adapter, load_model
-from idp_jax.config import ConfigError, Data, Lora, Train
+from idp_jax.config import ConfigError, Data, Lora, Mesh, Optimizer, Train
 from idp_jax.evaluation.perplexity import perplexity
 from idp_jax.jobs.folder import claim
-from idp_jax.training import train
+from idp_jax.jobs.progress import Progress
+from idp_jax.jobs.signals import Interrupted
+from idp_jax.training import run, train
 from tests.helpers import tiny_folder
 
 LENGTH = 16  # tokens of a window
@@ -112,6 +116,81 @@ def test_a_run_that_cannot_start_leaves_nothing(files, tmp_path, changes, messag
     with pytest.raises(ValueError, match=message):
         train(run_settings(files, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_measured_and_kept_may_change(files, tmp_path):
+    """Not what is trained: that is refused, with the reason where it is not plain."""
+    out = tmp_path / "run"
+    train(run_settings(files, out))
+    (out / "result.json").unlink()
+    changes = {"evaluate_every": 1, "checkpoint_every": 7, "mesh": Mesh(data=2, model=4)}
+    assert train(run_settings(files, out, **changes))["training_tokens"] == 4 * LENGTH
+    reason = r"holds a run with tokens = 64, this one has 128 \(the learning rate falls"
+    with pytest.raises(ConfigError, match=reason):
+        train(run_settings(files, out, tokens=8 * LENGTH))
+    with pytest.raises(ConfigError, match="holds a run with prompt_length = 50, this one has 3"):
+        train(run_settings(files, out, prompt_length=3))
+
+
+def test_a_run_at_a_constant_rate_can_be_extended(files, tmp_path):
+    constant = Optimizer(schedule="constant")
+    losses = {}
+    for name, budgets in {"whole": (6,), "extended": (2, 6)}.items():
+        for steps in budgets:
+            tokens = steps * 2 * LENGTH
+            changes = {"optimizer": constant, "evaluate_every": 2, "tokens": tokens}
+            result = train(run_settings(files, tmp_path / name, **changes))
+            assert result["training_tokens"] == tokens
+        losses[name] = (tmp_path / name / "metrics.jsonl").read_text()
+    assert losses["whole"] == losses["extended"]
+
+
+def test_text_of_its_own_does_not_depend_on_interruptions(files, tmp_path):
+    model = tiny_folder(tmp_path / "model", num_layers=1, max_positions=64)
+
+    def own(out):
+        data = Data(train="self", sequence_length=LENGTH, validation_windows=2)
+        tokens = 150 * 2 * LENGTH
+        return Train(model=str(model), out=out, tokens=tokens, data=data, evaluate_every=99)
+
+    class Stops(Progress):
+        @contextmanager
+        def bar(self, description, unit=""):
+            def update(done, total, note=""):
+                if done > 1000 and "sampling" in description:
+                    raise Interrupted(15)
+
+            yield update
+
+    said = []
+    whole = train(own(tmp_path / "whole"), say=said.append)
+    with pytest.raises(Interrupted):
+        train(own(tmp_path / "other"), progress=Stops())
+    assert (tmp_path / "other" / "self_text.partial.jsonl").stat().st_size
+    assert not (tmp_path / "other" / "self_text.jsonl").exists()
+    again = train(own(tmp_path / "other"))
+    assert again["validation_loss"] == whole["validation_loss"]
+    texts = [tmp_path / name / "self_text.jsonl" for name in ("whole", "other")]
+    assert texts[0].read_bytes() == texts[1].read_bytes()
+    assert not (tmp_path / "other" / "self_text.partial.jsonl").exists()
+    assert said[0].startswith(
+        "training prompt of 50 (3,200 parameters): 150 steps of 2 x 16 tokens"
+    )
+    assert said[0].endswith(f"4,800 tokens in all, of text that {tmp_path / 'model'} itself writes")
+    assert said[-1].startswith("training prompt of 50: about 0:00:0")
+    with pytest.raises(ConfigError, match=r"tokens = .* \(a longer run is written another text\)"):
+        train(replace(own(tmp_path / "other"), tokens=10**4))
+
+
+def test_a_result_is_json_whatever_the_loss(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "fit", lambda start, *args, **options: (start, dict(SUMMARY)))
+    result = train(run_settings(files, tmp_path / "run"))
+    assert result["validation_perplexity"] == float("inf")
+    text = (tmp_path / "run" / "result.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["validation_perplexity"] is None
+
+
+SUMMARY = {"validation_loss": 900.0, "validation_perplexity": float("inf"), "best_step": 0}
 
 
 def test_a_text_that_is_too_short(files, tmp_path):
