@@ -1,5 +1,6 @@
 """Figures for people who would rather look than read tables."""
 
+import math
 from pathlib import Path
 
 from idp_jax.config.choices import Role
@@ -56,12 +57,22 @@ def comparison(
 
 
 def _draw_perplexity(axis, variants: list[VariantResult]) -> None:
-    shown = [(row, row.perplexity.perplexity) for row in variants if row.perplexity]
-    names, values = [row.name for row, _ in shown], [value for _, value in shown]
-    bars = axis.bar(names, values, color=[_COLOURS[row.role] for row, _ in shown])
-    axis.bar_label(bars, fmt="%.1f", padding=2)
-    axis.set(ylabel="perplexity (lower is better)", title="held-out text")
-    axis.set_ylim(0, max(values, default=1) * 1.12)
+    # An infinite perplexity has no bar.
+    shown = [row for row in variants if row.perplexity and math.isfinite(row.perplexity.perplexity)]
+    found = [row.perplexity for row in shown if row.perplexity]
+    names, values = [row.name for row in shown], [text.perplexity for text in found]
+    between = [text.interval or (text.perplexity, text.perplexity) for text in found]
+    reach = [
+        [value - low for value, (low, _) in zip(values, between, strict=True)],
+        [min(high, 2 * value) - value for value, (_, high) in zip(values, between, strict=True)],
+    ]
+    bars = axis.bar(names, values, color=[_COLOURS[row.role] for row in shown])
+    if names:
+        axis.errorbar(names, values, yerr=reach, fmt="none", ecolor="black", capsize=5)
+    axis.bar_label(bars, fmt="%.1f", label_type="center", color="white")
+    axis.set(ylabel="perplexity, lower is better (bars: 95 %)", title="held-out text")
+    highest = [value + above for value, above in zip(values, reach[1], strict=True)]
+    axis.set_ylim(0, max(highest, default=1) * 1.05)
 
 
 def _draw_accuracy(axis, variants: list[VariantResult], chance: float | None) -> None:

@@ -1,15 +1,12 @@
 """`idp-jax demo`: an experiment on a small model; prints its tables and what they say."""
 
-import sys
 import time
 
 from rich.console import Console
 
 from idp_jax import config, experiments
-from idp_jax.commands.tables import change_table, chosen, comparison_table, task_table
+from idp_jax.commands.tables import change_table, chosen, comparison_table, show, task_table
 from idp_jax.jobs.progress import Bars, console
-
-_WIDTH = 120  # of the tables where they are not shown in a terminal
 
 
 def run(settings: config.Experiment) -> None:
@@ -17,11 +14,11 @@ def run(settings: config.Experiment) -> None:
     started = time.perf_counter()
     say = lambda stage: console.print(stage, highlight=False)
     results = experiments.run(settings, progress=Bars(), begin=say)
-    out = Console(width=None if sys.stdout.isatty() else _WIDTH)
+    out = Console()
     budget = f"{settings.train_tokens:,} training tokens per adapter"
-    out.print(comparison_table(results.variants, f"{settings.title}; {budget}"))
-    out.print(task_table(results.variants, f"{settings.tasks}, % [95 %]"))
-    out.print(change_table(results.comparisons, "what changed [95 %]"))
+    show(comparison_table(results.variants, f"{settings.title}; {budget}"), out)
+    show(task_table(results.variants, f"{settings.tasks}, % [95 %]"), out)
+    show(change_table(results.comparisons, "what changed [95 %]"), out)
     for row in results.variants:
         if row.role == "repaired" and row.choices:
             out.print(f"{row.name} chose: {chosen(row, row.choices)}.", highlight=False)

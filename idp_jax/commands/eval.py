@@ -1,7 +1,7 @@
 """`idp-jax eval`: scores a model and prints one table for each variant."""
 
 from idp_jax import config
-from idp_jax.commands.tables import chosen, variant_table
+from idp_jax.commands.tables import chosen, show, variant_table
 from idp_jax.evaluation.job import score
 from idp_jax.jobs.progress import Bars, console
 
@@ -10,9 +10,11 @@ def run(settings: config.Evaluate) -> None:
     """Scores a model and prints what was measured."""
     results = score(settings, progress=Bars())
     for variant in results.variants:
-        console.print(variant_table(variant))
+        show(variant_table(variant), console)
         for task, row in variant.tasks.items():
             if row.choices is not None:
                 counts = chosen(variant, row.choices)
                 console.print(f"{task}: prompts chosen: {counts}", highlight=False)
+            for item, reason in row.refused.items():
+                console.print(f"{task}: item {item} was not scored: {reason}", highlight=False)
     console.print(f"written to {settings.out}", highlight=False)

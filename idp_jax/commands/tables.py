@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 from rich.table import Table
 
 from idp_jax.compression.plan import Plan
 from idp_jax.evaluation.comparison import pooled_accuracy
-from idp_jax.evaluation.results import Comparison, TaskResult, VariantResult
+from idp_jax.evaluation.results import Comparison, PerplexityResult, TaskResult, VariantResult
 from idp_jax.evaluation.statistics import Estimate
 
 # Column of the report of a compression: what it shows of several layers' numbers.
@@ -21,15 +22,21 @@ _SHOWN = {
     "retries": np.sum,
     "dead_columns": np.sum,
 }
+_WIDTH = 100  # columns of a table at most
 _SUMMARIES = {np.mean: "mean", np.max: "largest", np.sum: "sum"}
 
 
+def show(table: Table, console: Console) -> None:
+    """Prints a table no wider than people read; what is too long is broken, not cut off."""
+    console.print(table, width=min(console.width, _WIDTH))
+
+
 def columns(title: str, first: str, others: Sequence[str]) -> Table:
-    """An empty table: words on the left, numbers, which do not break, on the right."""
+    """An empty table: words on the left, numbers on the right."""
     table = Table(title=title)
-    table.add_column(first)
+    table.add_column(first, overflow="fold")
     for name in others:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", overflow="fold")
     return table
 
 
@@ -47,12 +54,18 @@ def variant_table(variant: VariantResult) -> Table:
     text, times = variant.perplexity, variant.latency
     if text is not None:
         name = f"perplexity ({Path(text.file or 'text').name})"
-        table.add_row(name, f"{text.perplexity:.3f}", "", f"{text.windows} windows")
+        between = f"[{text.interval[0]:.3f}, {text.interval[1]:.3f}]" if text.interval else ""
+        table.add_row(name, f"{text.perplexity:.3f}", between, f"{text.windows} windows")
     for task, row in variant.tasks.items():
         for metric, value in row.metrics.items():
             low_high = row.interval.get(metric)
             interval = f"[{low_high[0]:.3f}, {low_high[1]:.3f}]" if low_high else ""
             table.add_row(f"{task} {metric}", f"{value:.4f}", interval, str(row.items))
+    for group, metrics in variant.groups.items():
+        for metric, value in metrics.items():
+            table.add_row(f"{group} (group) {metric}", f"{value:.4f}", "", "")
+    if variant.mean_accuracy is not None:
+        table.add_row("mean accuracy of what was asked for", f"{variant.mean_accuracy:.4f}", "", "")
     if times is not None:
         sizes = f"batch {times.batch_size}, {times.repeats} runs"
         table.add_row(
@@ -64,19 +77,25 @@ def variant_table(variant: VariantResult) -> Table:
 
 def comparison_table(variants: Sequence[VariantResult], title: str) -> Table:
     """One row for each variant of an experiment."""
-    numbers = ("perplexity", "accuracy % [95 %]", "extra params", "prefill ms", "ms/token")
+    numbers = ("perplexity [95 %]", "accuracy % [95 %]", "extra params", "prefill ms", "ms/token")
     table = columns(title, "variant", numbers)
     for row in variants:
         text, times = row.perplexity, row.latency
         table.add_row(
             row.name,
-            f"{text.perplexity:.2f}" if text else "",
+            _perplexity(text),
             percent(pooled_accuracy(row)),
             f"{row.extra_parameters:,}",
             f"{times.prefill_ms:.0f}" if times else "",
             f"{times.decode_ms_per_token:.1f}" if times else "",
         )
     return table
+
+
+def _perplexity(text: PerplexityResult | None) -> str:
+    if text is None or text.interval is None:
+        return "" if text is None else f"{text.perplexity:.2f}"
+    return f"{text.perplexity:.2f} [{text.interval[0]:.2f}, {text.interval[1]:.2f}]"
 
 
 def task_table(variants: Sequence[VariantResult], title: str) -> Table:

@@ -18,7 +18,7 @@ from idp_jax.evaluation.results import (
     read,
     write,
 )
-from idp_jax.evaluation.statistics import Estimate
+from idp_jax.evaluation.statistics import Estimate, exponential
 
 
 def task(scores=(1.0, 0.0, 1.0), **changes) -> TaskResult:
@@ -43,7 +43,7 @@ def task(scores=(1.0, 0.0, 1.0), **changes) -> TaskResult:
 def text(losses=(3.0, 3.5, 4.0), digest="d") -> PerplexityResult:
     """A perplexity of as many windows as there are losses."""
     mean = sum(losses) / len(losses)
-    return PerplexityResult(math.exp(mean), mean, 93, len(losses), list(losses), digest, "a.txt")
+    return PerplexityResult(exponential(mean), mean, 93, len(losses), list(losses), digest, "a.txt")
 
 
 def variant(name="a", **changes) -> VariantResult:
