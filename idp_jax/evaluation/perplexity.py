@@ -103,5 +103,5 @@ def perplexity(
         tokens=count * (length - 1),
         windows=count,
         per_window_nll=per_window.tolist(),
-        digest=hashlib.sha256(np.ascontiguousarray(windows)).hexdigest()[:16],
+        digest=hashlib.sha256(np.ascontiguousarray(windows).data).hexdigest()[:16],
     )
