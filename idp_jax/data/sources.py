@@ -34,7 +34,9 @@ def _hub_documents(source: str, seed: int, shuffle: bool) -> Iterator[str]:
         stream = load_dataset(name, config or None, split="train", streaming=True)
         if shuffle:
             stream = stream.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
-        for row in stream:
+        for number, row in enumerate(stream):
+            if not isinstance(row["text"], str):
+                raise TypeError(f"row {number} has no text but {row['text']!r:.40}")
             yield row["text"]
     except KeyError as error:
         raise ValueError(

@@ -71,9 +71,11 @@ def keep_windows(
         ValueError: they do not fit there.
     """
     try:
+        if folder is not None:  # of several processes, one has made it, on its own disk perhaps
+            Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             for window in found:
-                file.write(window)
+                file.write(window.data)
             file.flush()
             if not file.tell():
                 return np.zeros((0, length), np.int32)

@@ -108,7 +108,7 @@ def perplexity(
         tokens=count * (length - 1),
         windows=count,
         per_window_nll=per_window.tolist(),
-        digest=hashlib.sha256(np.ascontiguousarray(windows)).hexdigest()[:16],
+        digest=hashlib.sha256(np.ascontiguousarray(windows).data).hexdigest()[:16],
         interval=None if interval is None else (interval.low, interval.high),
     )
 

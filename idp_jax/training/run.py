@@ -62,6 +62,7 @@ def train(
     out = Path(config.out)
     mesh = mesh_of(config.mesh)
     with ExitStack() as held, jax.set_mesh(mesh) if mesh is not None else nullcontext():
+        parameters = check(config, mesh)
         conditions = _extensions(config)
 
         def begin() -> None:
@@ -73,7 +74,6 @@ def train(
         if result is not None:
             return result
         first_process(lambda: check_absent(out / "adapter", overwrite=True), "adapter's folder")
-        parameters = check(config, mesh)
         return _train(config, out, mesh, parameters, progress, say)
 
 

@@ -11,7 +11,7 @@ import pytest
 from idp_jax.data.self_text import sample_documents
 from idp_jax.data.sources import documents
 from idp_jax.data.stream import TrainingText
-from idp_jax.data.windows import take_windows, windows
+from idp_jax.data.windows import keep_windows, take_windows, windows
 from tests.helpers import tiny_decoder
 
 LENGTH = 8
@@ -93,6 +93,8 @@ def hub(monkeypatch):
         asked.append((name, config, split, streaming))
         if name == "no/such":
             raise FileNotFoundError("Dataset 'no/such' doesn't exist\non the Hub")
+        if name == "no/text":
+            return datasets.Dataset.from_dict({"text": ["a", None]}).to_iterable_dataset()
         field = "page" if name == "other/field" else "text"
         count = {"some/tiny": 1, "some/small": 12}.get(name, 60)
         rows = datasets.Dataset.from_dict({field: texts(count)})
@@ -117,6 +119,7 @@ def test_documents_of_the_hub(hub):
     [
         ("no/such", r"dataset no/such cannot be read .*doesn't exist\).*local \.jsonl"),
         ("other/field", "dataset other/field has no field 'text'"),
+        ("no/text", r"dataset no/text cannot be read .*row 1 has no text but None"),
     ],
 )
 def test_datasets_that_cannot_be_read(hub, name, message):
@@ -209,6 +212,21 @@ def test_a_validation_text_of_its_own(source, tmp_path):
     alone = {tuple(w) for batch in first_batches(text, 150) for w in batch}
     everything = sum(len(ids_of(t)) + 2 for t in texts(60)) // LENGTH
     assert len(alone) >= everything - 1
+
+
+def test_tokens_of_a_local_text_lie_in_a_file_without_a_name(tmp_path):
+    found = list(windows(iter(texts(60)), Letters(), LENGTH))
+    kept = keep_windows(iter(found), LENGTH, tmp_path / "run")
+    assert isinstance(kept, np.memmap) and (kept == np.stack(found)).all()
+    assert not any((tmp_path / "run").iterdir())
+    assert keep_windows(iter([]), LENGTH).shape == (0, LENGTH)
+
+
+@pytest.mark.parametrize("name", ["a file", "a file/below"])
+def test_a_folder_that_cannot_take_the_tokens_is_named(tmp_path, name):
+    (tmp_path / "a file").touch()
+    with pytest.raises(ValueError, match=r"cannot be kept in .*a file.*; make room there"):
+        keep_windows(iter([]), LENGTH, tmp_path / name)
 
 
 def test_a_local_epoch_holds_every_window_once(tmp_path):

@@ -52,6 +52,14 @@ def test_windows_are_cut_from_one_tokenisation():
     assert windows_from_text(tiny_tokenizer(), "abcdefgh", 3, 1).shape == (1, 3)
 
 
+def test_no_more_text_is_read_than_the_windows_need():
+    def pieces():
+        yield "abcdefgh" * 2**15
+        raise AssertionError("read on")
+
+    assert windows_from_text(tiny_tokenizer(), pieces(), 3, 5).shape == (5, 3)
+
+
 @pytest.mark.parametrize(("length", "count"), [(9, None), (3, 3), (1, None)])
 def test_too_short_text_is_refused(length, count):
     with pytest.raises(ValueError, match="window"):
