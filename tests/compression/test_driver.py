@@ -340,6 +340,28 @@ def test_pruning_ignores_group_sizes():
     resolve_settings(config, Compression(group_size=32, rules=("mlp skip",)))
 
 
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.parametrize("method", ["rtn", "magnitude", "wanda"])
+def test_weights_that_are_not_finite_are_named_and_counted(method, value):
+    broken = tiny_decoder("llama")
+    kernel = broken.layers.up.kernel
+    kernel[...] = kernel[...].at[1, 2:4, 5].set(value)
+    settings = Compression(method=method, group_size=32)
+    with pytest.raises(CompressionError, match=r"model.layers.1.mlp.up_proj holds 2 numbers"):
+        compress(broken, settings, tokens_of("llama"))
+
+
+@pytest.mark.parametrize("grid", ["minmax", "mse"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_matrix_on_the_grid_is_not_worse_than_its_baseline(bits, grid):
+    """Rounded once, it loses no more than the rounding of a scale, as does its baseline."""
+    settings = Compression(method="rtn", bits=4, group_size=32, grid="minmax")
+    exact = expand(compress(model_of("llama"), settings)[0])
+    again = Compression(method="gptq", bits=bits, group_size=32, grid=grid, allow_worse=())
+    _, report = compress(exact, again, tokens_of("llama"))
+    assert bits == 4 or max(row["relative_error"] for row in report) < 1e-5
+
+
 @pytest.mark.parametrize("method", ["gptq", "sparsegpt"])
 def test_inputs_that_are_not_numbers(method):
     broken = tiny_decoder("llama", num_layers=3)
