@@ -346,7 +346,6 @@ def test_the_list_of_commands_fits_a_terminal(capsys):
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (KeyboardInterrupt(), 130, "idp-jax: interrupted; the same command goes on"),
         (PermissionError(13, "Permission denied", "a/b"), 1, "idp-jax: a/b: Permission denied"),
         (ConfigError("one\n  two"), 2, "idp-jax: one two"),
     ],
