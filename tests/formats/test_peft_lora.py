@@ -130,7 +130,7 @@ HONOURED = {
     "orthogonal": ("llama", {"init_lora_weights": "orthogonal", "r": 4}),
     "eva": ("llama", {"init_lora_weights": "eva"}),
     "mica": ("llama", {"init_lora_weights": "mica"}),
-    "velocity-of-training": ("opt", {"lora_dropout": 0.3, "fan_in_fan_out": True}),
+    "of-training-only": ("opt", {"lora_dropout": 0.3, "fan_in_fan_out": True}),
 }
 
 
