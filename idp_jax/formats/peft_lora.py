@@ -174,7 +174,9 @@ class _Found:
             words = name.split(".")
             heads = (".".join(words[:end]) for end in range(len(words) - 1, 0, -1))
             module = next((m for m in heads if m in self.modules), None)
-            if module is None or name == full:
+            if name == full:
+                raise self._wrong(f"the tensor {full} is not called as PEFT calls any")
+            if module is None:
                 raise other_model(self.folder, f"the tensor {full}", "no such module")
             suffix = name[len(module) + 1 :]
             # PEFT puts the module that it updates one level deeper.
@@ -329,6 +331,8 @@ def _replaced_outside(decoder: Decoder, found: _Found, deltas) -> dict[str, np.n
     for name, value in sorted(found.plain.items(), key=lambda item: item[0] in found.saved):
         path, layer, _ = found.places[name]
         if layer is None:
+            if name not in found.saved and not np.array_equal(values.get(path, value), value):
+                raise ValueError(f"{found.folder}: the file has two embeddings for a tied model")
             alone = not tied or path not in both or name in found.saved
             apart |= name in found.saved and path in both
             values |= dict.fromkeys([path] if alone else both, value)

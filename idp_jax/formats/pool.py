@@ -72,13 +72,14 @@ def read_pool(decoder: Decoder, folder: Path, given: str | Selector | None) -> P
                 f"{folder / name} is not a PROMPT_TUNING adapter; a pool has no others"
             )
         prompts.append(prompt)
-    lengths = [prompt.length for prompt in prompts]
-    if settings.get("lengths") not in (None, lengths):
+    selector = _read_selector(decoder, folder, settings["selector"], given, len(prompts))
+    pool = Pool(prompts, selector)
+    if settings.get("lengths") not in (None, pool.lengths):
         raise ValueError(
-            f"{folder / 'pool.json'}: lengths {settings['lengths']} are not those of the prompts, "
-            f"{lengths}; save the pool again"
+            f"{folder / 'pool.json'}: lengths {short(settings['lengths'])} are not those of the "
+            f"prompts, {pool.lengths}; save the pool again"
         )
-    return Pool(prompts, _read_selector(decoder, folder, settings["selector"], given, len(prompts)))
+    return pool
 
 
 # What each key of pool.json may hold; all but the first two may be missing.

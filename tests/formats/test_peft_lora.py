@@ -7,7 +7,7 @@ from idp_jax import load_adapter, load_model
 from idp_jax.formats import save_adapter
 from idp_jax.formats.adapters import read_adapter
 from tests.formats.test_peft import deprecated, their_logits
-from tests.helpers import hf_config, tiny_decoder, write_folder
+from tests.helpers import hf_config, quantize_decoder, tiny_decoder, write_folder
 
 # PEFT warns of what it does with tied weights, biases and embeddings.
 pytestmark = [deprecated, pytest.mark.filterwarnings("ignore::UserWarning")]
@@ -117,11 +117,20 @@ HONOURED = {
     "tokens-of-a-tied-model": ("opt-projected", {"trainable_token_indices": [5, 100, 7]}),
     "tokens-of-the-head": ("llama", {"trainable_token_indices": {"lm_head": [4, 3]}}),
     "tokens-by-name": ("llama-tied", {"trainable_token_indices": {"embed_tokens": [4, 3]}}),
+    "tokens-and-a-saved-embedding": (
+        "llama-tied",
+        {"trainable_token_indices": {"lm_head": [5, 9]}, "modules_to_save": ["embed_tokens"]},
+    ),
+    "tokens-and-a-head": (
+        "llama-tied",
+        {"trainable_token_indices": [5, 100], "target_modules": ["lm_head", "q_proj"]},
+    ),
+    "tokens-of-a-tied-head": ("opt", {"trainable_token_indices": {"lm_head": [5, 100]}}),
     "gaussian": ("llama", {"init_lora_weights": "gaussian"}),
     "orthogonal": ("llama", {"init_lora_weights": "orthogonal", "r": 4}),
     "eva": ("llama", {"init_lora_weights": "eva"}),
     "mica": ("llama", {"init_lora_weights": "mica"}),
-    "velocity-of-training": ("opt", {"lora_dropout": 0.3, "fan_in_fan_out": True}),
+    "of-training-only": ("opt", {"lora_dropout": 0.3, "fan_in_fan_out": True}),
 }
 
 
@@ -142,3 +151,26 @@ def test_logits_are_those_of_peft_and_survive_saving(bases, tmp_path, name, sett
     again = save_adapter(adapter, tmp_path / "ours", decoder=model)
     assert np.abs(peft_logits(bases[name], again) - expected).max() <= 3e-4
     assert np.abs(np.asarray(load_adapter(model, again)(IDS)) - expected).max() <= 3e-4
+
+
+def test_two_embeddings_for_a_tied_model_are_refused(bases, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    folder = write_lora(bases["opt"], tmp_path / "theirs", target_modules=["lm_head", "q_proj"])
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    other = np.ones_like(tensors["base_model.model.lm_head.base_layer.weight"])
+    save_file({**tensors, "base_model.model.model.decoder.embed_tokens.weight": other}, file)
+    with pytest.raises(ValueError, match="two embeddings for a tied model"):
+        read_adapter(load_model(bases["opt"]), folder)
+
+
+def test_an_adapter_on_a_packed_model_replaces_what_it_names(bases, tmp_path):
+    """The other layer of a matrix that is replaced in one keeps what its packed numbers say."""
+    settings = {"modules_to_save": ["layers.1.mlp"], "target_modules": ["q_proj"]}
+    folder = write_lora(bases["llama"], tmp_path / "theirs", **settings)
+    model = quantize_decoder(tiny_decoder("llama"), 4)
+    found = load_adapter(model, folder).decoder.layers
+    assert found.q.base.bits == 4 and found.k.bits == 4
+    before, after = (np.asarray(layers.up.dense()) for layers in (model.layers, found))
+    assert (after[0] == before[0]).all() and np.abs(after[1] - before[1]).max() > 0.1
