@@ -42,8 +42,8 @@ BAD = {
     "prefix": ({"method": "prefix", "prompt_length": 33}, "behind a prompt of 33 exceeds .* 64 le"),
     "pool": ({"method": "idp", "pool_lengths": (4, 60)}, "behind a prompt of 60 .* 4 at most"),
     "window": (
-        {"method": "lora", "data": {"sequence_length": 65}},
-        "length 65 exceeds .* 64 at mo",
+        {"method": "lora", "tokens": 130, "data": {"sequence_length": 65}},
+        "length 65 exceeds .* 64 at most",
     ),
     "long-prompt": ({"model": "llama", "prompt_length": 65}, "prompt length 65 is out of range"),
     "long-pool": (

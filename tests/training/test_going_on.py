@@ -218,11 +218,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(tmp_path, kind, val
         run_fit(tmp_path, kind, objective=bad)
 
 
-@pytest.mark.parametrize(("kind", "rate"), [("lora", 1e6), ("prefix", 1e6), ("lora", 1e30)])
-def test_a_learning_rate_that_is_too_large_is_no_success(tmp_path, kind, rate):
-    for _ in range(2):
-        with pytest.raises(ValueError, match="at step .*--optimizer.learning-rate may help"):
-            run_fit(tmp_path, kind, rate=rate)
+def test_a_run_that_only_made_it_worse_is_no_success(tmp_path):
+    for _ in range(2):  # the second call goes on from a checkpoint, to the same end
+        with pytest.raises(ValueError, match="rose from .* at step 12 .*learning-rate may help"):
+            run_fit(tmp_path, "lora", rate=1e6)
 
 
 @pytest.mark.parametrize(("loss", "perplexity"), [(2.0, np.exp(2.0)), (800.0, np.inf)])
