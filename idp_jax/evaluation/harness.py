@@ -14,6 +14,7 @@ the whole window chooses, as in `perplexity`.
 import json
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -263,12 +264,12 @@ class HarnessLM(TemplateLM):
         answers: list[tuple[str, int | None]] = [("", None)] * len(prompts)
         for start in self._progress("generating")(starts):
             members = order[start : start + self.batch_size]
-            arrays = _left_padded([prompts[i] for i in members], self.batch_size, self.eot_token_id)
-            compute = lambda start=start, arrays=arrays: self._generate(
-                *arrays, count, stop_ids, options, start
+            ids, mask = _left_padded(
+                [prompts[i] for i in members], self.batch_size, self.eot_token_id
             )
-            parts = (count, stop_ids, options, start, self.seed)
-            tokens, choices = self.journal(compute, "generation", *arrays, *parts)
+            parts = (count, stop_ids, options, start)
+            compute = partial(self._generate, ids, mask, *parts)
+            tokens, choices = self.journal(compute, "generation", ids, mask, parts, self.seed)
             for number, index in enumerate(members):
                 text = self._text(np.asarray(tokens[number]), stop_ids, until)
                 answers[index] = text, None if choices is None else int(choices[number])

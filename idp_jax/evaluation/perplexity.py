@@ -101,7 +101,7 @@ def perplexity(
         losses += journal(compute, "perplexity", batch)
         _check_finite(losses[start:count], start)
     per_window = np.asarray(losses[:count])
-    mean, interval = float(per_window.mean()), perplexity_interval(per_window)
+    mean, interval = float(per_window.mean()), perplexity_interval(losses[:count])
     return PerplexityResult(
         perplexity=exponential(mean),
         mean_nll=mean,

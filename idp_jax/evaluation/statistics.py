@@ -92,8 +92,8 @@ def perplexity_interval(losses: Sequence[float], confidence: float = 0.95) -> Es
     mean, deviation = float(values.mean()), float(values.std(ddof=1))
     reach = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1))
     reach *= deviation / math.sqrt(len(values))
-    numbers = (exponential(x) for x in (mean, mean - reach, mean + reach))
-    return Estimate(*numbers, confidence)
+    low, high = exponential(mean - reach), exponential(mean + reach)
+    return Estimate(exponential(mean), low, high, confidence)
 
 
 def perplexity_ratio(

@@ -168,7 +168,7 @@ class _LocalData:
             )
         rows, process = self.rows[self.last.config.task], self.last.config.process_docs
         for own in rows.values() if process is not None else ():
-            build = lambda count, own=own: process(own.dataset(count))
+            build = lambda count, own=own, process=process: process(own.dataset(count))
             bad = first_failing(build, len(own.rows))
             if bad is not None:
                 return _refused(own.where(bad), error)
@@ -217,7 +217,7 @@ def _row_of(task: Any, items: int, index: int, own: Rows) -> str:
     return own.where(first_failing(build, len(own.rows)) or 0)
 
 
-def _check_item(task: Any, item: dict[str, Any]) -> None:
+def _check_item(task: Any, item: Any) -> None:
     question, answer = task.doc_to_text(item), task.doc_to_target(item)
     if bool(task.multiple_input) != isinstance(question, int):
         raise ValueError(f"the question is {question!r}, of another kind than in the first item")

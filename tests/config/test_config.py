@@ -103,7 +103,7 @@ BAD = {
     ),
     "rank": (Train, {"method": "lora", "lora": {"rank": 0}}, r"--lora\.rank 0 must be at least 1"),
     "nothing": (Evaluate, {"tasks": " , "}, "nothing to evaluate: give --tasks"),
-    "limit": (Evaluate, {"limit": 0}, "--limit 0 must be at least 1"),
+    "limit": (Evaluate, {"limit": 0}, "--limit 0 must be a whole number of items, or a fraction"),
     "weights": (Evaluate, {"weights": "int4"}, "--weights 'int4' is not one of auto"),
 }
 
