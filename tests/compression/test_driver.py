@@ -346,20 +346,19 @@ def test_weights_that_are_not_finite_are_named_and_counted(method, value):
     broken = tiny_decoder("llama")
     kernel = broken.layers.up.kernel
     kernel[...] = kernel[...].at[1, 2:4, 5].set(value)
-    settings = Compression(method=method, group_size=32)
+    settings = Compression(method=method, group_size=32, allow_worse=(".",))
     with pytest.raises(CompressionError, match=r"model.layers.1.mlp.up_proj holds 2 numbers"):
         compress(broken, settings, tokens_of("llama"))
 
 
-@pytest.mark.parametrize("grid", ["minmax", "mse"])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("bits", "grid"), [(4, "minmax"), (8, "mse")])
 def test_a_matrix_on_the_grid_is_not_worse_than_its_baseline(bits, grid):
-    """Rounded once, it loses no more than the rounding of a scale, as does its baseline."""
+    """Rounded to 4 bits once, it loses next to nothing, as does its baseline."""
     settings = Compression(method="rtn", bits=4, group_size=32, grid="minmax")
     exact = expand(compress(model_of("llama"), settings)[0])
     again = Compression(method="gptq", bits=bits, group_size=32, grid=grid, allow_worse=())
     _, report = compress(exact, again, tokens_of("llama"))
-    assert bits == 4 or max(row["relative_error"] for row in report) < 1e-5
+    assert max(row["relative_error"] for row in report) < 2**-16
 
 
 @pytest.mark.parametrize("method", ["gptq", "sparsegpt"])
