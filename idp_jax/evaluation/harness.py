@@ -424,7 +424,7 @@ def _left_padded(
         raise ValueError(
             "an empty prompt cannot be continued: the tokenizer names no eos_token; give text"
         )
-    prompts = [prompt or [filler] for prompt in prompts]
+    prompts = [prompt or [int(filler or 0)] for prompt in prompts]
     prompts = prompts + prompts[:1] * (rows - len(prompts))
     ids, mask = np.zeros((2, rows, bucket(len(prompts[0]))), np.int32)
     for number, prompt in enumerate(prompts):

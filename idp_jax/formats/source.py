@@ -7,6 +7,7 @@ precision.
 
 import copy
 import importlib.util
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,8 @@ def _packaged_smollm2() -> Path:
 def _download(name: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
+    # It logs every retry twice; the reason stands once in the error below.
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     try:
         files = HfApi().list_repo_files(name)
         weights = "*.safetensors" if any(f.endswith(".safetensors") for f in files) else "*.bin"

@@ -7,7 +7,7 @@ transformers), never from a default of ours.
 
 import math
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, Literal
 
 Activation = Literal["silu", "relu", "gelu"]
@@ -99,7 +99,8 @@ def from_hf(config: Any) -> ModelConfig:
 
 def _size(config: Any, key: str) -> int:
     value = getattr(config, key, None)
-    if isinstance(value, Integral) and not isinstance(value, bool) and 0 < value <= _LARGEST_SIZE:
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if whole and 0 < int(value) <= _LARGEST_SIZE:
         return int(value)
     raise ValueError(f"{key} must be a whole number above 0, not {value!r:.100}; {_CORRECT}")
 
@@ -112,7 +113,7 @@ def _flag(config: Any, key: str) -> bool:
 
 
 def _number(value: Any, key: str, least: float = math.nextafter(0.0, 1.0)) -> float:
-    known = isinstance(value, Real) and not isinstance(value, bool)
+    known = isinstance(value, int | float) and not isinstance(value, bool)
     if known and least <= value <= _LARGEST_NUMBER:
         return float(value)
     raise ValueError(f"{key} must be a positive number, not {value!r:.100}; {_CORRECT}")

@@ -277,7 +277,7 @@ def test_bad_sizes_are_refused(arguments, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_beams": 3}, "'num_beams' is not supported"),
+        ({"num_beams": 3}, "'num_beams' = 3 is not supported"),
         ({"max_gen_toks": 64}, "leave no room"),
     ],
 )
@@ -294,3 +294,52 @@ def test_what_cannot_be_scored_is_refused():
     small = HarnessLM(tiny_decoder("llama"), TOKENS)
     with pytest.raises(ValueError, match="outside the vocabulary"):
         small.loglikelihood([ask("loglikelihood", "a", "\u00ff")])
+
+
+@pytest.fixture
+def unnamed():
+    """A tokenizer that names neither BOS nor EOS."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token = None
+    return tokenizer
+
+
+def test_a_tokenizer_without_bos_and_eos_scores_what_has_a_context(unnamed):
+    model = tiny_decoder("llama", **SIZE)
+    lm, known = HarnessLM(model, unnamed, 2), HarnessLM(model, tiny_tokenizer(), 2)
+    asked = [ask("loglikelihood", "abc", " de")]
+    assert lm.loglikelihood(asked) == known.loglikelihood(asked)
+    options = {"until": ["\n"], "max_gen_toks": 4}
+    assert len(lm.generate_until([ask("generate_until", "abc", options)])) == 1
+    with pytest.raises(ValueError, match="neither bos_token nor eos_token"):
+        lm.loglikelihood([ask("loglikelihood", "", "de")])
+    with pytest.raises(ValueError, match="no eos_token"):
+        lm.generate_until([ask("generate_until", "", options)])
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        {"num_beams": 1, "repetition_penalty": 1.0, "top_p": 1.0},
+        {"do_sample": False, "temperature": 0.7, "top_p": 0.9, "top_k": 0},
+        {"use_cache": True, "pad_token_id": 0, "length_penalty": 2.0, "min_p": None},
+    ],
+)
+def test_options_that_change_nothing_are_accepted(harmless):
+    lm = HarnessLM(tiny_decoder("llama", **SIZE), TOKENS, 2)
+    plain = {"until": [], "max_gen_toks": 4}
+    answers = [
+        lm.generate_until([ask("generate_until", "abc", plain | more)]) for more in ({}, harmless)
+    ]
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(
+    "other", [{"num_beams": 4}, {"repetition_penalty": 1.2}, {"do_sample": True, "top_p": 0.9}]
+)
+def test_options_that_would_change_answers_are_refused(other):
+    lm = HarnessLM(tiny_decoder("llama", **SIZE), TOKENS, 2)
+    key = list(other)[-1]
+    options = {"until": [], "max_gen_toks": 4, "temperature": 1.0} | other
+    with pytest.raises(ValueError, match=f"{key}.*not supported"):
+        lm.generate_until([ask("generate_until", "abc", options)])

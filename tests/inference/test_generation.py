@@ -221,3 +221,16 @@ def test_a_tokenizers_encoding_may_be_passed(speaking, tensors):
 def test_prompts_that_cannot_be_read(speaking, prompts, settings, message):
     with pytest.raises(ValueError, match=message):
         generate(speaking[0], prompts, max_new_tokens=2, **settings)
+
+
+@pytest.mark.parametrize("outside", [[128], [-1, 10**30]])
+def test_a_stop_token_outside_the_vocabulary_is_never_met(outside):
+    model = tiny_decoder("llama")
+    ids = np.asarray(tiny_ids(model, 2, 5))
+    free = np.asarray(generate(model, ids, max_new_tokens=8))
+    assert np.array_equal(generate(model, ids, max_new_tokens=8, stop_ids=outside), free)
+    stop = int(free[0, 3])
+    stopped = generate(model, ids, max_new_tokens=8, stop_ids=[stop])
+    assert np.array_equal(
+        generate(model, ids, max_new_tokens=8, stop_ids=[*outside, stop]), stopped
+    )
