@@ -198,7 +198,7 @@ BAD = {
     ),
     "adapter": (
         lambda f, o: scoring(f, o, "--adapter", f / "adapter"),
-        "adapter was made for another model: it has prompt embeddings (3, 32), this model needs",
+        "adapter was made for another model: it has token_dim 32, this model needs",
     ),
     "no-adapter": (
         lambda f, o: scoring(f, o, "--adapter", f / "none"),
@@ -211,7 +211,7 @@ BAD = {
     ),
     "short-perplexity": (
         lambda f, o: scoring(f, o, "--perplexity", f / "short.txt"),
-        "has 4 tokens, too few for 1 window(s) of 32",
+        "the text has 0 windows of 32 tokens, 1 are asked for",
     ),
 }
 

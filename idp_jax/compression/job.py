@@ -52,7 +52,7 @@ from idp_jax.sharding import make_mesh, shard
 # What may change between two calls that work on the same job.
 _FREE = ("out", "overwrite", "plan", "allow_worse")
 # What lies beside the model that grows; the last are of writes that were killed.
-_WORK = ("config.yaml", "calibration.npy", "layer-*.json", ".*.partial-*")
+_WORK = ("config.yaml", "calibration.npy", "sampled.jsonl", "layer-*.json", ".*.partial-*")
 
 
 class Job:
@@ -202,6 +202,7 @@ class Job:
                 found = calibration_tokens(self.settings, progress=progress, kept=kept)
                 tokens = np.asarray(found, np.int32)
                 write_file(file, lambda path: _save_array(path, tokens))
+            kept.unlink(missing_ok=True)
 
         # Asked inside: other processes may look for the file when it is already there.
         first_process(write, "compress: calibration")
