@@ -75,7 +75,7 @@ def to_weight(
         else np.ascontiguousarray(words.T),
         np.ascontiguousarray(scales.T),
         _single_zeros(f"{name}.weight_zero_point", zeros, (outputs, groups), bits)
-        if single
+        if zeros is not None and single
         else _zeros(zeros, outputs, groups, bits, padded),
         bits=bits,
         group_index=groups_of(f"{name}.weight_g_idx", inputs, groups, index, packing.group_size),

@@ -52,7 +52,7 @@ def read_header(path: Path) -> Header:
     """
     try:
         data = np.memmap(path, np.uint8, mode="r")
-        fields, tensors = _parse(_Cursor(memoryview(data)))
+        fields, tensors = _parse(_Cursor(data.data))
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} is not a readable GGUF file ({error}); fetch it again") from None
     return Header(fields, tensors, data)

@@ -71,8 +71,8 @@ def build_tokenizer(path: Path, fields: dict[str, Any]):
         ValueError: no tokenizer, a damaged one, or one of a kind that is not supported.
     """
     _check_keys(path, fields)
-    get = lambda key, default=None: fields.get(f"{_PREFIX}{key}", default)
-    tokens, kinds = _texts(path, fields, "tokens"), get("token_type", [])
+    get = lambda key: fields.get(f"{_PREFIX}{key}")
+    tokens, kinds = _texts(path, fields, "tokens"), get("token_type") or []
     if kinds and (not isinstance(kinds, list) or len(kinds) != len(tokens)):
         raise ValueError(f"{path}: {_PREFIX}token_type does not fit its {len(tokens)} tokens")
     sentencepiece = get("model") == "llama"
@@ -149,6 +149,16 @@ def _texts(path: Path, fields: dict[str, Any], name: str) -> list[str]:
     return value
 
 
+def _merges(path: Path, fields: dict[str, Any]) -> list[tuple[str, str]]:
+    merges = []
+    for merge in _texts(path, fields, "merges"):
+        left, blank, right = merge.partition(" ")
+        if not blank:
+            raise ValueError(f"{path}: {_PREFIX}merges has {shown(merge)}, which is no two parts")
+        merges.append((left, right))
+    return merges
+
+
 def _special_tokens(path: Path, fields: dict[str, Any], tokens: list[str]) -> dict[str, str]:
     named = {}
     for role, key in _ROLES.items():
@@ -167,9 +177,7 @@ def _special_tokens(path: Path, fields: dict[str, Any], tokens: list[str]) -> di
 def _byte_level(path: Path, fields: dict[str, Any], tokens: list[str]):
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    merges = [tuple(merge.split(" ", 1)) for merge in _texts(path, fields, "merges")]
-    if any(len(merge) != 2 for merge in merges):
-        raise ValueError(f"{path}: a text in {_PREFIX}merges has no two parts; fetch it again")
+    merges = _merges(path, fields)
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     split = _SPLITS[fields.get(f"{_PREFIX}pre", "gpt-2")]
@@ -191,7 +199,7 @@ def _sentencepiece(path: Path, fields: dict[str, Any], tokens: list[str]):
 
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if f"{_PREFIX}merges" in fields:
-        merges = [tuple(merge.split(" ", 1)) for merge in _texts(path, fields, "merges")]
+        merges = _merges(path, fields)
     else:
         scores = fields.get(f"{_PREFIX}scores")
         if not isinstance(scores, list) or len(scores) != len(tokens):

@@ -209,8 +209,8 @@ class Reader:
                 inputs, outputs = like.kernel.shape
                 weight = self.weight(getattr(names, name), (outputs, inputs), False)
                 # Only the matrices of the layers are multiplied as they are packed.
-                packed, dtype = isinstance(weight, Quantized), outer["embedding"].dtype
-                outer[name] = expanded(weight, dtype) if packed else weight
+                dtype = outer["embedding"].dtype
+                outer[name] = expanded(weight, dtype) if isinstance(weight, Quantized) else weight
         return outer
 
     def _tied_name(self) -> str:
