@@ -293,7 +293,7 @@ class HarnessLM(TemplateLM):
 
     def _check_generates(self, prompt: list[int]) -> None:
         """The likeliest of logits that are not numbers would be a token like any other."""
-        (score,) = self._score([Request(prompt or [self.prefix_token_id], [self.eot_token_id])])
+        (score,) = self._score([Request(prompt or [self.prefix_token_id], [0])])
         if not math.isfinite(score.logprob):
             raise ValueError(f"the log-probability of a token is {score.logprob}: {NOT_FINITE}")
 

@@ -99,9 +99,9 @@ def from_hf(config: Any) -> ModelConfig:
 
 def _size(config: Any, key: str) -> int:
     value = getattr(config, key, None)
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if whole and 0 < int(value) <= _LARGEST_SIZE:
-        return int(value)
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        if 0 < int(value) <= _LARGEST_SIZE:
+            return int(value)
     raise ValueError(f"{key} must be a whole number above 0, not {value!r:.100}; {_CORRECT}")
 
 

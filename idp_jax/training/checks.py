@@ -71,6 +71,7 @@ def _check_sources(config: Train) -> None:
     if data.train == SELF and data.teacher is not None:
         open_config(data.teacher)
     for source in (data.train, data.validation):
-        local = source is not None and source != SELF and not source.startswith(HUB)
-        if local and not Path(source).is_file():
+        if source is None or source == SELF or source.startswith(HUB):
+            continue
+        if not Path(source).is_file():
             raise ValueError(f"there is no text file {source}; check the path")
