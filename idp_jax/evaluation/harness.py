@@ -28,10 +28,10 @@ from lm_eval.models.utils import (
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from idp_jax.evaluation.answers import effective, left_padded
 from idp_jax.evaluation.journal import Journal
 from idp_jax.evaluation.requests import Request, Score, common_prefix, score_requests
 from idp_jax.evaluation.results import NOT_FINITE
-from idp_jax.inference.buckets import bucket
 from idp_jax.inference.generation import generate
 from idp_jax.jobs.progress import SILENT, Progress
 from idp_jax.models import Decoder
@@ -39,17 +39,6 @@ from idp_jax.processes import gather
 from idp_jax.recover import Repaired
 
 MAX_NEW_TOKENS = 256  # the harness's default where a task says nothing
-_GENERATION_KEYS = {"do_sample", "temperature", "top_k"}
-# Options of other decoders, with the value that changes nothing.
-_NEUTRAL = {
-    **{"num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "diversity_penalty": 0},
-    **{"repetition_penalty": 1, "encoder_repetition_penalty": 1, "no_repeat_ngram_size": 0},
-    **{"min_length": 0, "min_new_tokens": 0, "top_p": 1, "min_p": 0, "typical_p": 1},
-    **{"epsilon_cutoff": 0, "eta_cutoff": 0},
-}
-# Those that touch nothing but sampling, beams, padding or speed.
-_SAMPLING = {"top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
-_HARMLESS = {"length_penalty", "early_stopping", "use_cache", "pad_token_id"}
 
 
 class HarnessLM(TemplateLM):
@@ -251,7 +240,7 @@ class HarnessLM(TemplateLM):
             eos = self.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
         until = handle_stop_sequences(options.pop("until"), eos=eos)
         count = options.pop("max_gen_toks")
-        options = _effective(options)
+        options = effective(options)
         if count >= self.max_length:
             raise ValueError(
                 f"{count} new tokens leave no room for a prompt in {self.max_length} tokens"
@@ -264,7 +253,7 @@ class HarnessLM(TemplateLM):
         answers: list[tuple[str, int | None]] = [("", None)] * len(prompts)
         for start in self._progress("generating")(starts):
             members = order[start : start + self.batch_size]
-            ids, mask = _left_padded(
+            ids, mask = left_padded(
                 [prompts[i] for i in members], self.batch_size, self.eot_token_id
             )
             parts = (count, stop_ids, options, start)
@@ -393,41 +382,3 @@ def _length_limit(repaired: Repaired, max_length: int | None) -> int:
 @jax.jit
 def _choose(repaired: Repaired, ids: jax.Array, mask: jax.Array):
     return repaired.choose(ids, mask)
-
-
-def _effective(options: dict) -> dict:
-    """The options of generation that change an answer.
-
-    Raises:
-        ValueError: one that would, and is not supported.
-    """
-    greedy = not options["do_sample"]
-    kept = {}
-    for key, value in options.items():
-        idle = value is None or key in _HARMLESS or (greedy and key in _SAMPLING)
-        if idle or (key in _NEUTRAL and value == _NEUTRAL[key]):
-            continue
-        if key not in _GENERATION_KEYS:
-            raise ValueError(
-                f"generation option {key!r} = {value!r:.100} is not supported; use "
-                f"until, max_gen_toks, {', '.join(sorted(_GENERATION_KEYS))}"
-            )
-        kept[key] = value
-    return kept
-
-
-def _left_padded(
-    prompts: list[list[int]], rows: int, filler: int | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and mask [rows, bucket]; missing rows repeat the first, empty ones hold `filler`."""
-    if filler is None and not all(prompts):
-        raise ValueError(
-            "an empty prompt cannot be continued: the tokenizer names no eos_token; give text"
-        )
-    prompts = [prompt or [int(filler or 0)] for prompt in prompts]
-    prompts = prompts + prompts[:1] * (rows - len(prompts))
-    ids, mask = np.zeros((2, rows, bucket(len(prompts[0]))), np.int32)
-    for number, prompt in enumerate(prompts):
-        ids[number, -len(prompt) :] = prompt
-        mask[number, -len(prompt) :] = 1
-    return ids, mask
