@@ -60,9 +60,8 @@ def _main(arguments: list[str] | None) -> None:
     if name not in COMMANDS:
         _fail(f"no command {name!r}; there are {', '.join(COMMANDS)}", 2)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    for (
-        handler
-    ) in logging.getLogger().handlers:  # absl: what orbax raises it logs before, at length
+    for handler in logging.getLogger().handlers:
+        # What orbax logs at length through absl it raises, too.
         handler.addFilter(lambda record: record.name != "absl")
     for variable, value in _QUIET.items():
         os.environ.setdefault(variable, value)
