@@ -68,15 +68,16 @@ def calm_streams() -> Iterator[None]:
     The work goes on without a word then. Threads of libraries print no traceback of what they meet
     when a save failed; that is raised in the main thread, too.
     """
-    own, hook = (sys.stdout, sys.stderr), sys.excepthook
+    own, hook = (sys.stdout, sys.stderr), sys.unraisablehook
     sys.stdout, sys.stderr = (_Lasting(stream) for stream in own)  # type: ignore[assignment]
-    sys.excepthook = lambda *_: None
+    # Of an object in Python something is known; of a thread in C++ nothing.
+    sys.unraisablehook = lambda met: hook(met) if met.object or met.err_msg else None
     try:
         yield
     finally:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        (sys.stdout, sys.stderr), sys.excepthook = own, hook
+        (sys.stdout, sys.stderr), sys.unraisablehook = own, hook
 
 
 class _Lasting:

@@ -44,8 +44,7 @@ def finished(config: Train, free: tuple[str, ...]) -> dict[str, Any] | None:
     known, files = result.get("config"), result.get("adapter")
     fixed = set(asked) - set(free)
     known = known if isinstance(known, dict) else {}
-    ours = all(known.get(key) == asked[key] for key in fixed)
-    if not ours or not isinstance(files, dict):
+    if any(known.get(key) != asked[key] for key in fixed) or not isinstance(files, dict):
         raise ConfigError(f"{file} is not what this run found; {remedy}")
     # An adapter that is gone is written again, from the last checkpoint.
     if not adapter.exists() or known.get("tokens") != config.tokens:

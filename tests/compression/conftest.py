@@ -1,9 +1,15 @@
-"""A small layer with correlated inputs, as every second-order method wants it."""
+"""A small layer with correlated inputs, as second-order methods want it; the files of a job."""
 
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from tests.helpers import tiny_decoder, tiny_folder, tiny_tokenizer, write_folder
+
+LAYERS = 2
 
 
 @pytest.fixture
@@ -38,3 +44,18 @@ def exact_factor() -> Callable[[np.ndarray, float], np.ndarray]:
         return np.linalg.cholesky(np.linalg.inv(H)).T
 
     return factor
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A model of two layers, the same in bfloat16, and a text."""
+    folder = tmp_path_factory.mktemp("files")
+    tiny_folder(folder / "model", num_layers=LAYERS)
+    words = np.random.default_rng(0).choice(["tide ", "ship ", "lamp ", "rock. "], 200)
+    (folder / "text.txt").write_text("".join(words))
+    half = jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16), tiny_decoder(num_layers=LAYERS, vocab_size=259)
+    )
+    write_folder(half, folder / "half")
+    tiny_tokenizer().save_pretrained(folder / "half")
+    return folder
