@@ -11,7 +11,7 @@ idp_jax.generate(repaired, "Once", tokenizer=tokenizer, max_new_tokens=8)
 
 from importlib import import_module
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 # What users reach for, and where it stands.
 _EXPORTS = {

@@ -12,6 +12,7 @@ from idp_jax.compression.plan import Plan
 from idp_jax.evaluation.comparison import pooled_accuracy
 from idp_jax.evaluation.results import Comparison, PerplexityResult, TaskResult, VariantResult
 from idp_jax.evaluation.statistics import Estimate
+from idp_jax.jobs.progress import WIDTH
 
 # Column of the report of a compression: what it shows of several layers' numbers.
 _SHOWN = {
@@ -22,13 +23,12 @@ _SHOWN = {
     "retries": np.sum,
     "dead_columns": np.sum,
 }
-_WIDTH = 100  # columns of a table at most
 _SUMMARIES = {np.mean: "mean", np.max: "largest", np.sum: "sum"}
 
 
 def show(table: Table, console: Console) -> None:
     """Prints a table no wider than people read; what is too long is broken, not cut off."""
-    console.print(table, width=min(console.width, _WIDTH))
+    console.print(table, width=min(console.width, WIDTH))
 
 
 def columns(title: str, first: str, others: Sequence[str]) -> Table:

@@ -263,8 +263,8 @@ def _check_finite(weight: Dense, module: str) -> None:
     wrong = weight.kernel.size - int(jnp.count_nonzero(jnp.isfinite(weight.kernel[...])))
     if wrong:
         raise CompressionError(
-            f"{module} holds {wrong} numbers of {weight.kernel.size} that are not finite; fetch "
-            "the model again"
+            f"{module} holds {wrong} of {weight.kernel.size} numbers that are not finite (NaN or "
+            "infinity); give a model whose training did not diverge, or fetch it again"
         )
 
 

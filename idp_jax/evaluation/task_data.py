@@ -167,9 +167,7 @@ class _LocalData:
                 "or give a local copy with --task-data"
             )
         rows, process = self.rows[self.last.config.task], self.last.config.process_docs
-        if process is None:
-            rows = {}
-        for own in rows.values():
+        for own in rows.values() if process is not None else ():
             build = lambda count, own=own: process(own.dataset(count))  # type: ignore[misc]
             bad = first_failing(build, len(own.rows))
             if bad is not None:

@@ -24,7 +24,8 @@ from rich.progress import Progress as RichProgress
 from idp_jax.jobs import signals
 
 T = TypeVar("T")
-console = Console(stderr=True)
+WIDTH = 100  # columns of what is printed at most, and where nothing says how wide a terminal is
+console = Console(stderr=True, width=None if sys.stderr.isatty() else WIDTH)
 _LINE_EVERY = 30.0  # seconds, where there is no terminal
 
 

@@ -347,7 +347,7 @@ def test_weights_that_are_not_finite_are_named_and_counted(method, value):
     kernel = broken.layers.up.kernel
     kernel[...] = kernel[...].at[1, 2:4, 5].set(value)
     settings = Compression(method=method, group_size=32, allow_worse=(".",))
-    with pytest.raises(CompressionError, match=r"model.layers.1.mlp.up_proj holds 2 numbers"):
+    with pytest.raises(CompressionError, match=r"model.layers.1.mlp.up_proj holds 2 of 6144"):
         compress(broken, settings, tokens_of("llama"))
 
 
@@ -475,15 +475,3 @@ def test_each_matrix_has_its_own_settings(monkeypatch):
     assert "baseline_error" not in by_name[0, "down"] and "relative_error" in by_name[0, "down"]
     ids = tiny_ids(model)
     assert close(model(ids), expand(model)(ids))
-
-
-@pytest.mark.parametrize("method", ["rtn", "magnitude"])
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_number_that_is_not_finite_is_named(method, value):
-    model = tiny_decoder("llama")
-    weight = model.layers.up
-    spoiled = Dense(weight.kernel[...].at[1, 3, 4:6].set(value), weight.bias)
-    model = model.with_layers(model.layers.replace(up=spoiled))
-    settings = Compression(method=method, group_size=32)
-    with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.up_proj holds 2 of 6144"):
-        compress(model, settings)

@@ -58,7 +58,7 @@ def asked(tmp_path_factory):
 
 def test_an_interrupted_evaluation_goes_on(asked, tmp_path, monkeypatch):
     whole = score(asked).variants
-    again = dataclasses.replace(asked, out=tmp_path / "r.json")
+    again = dataclasses.replace(asked, overwrite=True, out=tmp_path / "r.json")
     kept = tmp_path / "r.json.scored.jsonl"
     lines = 0
     for updates in (0, 1, 3):
@@ -78,7 +78,7 @@ def test_an_interrupted_evaluation_goes_on(asked, tmp_path, monkeypatch):
 
 
 def test_another_model_or_text_takes_nothing_over(asked, tmp_path):
-    again = dataclasses.replace(asked, out=tmp_path / "r.json", tasks="")
+    again = dataclasses.replace(asked, overwrite=True, out=tmp_path / "r.json", tasks="")
     with pytest.raises(Stopped):
         score(again, progress=StopAfter(1))
     other = tiny_folder(tmp_path / "other", seed=1, max_positions=1024)

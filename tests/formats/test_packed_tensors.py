@@ -197,7 +197,7 @@ def test_scales_that_are_not_finite_are_counted(tmp_path, form, part, value):
     def spoil(tensors):
         tensors[name][:2, 1] = value
 
-    refused(edited(folder, spoil), name, "2 scales")
+    refused(edited(folder, spoil), name, "2 of 192 numbers")
 
 
 class TestGptqIndex:
