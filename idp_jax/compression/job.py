@@ -39,7 +39,14 @@ from idp_jax.formats.names import module_names
 from idp_jax.formats.quantization import Packing, write_config
 from idp_jax.formats.source import open_source, part_of
 from idp_jax.formats.write import write_settings
-from idp_jax.jobs.files import fingerprint, naming, read_json, write_file, write_text
+from idp_jax.jobs.files import (
+    fingerprint,
+    naming,
+    read_json,
+    write_file,
+    write_json,
+    write_text,
+)
 from idp_jax.jobs.folder import check_absent, check_writable, claim, put, recover
 from idp_jax.jobs.lock import locked
 from idp_jax.jobs.machine import describe, peak_memory
@@ -173,7 +180,7 @@ class Job:
             write_file(self._file(0), lambda path: _save(hf.outer_tensors(outer), path))
             self._write_index()
             write_settings(self.model, self.settings.model, self.quantization, dtype)
-            write_text(self.model / "compression.json", json.dumps(report, indent=2))
+            write_json(self.model / "compression.json", report)
             title = f"{self.settings.model}: {self.settings.method}"
             if any("relative_error" in row for row in report["matrices"]):
                 picture = lambda path: draw(report["matrices"], title, path)

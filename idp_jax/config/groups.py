@@ -4,6 +4,7 @@ A group knows no command: what several commands take is described and checked on
 setting has one line of help.
 """
 
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin
@@ -38,15 +39,19 @@ def one_of(name: str, value: Any, allowed: tuple) -> None:
 
 
 class Settings:
-    """The base of all groups: unknown keys are refused, and so is a choice that is none."""
+    """The base of all groups: unknown keys are refused, and so are values that are none."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     def __post_init__(self):
         for entry in fields(self):  # type: ignore[arg-type]  # every group is a dataclass
+            option, value = entry.name.replace("_", "-"), getattr(self, entry.name)
             if get_origin(entry.type) is Literal:
-                option = entry.name.replace("_", "-")
-                one_of(option, getattr(self, entry.name), get_args(entry.type))
+                one_of(option, value, get_args(entry.type))
+            if isinstance(value, float) and math.isnan(value):
+                raise ConfigError(f"--{option} {value} is no number")
+            if entry.name == "seed" and not 0 <= value < 2**32:  # numpy and torch take no other
+                raise ConfigError(f"--seed {value} must lie between 0 and {2**32 - 1}")
 
 
 @dataclass(frozen=True)
@@ -211,8 +216,12 @@ class Optimizer(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.learning_rate is not None and self.learning_rate <= 0:
-            raise ConfigError(f"--optimizer.learning-rate {self.learning_rate} must be above 0")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ConfigError(
+                f"--optimizer.learning-rate {self.learning_rate} must be above 0, and finite"
+            )
+        if math.isinf(self.weight_decay):
+            raise ConfigError(f"--optimizer.weight-decay {self.weight_decay} must be finite")
         if not 0 <= self.warmup <= 1:
             raise ConfigError(f"--optimizer.warmup {self.warmup} must lie between 0 and 1")
         if self.clip_norm <= 0:

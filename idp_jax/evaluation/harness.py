@@ -222,8 +222,7 @@ class HarnessLM(TemplateLM):
         answers = [""] * len(requests)
         choices: list[int | None] = [None] * len(requests)
         for members in groups.values():
-            contexts = [requests[i].args[0] for i in members]
-            found = self._continue(contexts, requests[members[0]].args[1])
+            found = self._continue([requests[i] for i in members])
             for index, (text, choice) in zip(members, found, strict=True):
                 answers[index], choices[index] = text, choice
         for request, answer in zip(requests, answers, strict=True):
@@ -232,9 +231,9 @@ class HarnessLM(TemplateLM):
         self._record(keys, choices)
         return answers
 
-    def _continue(self, contexts: list[str], options: dict) -> list[tuple[str, int | None]]:
+    def _continue(self, requests: list) -> list[tuple[str, int | None]]:
         """Answers of requests with the same options, and the pool's choice for each."""
-        options = dict(normalize_gen_kwargs(options, MAX_NEW_TOKENS))
+        options = dict(normalize_gen_kwargs(requests[0].args[1], MAX_NEW_TOKENS))
         eos = None
         if self.eot_token_id is not None:
             eos = self.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
@@ -245,8 +244,9 @@ class HarnessLM(TemplateLM):
             raise ValueError(
                 f"{count} new tokens leave no room for a prompt in {self.max_length} tokens"
             )
-        prompts = [self.tok_encode(context)[count - self.max_length :] for context in contexts]
-        self._check_generates(prompts[0])
+        room = self.max_length - count
+        prompts = [self.tok_encode(request.args[0])[-room:] for request in requests]
+        self._check_generate(requests, prompts)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         starts = range(0, len(order), self.batch_size)
         stop_ids = self._stop_ids(until)
@@ -280,11 +280,11 @@ class HarnessLM(TemplateLM):
         listed = np.asarray(gather(tokens)).tolist()
         return listed, None if choices is None else np.asarray(choices).tolist()
 
-    def _check_generates(self, prompt: list[int]) -> None:
+    def _check_generate(self, requests: list, prompts: list[list[int]]) -> None:
         """The likeliest of logits that are not numbers would be a token like any other."""
-        (score,) = self._score([Request(prompt or [self.prefix_token_id], [0])])
-        if not math.isfinite(score.logprob):
-            raise ValueError(f"the log-probability of a token is {score.logprob}: {NOT_FINITE}")
+        scores = self._score([Request(prompt or [self.prefix_token_id], [0]) for prompt in prompts])
+        for request, score in zip(requests, scores, strict=True):
+            self._check_finite(request, score.logprob)
 
     def _text(self, tokens: np.ndarray, stop_ids: list[int], until: list[str]) -> str:
         ends = np.flatnonzero(np.isin(tokens, stop_ids))

@@ -69,11 +69,11 @@ class Journal:
         for line in path.read_bytes().splitlines(keepends=True):
             try:
                 key, value = json.loads(line)
-            except ValueError:
+                self._known[key] = value
+            except (ValueError, TypeError, RecursionError):
                 break
             if not line.endswith(b"\n"):
                 break
-            self._known[key] = value
             whole += len(line)
         with path.open("r+b") as file:
             file.truncate(whole)

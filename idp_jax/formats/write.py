@@ -13,6 +13,7 @@ from idp_jax.formats.folder import copy_sidecars
 from idp_jax.formats.load import load_tokenizer
 from idp_jax.formats.quantization import DENSE, PLANAR, Layout, Packing, read_config, write_config
 from idp_jax.formats.source import open_source, resolve
+from idp_jax.jobs.files import write_json
 from idp_jax.jobs.folder import written_folder
 from idp_jax.models.block import layer_slice
 from idp_jax.models.decoder import Decoder
@@ -66,7 +67,7 @@ def save_model(
         settings = (quantization if packed else None) or write_config(form, packings)
         write_settings(folder, like, settings, np.asarray(model.embedding[...]).dtype)
         if report is not None:
-            (folder / "compression.json").write_text(json.dumps(report, indent=2))
+            write_json(folder / "compression.json", report)
     return Path(out)
 
 

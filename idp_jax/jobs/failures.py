@@ -45,6 +45,8 @@ def explained(error: BaseException, out: Any = None) -> tuple[str, int]:
     said = _one_line(error)
     if isinstance(error, ValueError) and _is_ours(error):
         return said, 2
+    if isinstance(error, RuntimeError) and said.startswith("Symlink loop"):  # pathlib's resolve
+        return f"{said}: the link leads back to itself; give another path", 2
     code = refusal(error)
     if code is not None:
         return f"{_refused(error) or out}: {os.strerror(code)}; {_REMEDIES[code]}", 1

@@ -7,6 +7,7 @@ import jax
 
 from idp_jax.config import ConfigError, Train
 from idp_jax.data.sources import HUB, SELF
+from idp_jax.data.stream import TrainingText
 from idp_jax.formats.source import open_config
 from idp_jax.models.abstract import abstract
 from idp_jax.models.config import from_hf
@@ -59,6 +60,18 @@ def check_positions(adapter: Adapter, decoder: Decoder, length: int) -> None:
             f"--data.sequence-length {length}{behind} exceeds the model's "
             f"{decoder.config.max_positions} learned positions; give {max(room, 0)} at most"
         )
+
+
+def check_tokens(config: Train, text: TrainingText) -> None:
+    """Refuses a text with ids outside the vocabulary, where it is all there before the model is.
+
+    Raises:
+        ValueError: the tokenizer belongs to another model.
+    """
+    decoder = abstract(from_hf(open_config(config.model)))
+    for windows in (text.validation, text.local):
+        if windows is not None:
+            decoder.check(windows)
 
 
 def _check_sources(config: Train) -> None:

@@ -77,11 +77,14 @@ def fit(
         and "best_step" of it.
 
     Raises:
-        ValueError: a loss is not finite, training has only made the loss larger, the text is longer
-            than learned positions, or the checkpoint is damaged, or of a longer run.
+        ValueError: a loss is not finite, training has only made the loss larger, the text has ids
+            outside the vocabulary or is longer than learned positions, or the checkpoint is
+            damaged, or of a longer run.
     """
     if validation:
         check_positions(adapter, decoder, validation[0].tokens.shape[1])
+    for batch in validation:
+        decoder.check(batch.tokens)
     step_function = make_train_step(optimizer, objective)
     state = TrainState.start(shard(adapter, mesh), optimizer)
     run = _Run(state, decoder, batches, validation, steps, sinks, checkpointer, progress)
@@ -92,8 +95,9 @@ def fit(
         if run.unvalidated is not None:
             run.validate()
         for number in range(run.step + 1, steps + 1):
-            batch = shard_batch(next(batches), mesh)
-            run.state, values = step_function(run.state, decoder, batch)
+            batch = next(batches)
+            decoder.check(batch.tokens)  # inside the step, an id that is none is clamped
+            run.state, values = step_function(run.state, decoder, shard_batch(batch, mesh))
             values = {name: float(value) for name, value in values.items()}
             run.write(values)
             if number % evaluate_every == 0 or number == steps:

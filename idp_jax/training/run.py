@@ -29,7 +29,7 @@ from idp_jax.models.decoder import Decoder
 from idp_jax.processes import first_process, gather, mesh_of
 from idp_jax.recover.methods import METHODS, Adapter, parameter_count
 from idp_jax.training.checkpoint import Checkpointer
-from idp_jax.training.checks import check
+from idp_jax.training.checks import check, check_tokens
 from idp_jax.training.done import finished, inputs, needed
 from idp_jax.training.loop import fit
 from idp_jax.training.metrics import JsonLines
@@ -156,7 +156,7 @@ def _budget(config: Train, labels: list[str], parameters: int) -> str:
 
 
 def _text(config: Train, out: Path, source: str, tokenizer) -> TrainingText:
-    return TrainingText.open(
+    text = TrainingText.open(
         source,
         tokenizer,
         config.data.sequence_length,
@@ -165,6 +165,8 @@ def _text(config: Train, out: Path, source: str, tokenizer) -> TrainingText:
         seed=config.seed,
         folder=out,
     )
+    check_tokens(config, text)
+    return text
 
 
 def _fit(config: Train, start: Adapter, decoder: Decoder, text, folder: Path, mesh, update):

@@ -14,6 +14,8 @@ from idp_jax.config import (
     ConfigError,
     Demo,
     Evaluate,
+    Lora,
+    Optimizer,
     Train,
 )
 from idp_jax.config.files import from_dict, from_yaml, to_dict
@@ -195,3 +197,20 @@ def test_targets():
     pruned = lambda text: Compression(method="sparsegpt", sparsity=text).target()
     assert pruned("0.5") == {"sparsity": 0.5} and pruned("2:4") == {"pattern": (2, 4)}
     assert pruned("4:8") == {"pattern": (4, 8)} and pruned("0") == {"sparsity": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Optimizer(learning_rate=float("nan")), "learning-rate nan is no number"),
+        (lambda: Optimizer(learning_rate=float("inf")), "learning-rate inf must be .* finite"),
+        (lambda: Optimizer(weight_decay=float("nan")), "weight-decay nan is no number"),
+        (lambda: Optimizer(weight_decay=-float("inf")), "weight-decay -inf must be finite"),
+        (lambda: Lora(alpha=float("nan")), "alpha nan is no number"),
+        (lambda: Train(model="m", out=Path("r"), seed=-1), "seed -1 must lie between 0 and"),
+        (lambda: Compress(model="m", seed=2**32), "seed 4294967296 must lie between 0 and"),
+    ],
+)
+def test_numbers_that_no_run_can_use_are_refused_at_once(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()

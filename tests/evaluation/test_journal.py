@@ -109,3 +109,13 @@ def test_numbers_come_back_as_they_were(tmp_path):
     numbers = [0.1 + 0.2, 1e-320, -1.5e300, float("-inf")]
     Journal(tmp_path / "kept")(lambda: numbers, 1)
     assert Journal(tmp_path / "kept")(pytest.fail, 1) == numbers
+
+
+@pytest.mark.parametrize("line", ["5", "null", "[[], 1]", "[1]", "{}", "[" * 10**5, "\xff"])
+def test_a_line_that_is_none_of_ours_ends_what_is_known(tmp_path, line):
+    file = tmp_path / "kept"
+    Journal(file)(lambda: 1, "a")
+    kept = file.read_bytes()
+    file.write_bytes(kept + line.encode("latin-1") + b"\n" + kept)
+    journal = Journal(file)
+    assert journal(pytest.fail, "a") == 1 and file.read_bytes() == kept

@@ -93,6 +93,14 @@ def test_tokenizer_report_and_dtype_are_saved(tmp_path):
     assert_same(load_model(out, dtype="auto"), model)
 
 
+def test_a_report_is_valid_json(tmp_path):
+    source = tiny_folder(tmp_path / "source", "llama")
+    report = {"error": float("nan"), "matrices": [{"loss": float("inf")}]}
+    out = save_model(load_model(source), tmp_path / "saved", like=source, report=report)
+    found = json.loads((out / "compression.json").read_text(), parse_constant=pytest.fail)
+    assert found == {"error": None, "matrices": [{"loss": None}]}
+
+
 def test_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(write, "MAX_SHARD_BYTES", 50_000)
     model = tiny_decoder("llama")

@@ -137,3 +137,13 @@ def test_a_command_whose_reader_has_left_ends_well():
     process.stdout.close()
     with process.stderr as said:
         assert said.read() == b"" and process.wait(60) == 0
+
+
+def test_a_link_to_itself_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    link = tmp_path / "link"
+    link.symlink_to(link)
+    for action in (lambda: link.resolve(strict=True), lambda: (link / "a").stat()):
+        said, status = explained(raised(action))
+        assert str(link) in said and status in (1, 2)
+        assert "Error" not in said and "traceback" not in said

@@ -1,12 +1,16 @@
 """What cannot be trained is refused before a model is loaded."""
 
+from itertools import repeat
 from pathlib import Path
 
 import jax
+import numpy as np
+import optax
 import pytest
 
 from idp_jax import formats
 from idp_jax.config import Data, Lora, Mesh, Train
+from idp_jax.data.batch import Batch
 from idp_jax.data.stream import TrainingText
 from idp_jax.recover import LoraAdapter, PrefixAdapter, SoftPrompt
 from idp_jax.training import fit, next_token, train
@@ -120,6 +124,36 @@ def test_the_loop_refuses_it_too(files):
             optimizer=None,
             batches=text.batches(2),
             validation=text.validation_batches(2),
+            steps=1,
+            evaluate_every=1,
+        )
+
+
+@pytest.mark.parametrize("model", ["llama", "opt"])
+@pytest.mark.parametrize("part", ["train", "validation"])
+def test_tokens_outside_the_vocabulary_are_refused(files, tmp_path, monkeypatch, model, part):
+    """Of a tokenizer that is larger than the embedding, before the model is loaded."""
+    monkeypatch.setattr(formats, "load_model", lambda *args, **options: pytest.fail("loaded"))
+    tiny_folder(tmp_path / "small", model, num_layers=1, max_positions=POSITIONS, vocab_size=230)
+    (tmp_path / "other.txt").write_text("\u00df" * 900)  # its second byte is token 256
+    data = {part: str(tmp_path / "other.txt")}
+    with pytest.raises(ValueError, match="is outside the vocabulary of 230; use the tokenizer"):
+        train(settings(files, tmp_path / "run", model=str(tmp_path / "small"), data=data))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_the_loop_refuses_tokens_too(files, held_out):
+    decoder = tiny_decoder("llama", num_layers=1, vocab_size=259)
+    good, bad = (Batch(np.full((1, 8), token, np.int32)) for token in (5, 259))
+    with pytest.raises(ValueError, match="token id 259 is outside the vocabulary of 259"):
+        fit(
+            SoftPrompt.init(decoder, 4, jax.random.key(0)),
+            decoder,
+            next_token,
+            optax.sgd(1e-3),
+            batches=repeat(good if held_out else bad),
+            validation=[good, bad] if held_out else [good],
             steps=1,
             evaluate_every=1,
         )
