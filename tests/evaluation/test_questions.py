@@ -121,6 +121,25 @@ def test_a_model_that_cannot_be_computed_with_has_no_accuracy(data, task, bad):
         perplexity(Repaired.of(model), np.asarray(tiny_ids(model, 3, 8)), 2)
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_generated_answer_that_cannot_be_computed_is_refused_alone(batch_size):
+    """Wherever its row stands: the likeliest of such logits is a token like any other."""
+    model = tiny_decoder("llama", **SIZE)
+    model.embedding = model.embedding[...].at[TOKENS.encode("#")[0]].set(jnp.nan)
+    asked = [
+        ask("generate_until", text, {"until": ["."], "max_gen_toks": 3}, doc=doc)
+        for doc, text in enumerate(["a b", "a # b", "c", "#"])
+    ]
+    harness = HarnessLM(model, TOKENS, batch_size, skip=True)
+    answers = harness.generate_until(asked)
+    assert list(harness.refused["task"]) == [1, 3]
+    assert "its log-probability is nan" in harness.refused["task"][1]
+    good = HarnessLM(model, TOKENS, batch_size).generate_until(asked[::2])
+    assert answers[::2] == good
+    with pytest.raises(ValueError, match="item 1 of task cannot be scored"):
+        HarnessLM(model, TOKENS, batch_size).generate_until(asked)
+
+
 def test_a_perplexity_too_large_for_a_float_is_no_error(data):
     """Where the mean loss is above 709 the harness's own exp would end the evaluation."""
     write_rows(data / "wikitext2" / "test.jsonl", 2, {"page": "Apageofonewordofmanytokens" * 8})
