@@ -1,10 +1,11 @@
 """A training run: from a configuration to an adapter folder, or on from where it was interrupted.
 
-The run's folder holds config.yaml (resolved), metrics.jsonl, checkpoints/, self_text.jsonl where
-the model wrote its own text, and at the end adapter/ and result.json. A pool trains its prompts one
-after the other, each in a folder below.
+The run's folder holds config.yaml (resolved), metrics.jsonl, checkpoints/, self_text.jsonl and its
+digest where the model wrote its own text, and at the end adapter/ and result.json. A pool trains
+its prompts one after the other, each in a folder below.
 """
 
+import hashlib
 import json
 from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
@@ -15,13 +16,13 @@ from typing import Any
 import jax
 
 from idp_jax import formats
-from idp_jax.config import Train
+from idp_jax.config import ConfigError, Train
 from idp_jax.config.files import to_dict
 from idp_jax.data.self_text import sample_documents
 from idp_jax.data.sources import SELF
 from idp_jax.data.stream import TrainingText
 from idp_jax.formats import save_adapter
-from idp_jax.jobs.files import contents, write_json, write_text
+from idp_jax.jobs.files import contents, digest, read_json, write_json, write_text
 from idp_jax.jobs.folder import check_absent, check_writable, run_folder
 from idp_jax.jobs.machine import describe
 from idp_jax.jobs.progress import SILENT, Progress, expecting
@@ -197,6 +198,10 @@ def _self_text(
 ) -> str:
     """Text of the model's own, written once into a file that is then read like any other."""
     file, kept = out / "self_text.jsonl", out / "self_text.partial.jsonl"
+    written = out / "self_text.digest.json"
+    remedy = f"remove {file}, and the same command writes it again"
+    if file.is_file() and read_json(written, remedy).get(file.name) != digest(file):
+        raise ConfigError(f"{file} is not as this run wrote it; {remedy}")
     if not file.is_file():
         teacher = decoder
         if config.data.teacher is not None:
@@ -215,6 +220,11 @@ def _self_text(
                 kept=kept,
             )
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-        first_process(lambda: write_text(file, lines), "text")
+
+        def write() -> None:  # its digest first: a text without one is not this run's
+            write_json(written, {file.name: hashlib.sha256(lines.encode()).hexdigest()})
+            write_text(file, lines)
+
+        first_process(write, "text")
     first_process(lambda: kept.unlink(missing_ok=True), "text: sampled")
     return str(file)

@@ -182,6 +182,25 @@ def test_text_of_its_own_does_not_depend_on_interruptions(files, tmp_path):
         train(replace(own(tmp_path / "other"), tokens=10**4))
 
 
+@pytest.mark.parametrize("change", ["another", "cut", "digest"])
+def test_text_of_its_own_that_was_changed_is_not_trained_on(files, tmp_path, change):
+    model, out = tiny_folder(tmp_path / "model", num_layers=1, max_positions=64), tmp_path / "run"
+    data = Data(train="self", sequence_length=LENGTH, validation_windows=2)
+    run = Train(model=str(model), out=out, tokens=4 * LENGTH, data=data, prompt_length=4)
+    whole = train(run)
+    text, kept = out / "self_text.jsonl", (out / "self_text.jsonl").read_bytes()
+    (out / "result.json").unlink()
+    if change == "digest":
+        (out / "self_text.digest.json").unlink()
+    else:
+        text.write_bytes(kept[:-20] if change == "cut" else kept.replace(b"a", b"b"))
+    with pytest.raises(ConfigError, match=r"(?s)remove .*self_text\.jsonl, and the same command"):
+        train(run)
+    text.unlink()
+    assert train(run)["validation_loss"] == whole["validation_loss"]
+    assert text.read_bytes() == kept
+
+
 def test_a_result_is_json_whatever_the_loss(files, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "fit", lambda start, *args, **options: (start, dict(SUMMARY)))
     result = train(run_settings(files, tmp_path / "run"))
