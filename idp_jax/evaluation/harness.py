@@ -233,7 +233,7 @@ class HarnessLM(TemplateLM):
 
     def _continue(self, requests: list) -> list[tuple[str, int | None]]:
         """Answers of requests with the same options, and the pool's choice for each."""
-        options = dict(normalize_gen_kwargs(requests[0].args[1], MAX_NEW_TOKENS))
+        options: dict[str, Any] = dict(normalize_gen_kwargs(requests[0].args[1], MAX_NEW_TOKENS))
         eos = None
         if self.eot_token_id is not None:
             eos = self.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)

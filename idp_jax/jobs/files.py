@@ -31,6 +31,8 @@ def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():  # a rename would name the temporary file
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         try:
             write(partial)
             partial.replace(path)
