@@ -146,7 +146,7 @@ class Bench:
         return time.perf_counter() - started
 
     def interrupt(self, name: str, out: Path, moment: float, number: int, tally: Tally) -> bool:
-        """Sends a signal `moment` seconds after the start; False where the job ends before."""
+        """Sends a signal `moment` seconds after the start; False where the job comes to its end."""
         process = self.call(name, out)
         try:
             process.wait(moment)
@@ -173,7 +173,7 @@ class Bench:
             tally.wrong.append(f"{where}: exit code {code}: {said[-300:]}")
         if any(word in said for word in _BROKEN):
             tally.wrong.append(f"{where}: {said[-1500:]}")
-        return True
+        return code != 0
 
 
 def main() -> None:
@@ -205,7 +205,7 @@ def main() -> None:
             out.parent.mkdir(exist_ok=True)
             for moment in rng.uniform(0, times[name], min(int(rng.integers(1, 9)), left)):
                 if not bench.interrupt(name, out, float(moment), next(numbers), tally):
-                    times[name] = min(times[name], float(moment))  # it is faster than it was
+                    times[name] = min(times[name], float(moment) + 1.0)  # it is faster than it was
                     break
             complete = name == "compress" and out.exists()  # which is refused another time
             if not complete:
@@ -214,8 +214,9 @@ def main() -> None:
             other = [n for n in found | expected[name] if found.get(n) != expected[name].get(n)]
             if other:
                 tally.wrong.append(f"{name}, job {tally.jobs}: differs in {', '.join(other)}")
+            last = f"; {tally.wrong[-1]}" if tally.wrong else ""
             print(
-                f"{name} {tally.jobs}: {tally.signals} signals, {len(tally.wrong)} wrong",
+                f"{name} {tally.jobs}: {tally.signals} signals, {len(tally.wrong)} wrong{last}",
                 flush=True,
             )
     report(tallies)

@@ -97,7 +97,7 @@ def test_a_random_order_is_that_of_all_rows(tmp_path, monkeypatch, held):
     ("name", "content", "message"),
     [
         ("a.csv", b"x", "give a .txt, .raw or .jsonl"),
-        ("a.gz", gzip.compress(b"x"), "give a .txt, .raw or .jsonl"),
+        ("a.gz", gzip.compress(b"x", mtime=0), "give a .txt, .raw or .jsonl"),
         ("a.txt", b"", "holds no text"),
         ("a.txt", b"\xff\xfe", "holds no text"),
         ("a.jsonl", b"\n \n", "holds no text"),
@@ -115,9 +115,9 @@ def test_a_random_order_is_that_of_all_rows(tmp_path, monkeypatch, held):
         ("a.jsonl", b'["text"]', "expected one of text, page"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "ab\\ud83d"}', r"a\.jsonl:2 .*\\ud83d, at 2 of"),
         ("a.jsonl.gz", b"plain", "cannot read"),
-        ("a.txt.gz", gzip.compress(b"some text" * 99)[:-9], "cannot read"),
-        ("a.txt.gz", gzip.compress(b"some text" * 99) + b"more", "cannot read"),
-        ("a.txt.gz", gzip.compress(b"text" * 99)[:10] + b"\xff" * 30, "cannot read"),
+        ("a.txt.gz", gzip.compress(b"some text" * 99, mtime=0)[:-9], "cannot read"),
+        ("a.txt.gz", gzip.compress(b"some text" * 99, mtime=0) + b"more", "cannot read"),
+        ("a.txt.gz", gzip.compress(b"text" * 99, mtime=0)[:10] + b"\xff" * 30, "cannot read"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, message):
