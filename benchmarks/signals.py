@@ -29,8 +29,9 @@ from idp_jax.jobs.marker import MARKER
 _LIMIT = 10.0  # seconds from a signal to the end
 _LENGTH, _WORDS = 32, 512
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# What differs between two calls that do the same.
-_MEASURED = {"environment", "seconds", "peak_memory", "latency", "config"}
+# What differs between two calls that do the same in two folders; "adapter" holds digests of files
+# that are compared themselves, and of which one names the folder.
+_MEASURED = {"environment", "seconds", "peak_memory", "latency", "config", "adapter"}
 _BROKEN = ("Traceback", "Segmentation fault", "Fatal Python error", "core dumped")
 
 
