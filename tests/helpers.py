@@ -11,6 +11,7 @@ shows in the logits.
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import cast
 
@@ -25,6 +26,9 @@ from idp_jax.models.block import layer_slice
 from idp_jax.models.config import RopeConfig
 from idp_jax.models.matrices import Matrix
 from idp_jax.weights import Quantized
+
+# Of every fuzzer; IDP_JAX_FUZZ_TRIES=2000 make test-slow takes some minutes more.
+FUZZ_TRIES = int(os.environ.get("IDP_JAX_FUZZ_TRIES", "300"))
 
 _LLAMA = {
     "num_kv_heads": 2,

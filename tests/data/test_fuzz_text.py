@@ -7,8 +7,8 @@ import random
 import pytest
 
 from idp_jax.data.text import join_documents, read_documents
+from tests.helpers import FUZZ_TRIES
 
-_TRIES = 300
 _ROWS = [
     {"text": "one\r\n two \u2028 naïve 漢字 😀"},
     {"page": "another", "number": 1.5e3, "list": [[1, {}], None, True]},
@@ -43,7 +43,7 @@ def test_a_damaged_file_is_read_or_refused(tmp_path, kind, encoding):
     lines = "".join(json.dumps(row, ensure_ascii=bool(n % 2)) + "\n" for n, row in enumerate(_ROWS))
     plain, refused = lines.encode(encoding), 0
     file = tmp_path / f"a{kind}"
-    for _ in range(_TRIES):
+    for _ in range(FUZZ_TRIES):
         if not kind.endswith(".gz"):
             data = damaged(plain, rng)
         elif rng.random() < 0.5:
@@ -60,4 +60,4 @@ def test_a_damaged_file_is_read_or_refused(tmp_path, kind, encoding):
             assert unpacked or f"{file}:" in message, message
         else:
             text.encode()
-    assert 0 < refused < _TRIES or kind == ".txt"
+    assert 0 < refused < FUZZ_TRIES or kind == ".txt"

@@ -11,9 +11,8 @@ import re
 import pytest
 
 from idp_jax.evaluation.harness_tasks import evaluate
-from tests.helpers import tiny_decoder, tiny_tokenizer
+from tests.helpers import FUZZ_TRIES, tiny_decoder, tiny_tokenizer
 
-TRIES = 300
 ROWS = 4
 VALUES = [
     None,
@@ -115,7 +114,7 @@ def test_damage_is_told_or_harms_no_other_row(tmp_path, task):
     file.write_bytes(b"\n".join(lines) + b"\n")
     whole = scores(model, task, tmp_path)
     refused = 0
-    for _ in range(TRIES // len(TASKS)):
+    for _ in range(FUZZ_TRIES // len(TASKS)):
         place = draw.randrange(ROWS)
         line = damaged(draw, make(place))
         file.write_bytes(b"\n".join([*lines[:place], line, *lines[place + 1 :]]) + b"\n")

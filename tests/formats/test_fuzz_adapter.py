@@ -16,11 +16,10 @@ from idp_jax import load_adapter, load_model
 from idp_jax.formats import save_adapter
 from tests.formats.test_peft import deprecated, random_adapter
 from tests.formats.test_peft_lora import IDS, peft_logits, write_lora
-from tests.helpers import hf_config, tiny_decoder, write_folder
+from tests.helpers import FUZZ_TRIES, hf_config, tiny_decoder, write_folder
 
 pytestmark = [deprecated, pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
-TRIES = 300
 LORAS = {
     "plain": {},
     "patterns": {
@@ -122,7 +121,7 @@ def test_damaged_settings_are_refused_or_mean_what_they_say(folders, tmp_path):
     fields = [f.name for f in dataclasses.fields(peft.LoraConfig)] + ["a_new_key"]
     plain = {name: np.asarray(load_adapter(model, folder)(IDS)) for name, folder in made.items()}
     outcomes = {"refused": 0, "unchanged": 0, "as PEFT": 0}
-    for number in range(TRIES):
+    for number in range(FUZZ_TRIES):
         name = rng.choice([*made, *LORAS])
         folder = shutil.copytree(made[name], tmp_path / str(number))
         file = folder / ("pool.json" if name == "pool" else "adapter_config.json")

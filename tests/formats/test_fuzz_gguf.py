@@ -8,9 +8,8 @@ import pytest
 
 from idp_jax import load_model, load_tokenizer
 from tests.formats.gguf_files import tiny_model, write_file
-from tests.helpers import tiny_ids
+from tests.helpers import FUZZ_TRIES, tiny_ids
 
-TRIES = 300
 TEXT = "hello <s>Zwölf 3.14</s>\n"
 MEMORY = 2**30  # what one try may add to the peak, over a file of some 100 KB
 
@@ -114,7 +113,7 @@ def test_a_mutated_file_is_refused_or_read_as_transformers_reads_it(whole, tmp_p
     content, right = source.read_bytes(), ours(source)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     path, read = tmp_path / "tiny.gguf", 0
-    for seed in range(TRIES):
+    for seed in range(FUZZ_TRIES):
         path.write_bytes(mutated(content, head, random.Random(seed)))
         found = ours(path)
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - peak
@@ -127,4 +126,4 @@ def test_a_mutated_file_is_refused_or_read_as_transformers_reads_it(whole, tmp_p
                 wrong = differs[position] and not same(found[position], reference[position])
                 assert not wrong, f"seed {seed}: {found[position]} is not {reference[position]}"
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    assert read > TRIES // 20, "hardly any file was read: the changes are too rough"
+    assert read > FUZZ_TRIES // 20, "hardly any file was read: the changes are too rough"

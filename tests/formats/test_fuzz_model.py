@@ -6,7 +6,6 @@ or in those that transformers computes from the mutated folder.
 """
 
 import json
-import os
 import random
 import shutil
 import warnings
@@ -16,11 +15,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from idp_jax import load_model
-from tests.helpers import close, tiny_decoder, write_folder
+from tests.helpers import FUZZ_TRIES, close, tiny_decoder, write_folder
 
 pytestmark = pytest.mark.slow
 
-TRIES = int(os.environ.get("IDP_JAX_FUZZ_TRIES", "300"))
 FILES = ("config.json", "model.safetensors.index.json", "generation_config.json")
 IDS = np.random.default_rng(0).integers(3, 128, (2, 7)).astype(np.int32)
 VALUES = (
@@ -116,7 +114,7 @@ def test_a_damaged_file_never_gives_other_numbers(tmp_path, architecture):
     right, rng = np.asarray(load_model(whole)(IDS)), random.Random(architecture)
     assert close(right, transformers_logits(whole), 1e-4)
     refused = 0
-    for number in range(TRIES // 2):
+    for number in range(FUZZ_TRIES // 2):
         name = rng.choice(FILES)
         change = rng.choice((mutated_json, mutated_json, mutated_json, mutated_bytes))
         folder = shutil.copytree(whole, tmp_path / "mutated", dirs_exist_ok=True)
@@ -133,4 +131,4 @@ def test_a_damaged_file_never_gives_other_numbers(tmp_path, architecture):
         if not close(found, right):
             theirs = transformers_logits(folder)
             assert theirs is not None and close(found, theirs, 1e-4), (number, name, data[-1500:])
-    assert refused > TRIES // 20
+    assert refused > FUZZ_TRIES // 20
