@@ -103,7 +103,9 @@ def theirs(path):
 def same(found, wanted) -> bool:
     if wanted is None or found.shape != wanted.shape:
         return False
-    return bool(np.allclose(found, wanted, rtol=1e-3, atol=1e-3, equal_nan=True))
+    if not np.isfinite(wanted).all():  # a weight near 1e38: what overflows first is chance
+        return not np.isfinite(found).all()
+    return np.allclose(found, wanted, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.filterwarnings("default")  # those of torch and transformers on broken files
