@@ -1,5 +1,6 @@
 """What a run reads and takes, and whether it is done: its result and its adapter are whole."""
 
+from pathlib import Path
 from typing import Any
 
 from idp_jax import formats
@@ -23,7 +24,7 @@ def inputs(config: Train) -> dict[str, dict[str, str]]:
 
 def needed(config: Train) -> int:
     """Bytes that a run takes at least: of the text that it writes itself."""
-    written = config.data.train == SELF and not (config.out / "self_text.jsonl").is_file()
+    written = config.data.train == SELF and not (Path(config.out) / "self_text.jsonl").is_file()
     return config.tokens * _TOKEN_BYTES if written else 0
 
 
@@ -36,7 +37,7 @@ def finished(config: Train, free: tuple[str, ...]) -> dict[str, Any] | None:
     Raises:
         ConfigError: the result or its adapter is damaged, or another's.
     """
-    file, adapter = config.out / "result.json", config.out / "adapter"
+    file, adapter = Path(config.out) / "result.json", Path(config.out) / "adapter"
     if not file.is_file():
         return None
     remedy = f"remove it, and the same command goes on from the last checkpoint in {config.out}"

@@ -21,7 +21,6 @@ from idp_jax.formats.quantization import read_config
 from idp_jax.jobs.marker import MARKER
 from idp_jax.models.block import layer_slice
 from idp_jax.weights import Dense, Quantized
-from tests.compression.conftest import LAYERS
 
 FILES = {
     ".idp-jax.json",
@@ -176,7 +175,7 @@ STOPS = {
     "after the last block": ("Job.finish", 0),
     "before the index": ("Job._write_index", 0),
     "before the settings": ("write_settings", 0),
-    "before the report": ("write_text", LAYERS + 1),
+    "before the report": ("write_json", 0),
     "while drawing": ("draw", 0),
     "before the last rename": ("Path.rename", 0),
 }
