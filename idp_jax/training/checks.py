@@ -63,15 +63,15 @@ def check_positions(adapter: Adapter, decoder: Decoder, length: int) -> None:
 
 
 def check_tokens(config: Train, text: TrainingText) -> None:
-    """Refuses a text with ids outside the vocabulary, where it is all there before the model is.
+    """Refuses held-out windows with ids outside the vocabulary, before the model is loaded.
+
+    The others are looked at batch by batch, as they are trained on: to read them all now would
+    bring the whole text into memory.
 
     Raises:
         ValueError: the tokenizer belongs to another model.
     """
-    decoder = abstract(from_hf(open_config(config.model)))
-    for windows in (text.validation, text.local):
-        if windows is not None:
-            decoder.check(windows)
+    abstract(from_hf(open_config(config.model))).check(text.validation)
 
 
 def _check_sources(config: Train) -> None:
