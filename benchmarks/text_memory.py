@@ -98,6 +98,7 @@ def peak(arguments: tuple, log: Path) -> tuple[float, float]:
 
 
 def main() -> None:
+    """Prints a line for every command and kind of text."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kinds", nargs="+", default=[".txt", ".txt.gz", ".jsonl"])
     kinds = parser.parse_args().kinds

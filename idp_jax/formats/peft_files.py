@@ -68,7 +68,7 @@ def read_tensors(file: Path) -> dict[str, np.ndarray]:
 
 def _load_pickle(file: Path) -> dict[str, np.ndarray]:
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(
             f"{file} is a PyTorch pickle; install torch to read it, or save the adapter again as "

@@ -154,7 +154,7 @@ def _read_safetensor(file: Path, name: str) -> np.ndarray:
 
 def _load_pickle(file: Path) -> dict:
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise CheckpointError(
             f"{file} is a PyTorch pickle; install torch to read it, or convert it to safetensors"

@@ -1,11 +1,13 @@
 """What is refused before a run has cost anything: settings that the model cannot take."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import jax
 
 from idp_jax.config import ConfigError, Train
+from idp_jax.data.batch import Batch
 from idp_jax.data.sources import HUB, SELF
 from idp_jax.data.stream import TrainingText
 from idp_jax.formats.source import open_config
@@ -41,6 +43,14 @@ def check(config: Train, mesh: jax.sharding.Mesh | None) -> int:
         check_positions(adapter, decoder, config.data.sequence_length)
         count += parameter_count(adapter)
     return count
+
+
+def check_windows(adapter: Adapter, decoder: Decoder, windows: Sequence[Batch]) -> None:
+    """Refuses windows that are too long or hold ids outside the vocabulary; `check_positions`."""
+    if windows:
+        check_positions(adapter, decoder, windows[0].tokens.shape[1])
+    for batch in windows:
+        decoder.check(batch.tokens)
 
 
 def check_positions(adapter: Adapter, decoder: Decoder, length: int) -> None:

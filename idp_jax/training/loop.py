@@ -20,7 +20,7 @@ from idp_jax.processes import first_process
 from idp_jax.recover.methods import Adapter
 from idp_jax.sharding import shard, shard_batch
 from idp_jax.training.checkpoint import Checkpointer
-from idp_jax.training.checks import check_positions
+from idp_jax.training.checks import check_windows
 from idp_jax.training.metrics import Sink
 from idp_jax.training.objectives import Objective
 from idp_jax.training.step import TrainState, evaluate_step, keep_best, make_train_step
@@ -81,10 +81,7 @@ def fit(
             outside the vocabulary or is longer than learned positions, or the checkpoint is
             damaged, or of a longer run.
     """
-    if validation:
-        check_positions(adapter, decoder, validation[0].tokens.shape[1])
-    for batch in validation:
-        decoder.check(batch.tokens)
+    check_windows(adapter, decoder, validation)
     step_function = make_train_step(optimizer, objective)
     state = TrainState.start(shard(adapter, mesh), optimizer)
     run = _Run(state, decoder, batches, validation, steps, sinks, checkpointer, progress)
@@ -99,12 +96,7 @@ def fit(
             decoder.check(batch.tokens)  # inside the step, an id that is none is clamped
             run.state, values = step_function(run.state, decoder, shard_batch(batch, mesh))
             values = {name: float(value) for name, value in values.items()}
-            run.write(values)
-            if number % evaluate_every == 0 or number == steps:
-                run.unvalidated = values
-                run.validate()
-            if number % save_every == 0 or number == steps:
-                run.save()
+            run.take(values, evaluate_every, save_every)
             progress(number, steps, f"loss {values['loss']:.3f}")
     except Interrupted as stop:
         run.keep(stop)
@@ -156,6 +148,16 @@ class _Run:
         first_process(lambda: _drop_after(self.sinks, last), "metrics")
         if self.unvalidated:
             self.write(self.unvalidated)
+
+    def take(self, values: dict[str, float], evaluate_every: int, save_every: int) -> None:
+        """Writes a step's numbers, and validates and saves where it is time to."""
+        self.write(values)
+        number, last = self.step, self.step == self.steps
+        if number % evaluate_every == 0 or last:
+            self.unvalidated = values
+            self.validate()
+        if number % save_every == 0 or last:
+            self.save()
 
     def validate(self) -> None:
         """Measures the adapter as it is, and remembers it if it is the best."""
