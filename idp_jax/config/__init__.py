@@ -1,8 +1,8 @@
 """Every setting of every command: frozen dataclasses, read from YAML files and from options.
 
-`choices` lists the values that options may take, `groups` what several commands share, `commands`
-and `experiment` hold the commands; `files` reads and writes them. The invariant: nothing here
-imports jax.
+`choices` lists the values that options may take, `groups` what several commands share, `recovery`
+what training takes; `commands` and `experiment` hold the commands; `files` reads and writes them.
+The invariant: nothing here imports jax.
 """
 
 from idp_jax.config.commands import Compress, Convert, Evaluate, Train
@@ -11,13 +11,20 @@ from idp_jax.config.groups import (
     Calibration,
     Compression,
     ConfigError,
-    Data,
     Loading,
-    Lora,
     Measurement,
     Mesh,
-    Optimizer,
     Timing,
+)
+from idp_jax.config.recovery import (
+    Data,
+    Init,
+    Lora,
+    Optimizer,
+    Pool,
+    Prefix,
+    Teacher,
+    Tracking,
 )
 
 __all__ = [
@@ -30,12 +37,17 @@ __all__ = [
     "Demo",
     "Evaluate",
     "Experiment",
+    "Init",
     "Loading",
     "Lora",
     "Measurement",
     "Mesh",
     "Optimizer",
+    "Pool",
+    "Prefix",
+    "Teacher",
     "Timing",
+    "Tracking",
     "Train",
     "Variant",
 ]

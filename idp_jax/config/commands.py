@@ -21,17 +21,24 @@ from idp_jax.config.groups import (
     Calibration,
     Compression,
     ConfigError,
-    Data,
     Loading,
-    Lora,
     Measurement,
     Mesh,
-    Optimizer,
     Settings,
     at_least,
     one_of,
 )
 from idp_jax.config.places import check_apart, check_not_working
+from idp_jax.config.recovery import (
+    Data,
+    Init,
+    Lora,
+    Optimizer,
+    Pool,
+    Prefix,
+    Teacher,
+    Tracking,
+)
 
 _TEXTS = ("train", "validation", "teacher")  # of `Data`, what training reads
 
@@ -51,7 +58,13 @@ class Train(Loading):
     selector: str = "mean_attention"
     """How the pool's prompt is chosen: a built-in name (mean_attention, random, ...), or a function
     of your own as package.module:name or file.py:name."""
+    objective: str = "ce"
+    """What is made smaller: ce, kl, hidden_mse, cka, or a sum such as "kl + 0.5*ce"."""
+    teacher: Teacher = field(default_factory=Teacher)
+    init: Init = field(default_factory=Init)
+    prefix: Prefix = field(default_factory=Prefix)
     lora: Lora = field(default_factory=Lora)
+    pool: Pool = field(default_factory=Pool)
     tokens: int = 40_960_000
     """Training budget in tokens (for each prompt of a pool)."""
     batch_size: int = 2
@@ -62,6 +75,9 @@ class Train(Loading):
     """Steps between two validations; the best adapter is kept."""
     checkpoint_every: int = 100
     """Steps between two checkpoints, from which a killed run goes on."""
+    patience: int | None = None
+    """Validations without a better adapter after which training stops; by default it never does."""
+    tracking: Tracking = field(default_factory=Tracking)
     remat: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     seed: int = 0

@@ -16,7 +16,6 @@ from idp_jax.config.choices import (
     Dtype,
     Grid,
     Kernel,
-    Schedule,
     TextOrder,
     Weights,
 )
@@ -197,74 +196,6 @@ class Loading(Settings):
     def held(self) -> dict[str, Any]:
         """How a model is held, as `load_model` takes it."""
         return {"dtype": self.dtype, "weights": self.weights, "kernel": self.kernel}
-
-
-@dataclass(frozen=True)
-class Optimizer(Settings):
-    """AdamW behind a clip of the gradient's norm."""
-
-    learning_rate: float | None = None
-    """Default by method: 1e-3 for prompts and prefixes, 1e-4 for LoRA."""
-    schedule: Schedule = "linear"
-    """linear: warm-up, then decay to 0; constant: one rate, so that more tokens may follow."""
-    warmup: float = 0.05
-    """Fraction of the steps in which a linear schedule rises."""
-    clip_norm: float = 1.0
-    """Largest norm of the gradient."""
-    weight_decay: float = 0.0
-    """AdamW's."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
-            raise ConfigError(
-                f"--optimizer.learning-rate {self.learning_rate} must be above 0, and finite"
-            )
-        if math.isinf(self.weight_decay):
-            raise ConfigError(f"--optimizer.weight-decay {self.weight_decay} must be finite")
-        if not 0 <= self.warmup <= 1:
-            raise ConfigError(f"--optimizer.warmup {self.warmup} must lie between 0 and 1")
-        if self.clip_norm <= 0:
-            raise ConfigError(f"--optimizer.clip-norm {self.clip_norm} must be above 0")
-
-
-@dataclass(frozen=True)
-class Lora(Settings):
-    """Low-rank updates."""
-
-    rank: int = 8
-    """Columns of A, rows of B."""
-    alpha: float = 16.0
-    """The update is alpha / rank times A B."""
-    targets: tuple[str, ...] = ("q", "v")
-    """Matrices of every block: q k v o gate up down."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        at_least("lora.rank", self.rank, 1)
-        if not self.targets:
-            raise ConfigError("--lora.targets must name at least one matrix, such as q")
-
-
-@dataclass(frozen=True)
-class Data(Settings):
-    """Training and validation text, packed into windows without gaps."""
-
-    train: str | None = None
-    """A .txt or .jsonl file, hub:NAME[:CONFIG], or self (text that `teacher` writes)."""
-    validation: str | None = None
-    """The same kinds; by default the last windows of the training text are held out."""
-    validation_windows: int = 32
-    """Windows of every validation."""
-    sequence_length: int = 1024
-    """Tokens of a window."""
-    teacher: str | None = None
-    """For self: the uncompressed model that writes the text; by default the model itself."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        at_least("data.sequence-length", self.sequence_length, 2)
-        at_least("data.validation-windows", self.validation_windows, 1)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ an adapter is written to a file is told by its class, in `formats.adapters`.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple, Protocol
 
 import jax
@@ -18,6 +17,7 @@ from idp_jax.recover.pool import Pool
 from idp_jax.recover.prefix import PrefixAdapter
 from idp_jax.recover.prompt import SoftPrompt
 from idp_jax.recover.repaired import Repaired
+from idp_jax.recover.starts import Start
 
 
 class Adapter(Protocol):
@@ -34,12 +34,12 @@ class Run(NamedTuple):
     Attributes:
         label: what a progress bar calls it.
         folder: where its checkpoints and metrics lie, below the job's folder; "" for that itself.
-        init: (decoder, key=key) -> the adapter before training.
+        init: (decoder, start) -> the adapter before training.
     """
 
     label: str
     folder: str
-    init: Callable[..., Adapter]
+    init: Callable[[Decoder, Start], Adapter]
 
 
 class Method(NamedTuple):
@@ -54,25 +54,39 @@ class Method(NamedTuple):
     combine: Callable[[Train, list], Adapter] = lambda settings, trained: trained[0]
 
 
+def _prompt_of(length: int, folder: str) -> Run:
+    def init(decoder: Decoder, start: Start) -> SoftPrompt:
+        return SoftPrompt.init(decoder, length, start.key)
+
+    return Run(f"prompt of {length}", folder, init)
+
+
 def _prompt(settings: Train) -> list[Run]:
-    length = settings.prompt_length
-    return [Run(f"prompt of {length}", "", partial(SoftPrompt.init, length=length))]
+    return [_prompt_of(settings.prompt_length, "")]
 
 
 def _prefix(settings: Train) -> list[Run]:
-    return [Run("prefix", "", partial(PrefixAdapter.init, length=settings.prompt_length))]
+    def init(decoder: Decoder, start: Start) -> PrefixAdapter:
+        return PrefixAdapter.init(decoder, settings.prompt_length, start.key)
+
+    return [Run("prefix", "", init)]
 
 
 def _lora(settings: Train) -> list[Run]:
     lora = settings.lora
-    init = partial(LoraAdapter.init, rank=lora.rank, alpha=lora.alpha, targets=tuple(lora.targets))
+
+    def init(decoder: Decoder, start: Start) -> LoraAdapter:
+        return LoraAdapter.init(
+            decoder, lora.rank, start.key, alpha=lora.alpha, targets=tuple(lora.targets)
+        )
+
     return [Run("lora", "", init)]
 
 
 def _pool(settings: Train) -> list[Run]:
     """The prompts of a pool are trained apart, each as if it stood by itself."""
     return [
-        Run(f"prompt of {length}", f"prompt_{number}", partial(SoftPrompt.init, length=length))
+        _prompt_of(length, f"prompt_{number}")
         for number, length in enumerate(settings.pool_lengths)
     ]
 
@@ -83,6 +97,19 @@ METHODS: dict[str, Method] = {
     "lora": Method(_lora),
     "idp": Method(_pool, lambda settings, trained: Pool(trained, settings.selector)),
 }
+
+
+def repair_for_training(
+    adapter: Adapter, decoder: Decoder, share: jax.Array, key: jax.Array
+) -> Repaired:
+    """The model as an adapter is trained beside it, which may differ from how it is used.
+
+    Args:
+        share: float32 scalar, the part of the steps that are done.
+        key: of what is drawn at random in this step.
+    """
+    own = getattr(adapter, "repair_for_training", None)
+    return adapter.repair(decoder) if own is None else own(decoder, share, key)
 
 
 def parameter_count(adapter: Adapter) -> int:

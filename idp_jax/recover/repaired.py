@@ -70,6 +70,14 @@ class Repaired(struct.PyTreeNode):
         index = self.choose(input_ids, attention_mask)
         return self.prefix if index is None or self.prefix is None else self.prefix.rows(index)
 
+    def serve(self, input_ids, attention_mask=None) -> tuple[KV | None, dict[str, jax.Array]]:
+        """What stands before every row in training, and what its choice adds to the loss.
+
+        Returns:
+            As `past`, and float32 scalars by name, each of which is added to the loss.
+        """
+        return self.past(input_ids, attention_mask), {}
+
     def __call__(self, input_ids, attention_mask=None) -> jax.Array:
         """Next-token logits, float32 [B, T, V]; arguments and errors as of `Decoder.__call__`."""
         input_ids, mask = token_arrays(input_ids, attention_mask)

@@ -1,7 +1,6 @@
 """What is refused before a run has cost anything: settings that the model cannot take."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,6 +15,7 @@ from idp_jax.models.config import from_hf
 from idp_jax.models.decoder import Decoder
 from idp_jax.recover.methods import METHODS, Adapter, parameter_count
 from idp_jax.recover.selection import find_selector
+from idp_jax.recover.starts import Start
 from idp_jax.sharding import parts
 
 
@@ -39,7 +39,7 @@ def check(config: Train, mesh: jax.sharding.Mesh | None) -> int:
     decoder = abstract(from_hf(open_config(config.model)))
     count = 0
     for run in METHODS[config.method].runs(config):
-        adapter = jax.eval_shape(partial(run.init, key=jax.random.key(0)), decoder)
+        adapter = jax.eval_shape(run.init, decoder, Start(jax.random.key(0)))
         check_positions(adapter, decoder, config.data.sequence_length)
         count += parameter_count(adapter)
     return count

@@ -55,6 +55,8 @@ def fit(
     checkpoint_every: int | None = None,
     sinks: Sequence[Sink] = (),
     checkpointer: Checkpointer | None = None,
+    attach: Callable[[Batch], Batch] = lambda batch: batch,
+    key: jax.Array | None = None,
     mesh: jax.sharding.Mesh | None = None,
     progress: Callable[[int, int, str], None] = lambda step, steps, note: None,
 ) -> tuple[Adapter, dict[str, float]]:
@@ -69,6 +71,9 @@ def fit(
         checkpoint_every: steps between two checkpoints; by default as between validations.
         sinks: take the objective's loss and metrics of every step and the validation losses.
         checkpointer: a run found there goes on. None keeps nothing.
+        attach: puts what the objective needs beside the tokens into a batch, such as a teacher's
+            word; it is given batches as they are placed on the mesh.
+        key: of what is drawn at random in training.
         progress: called after every step and every batch of a validation. Where it raises
             Interrupted, the state is saved before that goes on.
 
@@ -82,7 +87,7 @@ def fit(
             damaged, or of a longer run.
     """
     check_windows(adapter, decoder, validation)
-    step_function = make_train_step(optimizer, objective)
+    step_function = make_train_step(optimizer, objective, steps=steps, key=key)
     state = TrainState.start(shard(adapter, mesh), optimizer)
     run = _Run(state, decoder, batches, validation, steps, sinks, checkpointer, progress)
     run.restore()
@@ -94,7 +99,8 @@ def fit(
         for number in range(run.step + 1, steps + 1):
             batch = next(batches)
             decoder.check(batch.tokens)  # inside the step, an id that is none is clamped
-            run.state, values = step_function(run.state, decoder, shard_batch(batch, mesh))
+            batch = attach(shard_batch(batch, mesh))
+            run.state, values = step_function(run.state, decoder, batch)
             values = {name: float(value) for name, value in values.items()}
             run.take(values, evaluate_every, save_every)
             progress(number, steps, f"loss {values['loss']:.3f}")

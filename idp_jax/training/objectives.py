@@ -37,15 +37,19 @@ def next_token(
     if batch.segments is not None:
         raise ValueError("segments are given, but attention does not keep documents apart yet")
     tokens = batch.tokens
-    past = repaired.past(tokens)
+    past, penalties = repaired.serve(tokens)
     hidden = repaired.decoder.hidden(tokens, past=past, remat=remat)
     logits = repaired.decoder.logits(hidden[:, :-1])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
     if batch.loss_mask is None:
-        return losses.mean(), {}
+        return _with(penalties, losses.mean())
     counted = batch.loss_mask[:, 1:].astype(bool)
     total = jnp.where(counted, losses, 0.0).sum()
-    return total / jnp.maximum(counted.sum(), 1).astype(jnp.float32), {}
+    return _with(penalties, total / jnp.maximum(counted.sum(), 1).astype(jnp.float32))
 
 
-OBJECTIVES: dict[str, Callable] = {"next_token": next_token}
+def _with(penalties: dict[str, jax.Array], loss: jax.Array):
+    return sum(penalties.values(), loss), penalties
+
+
+OBJECTIVES: dict[str, Callable] = {"ce": next_token}

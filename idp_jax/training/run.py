@@ -29,6 +29,7 @@ from idp_jax.jobs.progress import SILENT, Progress, expecting
 from idp_jax.models.decoder import Decoder
 from idp_jax.processes import first_process, gather, mesh_of
 from idp_jax.recover.methods import METHODS, Adapter, parameter_count
+from idp_jax.recover.starts import Start
 from idp_jax.training.checkpoint import Checkpointer
 from idp_jax.training.checks import check, check_tokens
 from idp_jax.training.done import finished, inputs, needed
@@ -113,10 +114,11 @@ def _train(
     trained, summaries = [], []
     for number, run in enumerate(runs):
         key = jax.random.fold_in(jax.random.key(config.seed), number)
-        start = run.init(decoder, key=key)
+        start = run.init(decoder, Start(key))
         with progress.bar(f"training {run.label}", "steps") as update:
             update = expecting(update, f"training {run.label}", "steps", say)
-            adapter, summary = _fit(config, start, decoder, text, out / run.folder, mesh, update)
+            folder = out / run.folder
+            adapter, summary = _fit(config, start, decoder, text, folder, key, mesh, update)
         trained.append(adapter)
         summaries.append(summary)
     adapter = method.combine(config, trained)
@@ -170,7 +172,7 @@ def _text(config: Train, out: Path, source: str, tokenizer) -> TrainingText:
     return text
 
 
-def _fit(config: Train, start: Adapter, decoder: Decoder, text, folder: Path, mesh, update):
+def _fit(config: Train, start: Adapter, decoder: Decoder, text, folder: Path, key, mesh, update):
     """One training with the parts that the configuration names; as `fit`."""
     with (
         closing(JsonLines(folder / "metrics.jsonl")) as metrics,
@@ -179,7 +181,7 @@ def _fit(config: Train, start: Adapter, decoder: Decoder, text, folder: Path, me
         return fit(
             start,
             decoder,
-            partial(OBJECTIVES["next_token"], remat=config.remat),
+            partial(OBJECTIVES["ce"], remat=config.remat),
             make_optimizer(config.optimizer, config.learning_rate, config.steps),
             text.batches(config.batch_size),
             text.validation_batches(config.batch_size),
@@ -188,6 +190,7 @@ def _fit(config: Train, start: Adapter, decoder: Decoder, text, folder: Path, me
             checkpoint_every=config.checkpoint_every,
             sinks=[metrics],
             checkpointer=checkpointer,
+            key=key,
             mesh=mesh,
             progress=update,
         )

@@ -15,6 +15,7 @@ from flax import struct
 from idp_jax.config import Optimizer
 from idp_jax.data.batch import Batch
 from idp_jax.models.decoder import Decoder
+from idp_jax.recover.methods import repair_for_training
 from idp_jax.training.objectives import Objective, next_token
 
 
@@ -63,15 +64,29 @@ def make_optimizer(
     )
 
 
-def make_train_step(optimizer: optax.GradientTransformation, objective: Objective) -> Callable:
-    """A compiled step: (state, decoder, batch) -> (state, metrics); the state is donated."""
+def make_train_step(
+    optimizer: optax.GradientTransformation,
+    objective: Objective,
+    *,
+    steps: int = 1,
+    key: jax.Array | None = None,
+) -> Callable:
+    """A compiled step: (state, decoder, batch) -> (state, metrics); the state is donated.
 
-    def loss(adapter: Any, decoder: Decoder, batch: Batch):
-        return objective(adapter.repair(decoder), batch)
+    Args:
+        steps: of the whole training, which a schedule of the adapter's own goes by.
+        key: of what is drawn at random in training, folded with the number of the step.
+    """
+    key = jax.random.key(0) if key is None else key
+
+    def loss(adapter: Any, decoder: Decoder, batch: Batch, step: jax.Array):
+        share = step.astype(jnp.float32) / jnp.float32(steps)
+        repaired = repair_for_training(adapter, decoder, share, jax.random.fold_in(key, step))
+        return objective(repaired, batch)
 
     def step(state: TrainState, decoder: Decoder, batch: Batch):
         (value, parts), gradient = jax.value_and_grad(loss, has_aux=True)(
-            state.adapter, decoder, batch
+            state.adapter, decoder, batch, state.step
         )
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.adapter)
         adapter = optax.apply_updates(state.adapter, updates)

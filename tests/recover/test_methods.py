@@ -10,6 +10,7 @@ from idp_jax.config import Train
 from idp_jax.config.choices import LEARNING_RATES, Repair
 from idp_jax.formats.adapters import WRITERS
 from idp_jax.recover.methods import METHODS, parameter_count
+from idp_jax.recover.starts import Start
 from tests.helpers import tiny_decoder
 
 
@@ -25,6 +26,6 @@ def test_every_method_makes_what_can_be_saved(name):
     key = jax.random.key(0)
     runs = method.runs(settings)
     assert len({run.folder for run in runs}) == len(runs) and all(run.label for run in runs)
-    adapter = method.combine(settings, [run.init(model, key=key) for run in runs])
+    adapter = method.combine(settings, [run.init(model, Start(key)) for run in runs])
     assert type(adapter) in WRITERS and parameter_count(adapter) > 0
     assert adapter.repair(model)([[5, 6]]).shape == (1, 2, 128)

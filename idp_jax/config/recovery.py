@@ -1,0 +1,181 @@
+"""Groups of settings that training takes: what is learned from, how, and from which start.
+
+A group knows no command; see `groups` for those that several commands share.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from idp_jax.config.choices import (
+    InitFrom,
+    InitTokens,
+    PoolMixture,
+    PoolTraining,
+    Schedule,
+    SinkName,
+    TeacherForm,
+)
+from idp_jax.config.groups import ConfigError, Settings, at_least
+
+
+@dataclass(frozen=True)
+class Optimizer(Settings):
+    """AdamW behind a clip of the gradient's norm."""
+
+    learning_rate: float | None = None
+    """Default by method: 1e-3 for prompts and prefixes, 1e-4 for LoRA."""
+    schedule: Schedule = "linear"
+    """linear: warm-up, then decay to 0; constant: one rate, so that more tokens may follow."""
+    warmup: float = 0.05
+    """Fraction of the steps in which a linear schedule rises."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient."""
+    weight_decay: float = 0.0
+    """AdamW's."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ConfigError(
+                f"--optimizer.learning-rate {self.learning_rate} must be above 0, and finite"
+            )
+        if math.isinf(self.weight_decay):
+            raise ConfigError(f"--optimizer.weight-decay {self.weight_decay} must be finite")
+        if not 0 <= self.warmup <= 1:
+            raise ConfigError(f"--optimizer.warmup {self.warmup} must lie between 0 and 1")
+        if self.clip_norm <= 0:
+            raise ConfigError(f"--optimizer.clip-norm {self.clip_norm} must be above 0")
+
+
+@dataclass(frozen=True)
+class Lora(Settings):
+    """Low-rank updates."""
+
+    rank: int = 8
+    """Columns of A, rows of B."""
+    alpha: float = 16.0
+    """The update is alpha / rank times A B."""
+    targets: tuple[str, ...] = ("q", "v")
+    """Matrices of every block: q k v o gate up down."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least("lora.rank", self.rank, 1)
+        if not self.targets:
+            raise ConfigError("--lora.targets must name at least one matrix, such as q")
+
+
+@dataclass(frozen=True)
+class Data(Settings):
+    """Training and validation text, packed into windows without gaps."""
+
+    train: str | None = None
+    """A .txt or .jsonl file, hub:NAME[:CONFIG], or self (text that `teacher` writes)."""
+    validation: str | None = None
+    """The same kinds; by default the last windows of the training text are held out."""
+    validation_windows: int = 32
+    """Windows of every validation."""
+    sequence_length: int = 1024
+    """Tokens of a window."""
+    teacher: str | None = None
+    """For self: the uncompressed model that writes the text; by default the model itself."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least("data.sequence-length", self.sequence_length, 2)
+        at_least("data.validation-windows", self.validation_windows, 1)
+
+
+@dataclass(frozen=True)
+class Teacher(Settings):
+    """The uncompressed model, which says what the repaired one should have said."""
+
+    model: str | None = None
+    """Hub name, model folder or GGUF file of the uncompressed model."""
+    form: TeacherForm = "full"
+    """What is kept of its word: all logits, the k likeliest tokens and the rest, or samples."""
+    tokens: int = 64
+    """Tokens of a position that are kept, for topk and sampled."""
+    temperature: float = 1.0
+    """Both models' logits are divided by it."""
+    cache: Path | None = None
+    """Folder that keeps topk or sampled targets, so that the teacher runs once."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least("teacher.tokens", self.tokens, 1)
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(
+                f"--teacher.temperature {self.temperature} must be above 0, and finite"
+            )
+
+
+@dataclass(frozen=True)
+class Init(Settings):
+    """What a prompt or prefix begins as."""
+
+    tokens: InitTokens = "vocabulary"
+    """Drawn rows of the vocabulary, real text, noise of the embedding's size, or zeros."""
+    text: str | None = None
+    """The words of a start from text; by default the first of the training text."""
+    model: InitFrom = "compressed"
+    """Whose keys and values a prefix begins with: the compressed model's or the teacher's."""
+    frozen_tokens: int = 0
+    """First tokens of a prompt or prefix that stay as they begin."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least("init.frozen-tokens", self.frozen_tokens, 0)
+
+
+@dataclass(frozen=True)
+class Prefix(Settings):
+    """Keys and values of every layer."""
+
+    lengths: tuple[int, ...] = ()
+    """Tokens of each layer, 0 allowed; by default --prompt-length in every layer."""
+    by_damage: bool = False
+    """Lengths by each layer's error in compression.json, --prompt-length on average."""
+    projection: int | None = None
+    """Width of an MLP that the prefix is trained through; it is dropped at saving."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lengths and min(self.lengths) < 0:
+            raise ConfigError(f"--prefix.lengths {self.lengths} must not be below 0")
+        if self.projection is not None:
+            at_least("prefix.projection", self.projection, 1)
+
+
+@dataclass(frozen=True)
+class Pool(Settings):
+    """How the prompts of a pool are trained."""
+
+    training: PoolTraining = "apart"
+    """Each by itself (the paper), jointly behind the selector, or each on a cluster of the text."""
+    mixture: PoolMixture = "gumbel"
+    """Of joint training: one prompt by Gumbel noise, straight through, or a soft mixture."""
+    temperature: tuple[float, float] = (1.0, 0.1)
+    """Of joint training's choice: at the first and at the last step."""
+    balance: float = 0.01
+    """Weight of the term that has the prompts used alike."""
+    distractors: int = 0
+    """Other prompts of the pool that stand before the input in joint training, too."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least("pool.distractors", self.distractors, 0)
+        at_least("pool.balance", self.balance, 0)
+        if min(self.temperature) <= 0:
+            raise ConfigError(f"--pool.temperature {self.temperature} must be above 0")
+
+
+@dataclass(frozen=True)
+class Tracking(Settings):
+    """Where a run's numbers go beside metrics.jsonl."""
+
+    sinks: tuple[SinkName, ...] = ("tensorboard",)
+    """tensorboard (left out where it is not installed), wandb, trackio."""
+    project: str = "idp-jax"
+    """The project of wandb and trackio."""
