@@ -40,7 +40,7 @@ from idp_jax.config.recovery import (
     Tracking,
 )
 
-_TEXTS = ("train", "validation", "teacher")  # of `Data`, what training reads
+_TEXTS = ("train", "validation")  # of `Data`, what training reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Train(Loading):
     """How the pool's prompt is chosen: a built-in name (mean_attention, random, ...), or a function
     of your own as package.module:name or file.py:name."""
     objective: str = "ce"
-    """What is made smaller: ce, kl, hidden_mse, cka, or a sum such as "kl + 0.5*ce"."""
+    """What is made smaller: ce, kl, hidden_mse, cka, file.py:name, or a sum as "kl + 0.5*ce"."""
     teacher: Teacher = field(default_factory=Teacher)
     init: Init = field(default_factory=Init)
     prefix: Prefix = field(default_factory=Prefix)
@@ -86,6 +86,7 @@ class Train(Loading):
     def __post_init__(self):
         super().__post_init__()
         read = {f"data.{name}": getattr(self.data, name) for name in _TEXTS}
+        read |= {"teacher.model": self.teacher.model, "teacher.cache": self.teacher.cache}
         check_apart(self.out, {"model": self.model, **read})
         at_least("batch-size", self.batch_size, 1)
         at_least("evaluate-every", self.evaluate_every, 1)

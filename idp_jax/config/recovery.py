@@ -71,15 +71,14 @@ class Data(Settings):
     """Training and validation text, packed into windows without gaps."""
 
     train: str | None = None
-    """A .txt or .jsonl file, hub:NAME[:CONFIG], or self (text that `teacher` writes)."""
+    """A .txt or .jsonl file, hub:NAME[:CONFIG], or self (text that the teacher, or by
+    default the model itself, writes)."""
     validation: str | None = None
     """The same kinds; by default the last windows of the training text are held out."""
     validation_windows: int = 32
     """Windows of every validation."""
     sequence_length: int = 1024
     """Tokens of a window."""
-    teacher: str | None = None
-    """For self: the uncompressed model that writes the text; by default the model itself."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -92,15 +91,15 @@ class Teacher(Settings):
     """The uncompressed model, which says what the repaired one should have said."""
 
     model: str | None = None
-    """Hub name, model folder or GGUF file of the uncompressed model."""
+    """Hub name, model folder or GGUF file; it also writes the text of --data.train self."""
     form: TeacherForm = "full"
-    """What is kept of its word: all logits, the k likeliest tokens and the rest, or samples."""
+    """What kl is computed from: all logits, the likeliest tokens and the rest, or samples."""
     tokens: int = 64
     """Tokens of a position that are kept, for topk and sampled."""
     temperature: float = 1.0
     """Both models' logits are divided by it."""
     cache: Path | None = None
-    """Folder that keeps topk or sampled targets, so that the teacher runs once."""
+    """Folder that keeps its topk or sampled word, so that it runs once on a text."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -15,6 +15,7 @@ from jax.core import Tracer
 from idp_jax.models.block import Block, Context, scan_layers
 from idp_jax.models.cache import KV
 from idp_jax.models.config import ModelConfig
+from idp_jax.models.head import Head
 from idp_jax.models.inputs import token_arrays
 from idp_jax.models.layers import Norm, rope_frequencies, rotation, visibility
 from idp_jax.sharding import constrain
@@ -227,19 +228,15 @@ class Decoder(nnx.Module):
                 h = self.final_norm(h)
             return h if self.project_out is None else self.project_out(h)
 
+    def output_head(self) -> Head:
+        """What `logits` multiplies by, which may be used without the model."""
+        if self.head is None:
+            return Head(self.embedding[...], turned=True)
+        return Head(self.head.kernel[...], turned=False)
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 logits [..., V] of hidden states [..., E]."""
-        if self.head is not None:
-            kernel, contract = self.head.kernel[...], 0
-        else:
-            kernel, contract = self.embedding[...], 1
-        dims = (((hidden.ndim - 1,), (contract,)), ((), ()))
-        with jax.named_scope("head"):
-            logits = jax.lax.dot_general(
-                hidden, kernel.astype(hidden.dtype), dims, preferred_element_type=jnp.float32
-            )
-        names = ("batch",) + ("time",) * (logits.ndim - 2) + ("vocab",)
-        return constrain(logits, *names)
+        return self.output_head()(hidden)
 
     def with_layers(self, layers: Block) -> "Decoder":
         """The same model with other layers (a LoRA attached, a block compressed)."""

@@ -17,6 +17,7 @@ from idp_jax.recover.methods import METHODS, Adapter, parameter_count
 from idp_jax.recover.selection import find_selector
 from idp_jax.recover.starts import Start
 from idp_jax.sharding import parts
+from idp_jax.training.teacher import check_teacher
 
 
 def check(config: Train, mesh: jax.sharding.Mesh | None) -> int:
@@ -30,6 +31,7 @@ def check(config: Train, mesh: jax.sharding.Mesh | None) -> int:
     """
     find_selector(config.selector)
     _check_sources(config)
+    check_teacher(config)
     rows = 1 if mesh is None else parts("batch", mesh.shape)
     if config.batch_size % rows:
         raise ConfigError(
@@ -89,10 +91,8 @@ def _check_sources(config: Train) -> None:
     if data.train is None:
         raise ConfigError(
             "--data.train is missing: give a .txt or .jsonl file, hub:NAME, or self (text that "
-            "--data.teacher, or the model itself, writes)"
+            "--teacher.model, or the model itself, writes)"
         )
-    if data.train == SELF and data.teacher is not None:
-        open_config(data.teacher)
     for source in (data.train, data.validation):
         if source is None or source == SELF or source.startswith(HUB):
             continue

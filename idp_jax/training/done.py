@@ -17,8 +17,8 @@ def inputs(config: Train) -> dict[str, dict[str, str]]:
     read = {"model": str(formats.resolve(config.model)), "data.train": config.data.train}
     if config.data.validation is not None:
         read["data.validation"] = config.data.validation
-    if config.data.train == SELF and config.data.teacher is not None:
-        read["data.teacher"] = str(formats.resolve(config.data.teacher))
+    if config.teacher.model is not None:
+        read["teacher.model"] = str(formats.resolve(config.teacher.model))
     return {name: fingerprint(path) for name, path in read.items()}
 
 

@@ -1,18 +1,21 @@
 """What training makes smaller: functions of the repaired model and a batch.
 
-The invariant: an objective knows neither the adapter nor the optimiser. What it needs beside the
-tokens, such as a teacher's word on them, comes in the batch.
+The invariant: an objective knows neither the adapter nor the optimiser, and runs the student once,
+whatever it is made of. What it needs beside the tokens, such as a teacher's word on them, comes in
+the batch.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from idp_jax.data.batch import Batch
 from idp_jax.recover.repaired import Repaired
+from idp_jax.training.chunks import summed
+from idp_jax.training.terms import Positions, Term, parse
+from idp_jax.training.word import Full, Word
 
 
 class Objective(Protocol):
@@ -23,33 +26,100 @@ class Objective(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Mix:
+    """A weighted sum of terms, each a mean over the positions whose next token counts.
+
+    Attributes:
+        terms: see `terms.parse`.
+        remat: recompute the layers in the backward pass instead of storing them.
+    """
+
+    terms: tuple[Term, ...]
+    remat: bool = False
+
+    @property
+    def hidden(self) -> bool:
+        """Whether a term compares hidden states."""
+        return any(term.of_hidden for term in self.terms)
+
+    @property
+    def divergent(self) -> bool:
+        """Whether a term needs the teacher's word on the next token."""
+        return any(term.needs_teacher and not term.of_hidden for term in self.terms)
+
+    def __call__(self, repaired: Repaired, batch: Batch) -> tuple[jax.Array, dict]:
+        """The loss, and every term and every penalty of the repair by name.
+
+        Raises:
+            ValueError: the teacher's word is missing from the batch, or the batch has segments,
+                which attention does not yet keep apart.
+        """
+        _refuse_segments(batch)
+        past, penalties = repaired.serve(batch.tokens)
+        hidden = repaired.decoder.hidden(batch.tokens, past=past, remat=self.remat)
+        weight = _weight(batch)
+        found = self._of_hidden(hidden, weight, batch.teacher)
+        found |= self._of_logits(hidden, weight, repaired, batch)
+        loss = sum(jnp.float32(term.weight) * found[term.name] for term in self.terms)
+        return sum(penalties.values(), loss), found | penalties
+
+    def _of_hidden(self, hidden: jax.Array, weight: jax.Array, word: Word | None) -> dict:
+        terms = [term for term in self.terms if term.of_hidden]
+        if terms and (word is None or word.hidden is None):
+            raise ValueError(f"{terms[0].name} needs a teacher's hidden states in the batch")
+        return {term.name: term.function(hidden, word.hidden, weight) for term in terms}
+
+    def _of_logits(self, hidden, weight, repaired: Repaired, batch: Batch) -> dict:
+        terms = tuple(term for term in self.terms if not term.of_hidden)
+        if not terms:
+            return {}
+        word = Word() if batch.teacher is None else batch.teacher
+        said = word.hidden if word.kept is None else word.kept
+        if said is None and (needing := [t.name for t in terms if t.needs_teacher]):
+            raise ValueError(f"{needing[0]} needs a teacher's word in the batch")
+
+        def score(logits: jax.Array, rows: tuple, head):
+            targets, weight, said = rows
+            if head is not None and said is not None:
+                said = Full(head(said), word.temperature)
+            values = {
+                term.name: (term.function(logits, Positions(targets, said)) * weight).sum()
+                for term in terms
+            }
+            return sum(jnp.float32(t.weight) * values[t.name] for t in terms), values
+
+        head = word.head if word.kept is None else None
+        targets = jnp.roll(batch.tokens, -1, 1)
+        return summed(score, hidden, repaired.decoder.output_head(), (targets, weight, said), head)
+
+
+def make_objective(text: str, *, remat: bool = False) -> Mix:
+    """The objective of a sum such as "kl + 0.5*ce"; raises ConfigError as `terms.parse`."""
+    return Mix(parse(text), remat)
+
+
 def next_token(
     repaired: Repaired, batch: Batch, *, remat: bool = False
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean cross-entropy of every next token that the loss mask counts.
+    """Mean cross-entropy of every next token that counts; as `Mix.__call__`."""
+    return Mix(_NEXT_TOKEN, remat)(repaired, batch)
 
-    Args:
-        remat: recompute the layers in the backward pass instead of storing them.
 
-    Raises:
-        ValueError: the batch has segments, which attention does not yet keep apart.
-    """
+_NEXT_TOKEN = parse("ce")
+
+
+def _weight(batch: Batch) -> jax.Array:
+    """float32 [B, T], 1 / N for each of the N positions whose next token counts."""
+    counted = jnp.ones(batch.tokens[:, 1:].shape, bool)
+    if batch.loss_mask is not None:
+        counted = counted & batch.loss_mask[:, 1:].astype(bool)
+    if batch.segments is not None:  # the first token of a document is nobody's to foresee
+        counted = counted & (batch.segments[:, 1:] == batch.segments[:, :-1])
+    counted = jnp.pad(counted.astype(jnp.float32), [(0, 0), (0, 1)])
+    return counted / jnp.maximum(counted.sum(), 1)
+
+
+def _refuse_segments(batch: Batch) -> None:
     if batch.segments is not None:
         raise ValueError("segments are given, but attention does not keep documents apart yet")
-    tokens = batch.tokens
-    past, penalties = repaired.serve(tokens)
-    hidden = repaired.decoder.hidden(tokens, past=past, remat=remat)
-    logits = repaired.decoder.logits(hidden[:, :-1])
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-    if batch.loss_mask is None:
-        return _with(penalties, losses.mean())
-    counted = batch.loss_mask[:, 1:].astype(bool)
-    total = jnp.where(counted, losses, 0.0).sum()
-    return _with(penalties, total / jnp.maximum(counted.sum(), 1).astype(jnp.float32))
-
-
-def _with(penalties: dict[str, jax.Array], loss: jax.Array):
-    return sum(penalties.values(), loss), penalties
-
-
-OBJECTIVES: dict[str, Callable] = {"ce": next_token}

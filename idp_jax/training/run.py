@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,9 @@ from idp_jax.training.checks import check, check_tokens
 from idp_jax.training.done import finished, inputs, needed
 from idp_jax.training.loop import fit
 from idp_jax.training.metrics import JsonLines
-from idp_jax.training.objectives import OBJECTIVES
+from idp_jax.training.objectives import make_objective
 from idp_jax.training.step import make_optimizer
+from idp_jax.training.teacher import Teacher
 
 # What may change between two calls that work on the same run: it does not change what is trained.
 _FREE = ("out", "mesh", "evaluate_every", "checkpoint_every")
@@ -98,6 +98,7 @@ def _train(
     text = None
     if config.data.train != SELF:
         text = _text(config, out, str(config.data.train), tokenizer)
+    teacher = Teacher(config, tokenizer, mesh=mesh, progress=progress)
     method = METHODS[config.method]
     runs = method.runs(config)
     say(_budget(config, [run.label for run in runs], parameters))
@@ -109,7 +110,7 @@ def _train(
         progress=progress.tracker("loading"),
     )
     if text is None:
-        source = _self_text(config, out, decoder, tokenizer, progress, say)
+        source = _self_text(config, out, decoder, teacher, tokenizer, progress, say)
         text = _text(config, out, source, tokenizer)
     trained, summaries = [], []
     for number, run in enumerate(runs):
@@ -118,7 +119,9 @@ def _train(
         with progress.bar(f"training {run.label}", "steps") as update:
             update = expecting(update, f"training {run.label}", "steps", say)
             folder = out / run.folder
-            adapter, summary = _fit(config, start, decoder, text, folder, key, mesh, update)
+            adapter, summary = _fit(
+                config, start, decoder, teacher, text, folder, key, mesh, update
+            )
         trained.append(adapter)
         summaries.append(summary)
     adapter = method.combine(config, trained)
@@ -149,7 +152,7 @@ def _budget(config: Train, labels: list[str], parameters: int) -> str:
     data, steps = config.data, config.steps
     window = config.batch_size * data.sequence_length
     each = " each" if len(labels) > 1 else ""
-    writer = data.teacher or f"{config.model} itself"
+    writer = config.teacher.model or f"{config.model} itself"
     source = f"text that {writer} writes" if data.train == SELF else data.train
     return (
         f"training {' and '.join(labels)} ({parameters:,} parameters): {steps:,} steps of "
@@ -172,7 +175,17 @@ def _text(config: Train, out: Path, source: str, tokenizer) -> TrainingText:
     return text
 
 
-def _fit(config: Train, start: Adapter, decoder: Decoder, text, folder: Path, key, mesh, update):
+def _fit(
+    config: Train,
+    start: Adapter,
+    decoder: Decoder,
+    teacher: Teacher,
+    text,
+    folder: Path,
+    key,
+    mesh,
+    update,
+):
     """One training with the parts that the configuration names; as `fit`."""
     with (
         closing(JsonLines(folder / "metrics.jsonl")) as metrics,
@@ -181,7 +194,7 @@ def _fit(config: Train, start: Adapter, decoder: Decoder, text, folder: Path, ke
         return fit(
             start,
             decoder,
-            partial(OBJECTIVES["ce"], remat=config.remat),
+            make_objective(config.objective, remat=config.remat),
             make_optimizer(config.optimizer, config.learning_rate, config.steps),
             text.batches(config.batch_size),
             text.validation_batches(config.batch_size),
@@ -190,6 +203,7 @@ def _fit(config: Train, start: Adapter, decoder: Decoder, text, folder: Path, ke
             checkpoint_every=config.checkpoint_every,
             sinks=[metrics],
             checkpointer=checkpointer,
+            attach=teacher.attach,
             key=key,
             mesh=mesh,
             progress=update,
@@ -197,7 +211,13 @@ def _fit(config: Train, start: Adapter, decoder: Decoder, text, folder: Path, ke
 
 
 def _self_text(
-    config: Train, out: Path, decoder: Decoder, tokenizer, progress: Progress, say: Callable
+    config: Train,
+    out: Path,
+    decoder: Decoder,
+    teacher: Teacher,
+    tokenizer,
+    progress: Progress,
+    say: Callable,
 ) -> str:
     """Text of the model's own, written once into a file that is then read like any other."""
     file, kept = out / "self_text.jsonl", out / "self_text.partial.jsonl"
@@ -206,15 +226,13 @@ def _self_text(
     if file.is_file() and read_json(written, remedy).get(file.name) != digest(file):
         raise ConfigError(f"{file} is not as this run wrote it; {remedy}")
     if not file.is_file():
-        teacher = decoder
-        if config.data.teacher is not None:
-            teacher = formats.load_model(config.data.teacher, **config.held)
+        writer = decoder if config.teacher.model is None else teacher.decoder
         held_out = 0 if config.data.validation else config.data.validation_windows
         wanted = config.tokens + (held_out + 1) * config.data.sequence_length
         doing = "sampling text from the model"
         with progress.bar(doing, "tokens") as update:
             texts = sample_documents(
-                teacher,
+                writer,
                 tokenizer,
                 wanted,
                 document_tokens=min(config.data.sequence_length, 512),
@@ -222,6 +240,7 @@ def _self_text(
                 progress=expecting(update, doing, "tokens", say),
                 kept=kept,
             )
+        teacher.release()
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
 
         def write() -> None:  # its digest first: a text without one is not this run's

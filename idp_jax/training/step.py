@@ -101,7 +101,7 @@ def make_train_step(
 @jax.jit
 def evaluate_step(adapter: Any, decoder: Decoder, batch: Batch) -> jax.Array:
     """Mean next-token cross-entropy of a batch under the repaired model, float32 scalar."""
-    return next_token(adapter.repair(decoder), batch)[0]
+    return next_token(adapter.repair(decoder), batch)[1]["ce"]
 
 
 @jax.jit

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from idp_jax.config import Compress, ConfigError, Convert, Demo, Evaluate, Train
-from idp_jax.config.groups import Data
+from idp_jax.config.recovery import Data, Teacher
 from idp_jax.jobs.folder import check_absent, put, recover, written_folder
 from idp_jax.jobs.marker import MARKER, changed, foreign, mark
 
@@ -57,9 +57,12 @@ def test_every_source_counts(model, tmp_path):
     text.write_text("tide")
     with pytest.raises(ConfigError, match=r"--out \S+ holds the calibration"):
         Compress(model="m", calibration=str(text), out=text.parent)
-    for part in ("train", "validation", "teacher"):
+    for part in ("train", "validation"):
         with pytest.raises(ConfigError, match=rf"--out \S+ holds the data\.{part}"):
             Train(model="m", out=text.parent, data=Data(**{part: str(text)}))
+    for part in ("model", "cache"):
+        with pytest.raises(ConfigError, match=rf"--out \S+ holds the teacher\.{part}"):
+            Train(model="m", out=text.parent, teacher=Teacher(**{part: str(text)}))
     with pytest.raises(ConfigError, match=r"--out \S+ is the text"):
         Evaluate(model="m", perplexity=text, out=text)
     with pytest.raises(ConfigError, match=r"--out \S+ lies in the adapter"):

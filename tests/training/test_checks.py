@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from idp_jax import formats
-from idp_jax.config import Data, Lora, Mesh, Train
+from idp_jax.config import Data, Lora, Mesh, Teacher, Train
 from idp_jax.data.batch import Batch
 from idp_jax.data.stream import TrainingText
 from idp_jax.recover import LoraAdapter, PrefixAdapter, SoftPrompt
@@ -41,7 +41,7 @@ BAD = {
     "no-source": ({"data": {"train": None}}, r"--data.train is missing: give a \.txt or \.jsonl"),
     "no-text": ({"data": {"train": "none.txt"}}, r"no text file none\.txt"),
     "no-validation": ({"data": {"validation": "none.jsonl"}}, r"no text file none\.jsonl"),
-    "no-teacher": ({"data": {"train": "self", "teacher": "/none"}}, "no model at /none"),
+    "no-teacher": ({"data": {"train": "self"}, "teacher": Teacher("/none")}, "no model at /none"),
     "prompt": ({"prompt_length": 40}, r"sequence-length 32 behind a prompt of 40 .* 24 at most"),
     "prefix": ({"method": "prefix", "prompt_length": 33}, "behind a prompt of 33 exceeds .* 64 le"),
     "pool": ({"method": "idp", "pool_lengths": (4, 60)}, "behind a prompt of 60 .* 4 at most"),
