@@ -107,7 +107,7 @@ class Teacher:
     def _word(self, batch: Batch) -> Word:
         settings, decoder = self._config.teacher, self.decoder
         form = settings.form if self._objective.divergent else "full"
-        word = _hear(
+        word = hear(
             decoder,
             batch.tokens,
             jax.random.key(self._config.seed),
@@ -210,7 +210,7 @@ def _check_cache(config: Train, objective: Mix) -> None:
 
 
 @partial(jax.jit, static_argnames=("form", "tokens", "temperature", "keep_hidden"))
-def _hear(
+def hear(
     decoder: Decoder,
     ids: jax.Array,
     key: jax.Array,
