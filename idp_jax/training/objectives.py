@@ -59,10 +59,15 @@ class Mix:
         past, penalties = repaired.serve(batch.tokens)
         hidden = repaired.decoder.hidden(batch.tokens, past=past, remat=self.remat)
         weight = _weight(batch)
-        found = self._of_hidden(hidden, weight, batch.teacher)
-        found |= self._of_logits(hidden, weight, repaired, batch)
-        loss = sum(jnp.float32(term.weight) * found[term.name] for term in self.terms)
-        return sum(penalties.values(), loss), found | penalties
+        loss, found = self._of_logits(hidden, weight, repaired, batch)
+        of_states = self._of_hidden(hidden, weight, batch.teacher)
+        loss = loss + self._sum(of_states)
+        return sum(penalties.values(), loss), found | of_states | penalties
+
+    def _sum(self, found: dict[str, jax.Array]) -> jax.Array:
+        """The weighted sum of some of the terms."""
+        summands = (jnp.float32(t.weight) * found[t.name] for t in self.terms if t.name in found)
+        return sum(summands, jnp.zeros((), jnp.float32))
 
     def _of_hidden(self, hidden: jax.Array, weight: jax.Array, word: Word | None) -> dict:
         terms = [term for term in self.terms if term.of_hidden]
@@ -70,10 +75,11 @@ class Mix:
             raise ValueError(f"{terms[0].name} needs a teacher's hidden states in the batch")
         return {term.name: term.function(hidden, word.hidden, weight) for term in terms}
 
-    def _of_logits(self, hidden, weight, repaired: Repaired, batch: Batch) -> dict:
-        terms = tuple(term for term in self.terms if not term.of_hidden)
+    def _of_logits(self, hidden, weight, repaired: Repaired, batch: Batch):
+        """The sum of the terms over logits, which may be differentiated, and each by name."""
+        terms = [term for term in self.terms if not term.of_hidden]
         if not terms:
-            return {}
+            return jnp.zeros((), jnp.float32), {}
         word = Word() if batch.teacher is None else batch.teacher
         said = word.hidden if word.kept is None else word.kept
         if said is None and (needing := [t.name for t in terms if t.needs_teacher]):
@@ -87,7 +93,7 @@ class Mix:
                 term.name: (term.function(logits, Positions(targets, said)) * weight).sum()
                 for term in terms
             }
-            return sum(jnp.float32(t.weight) * values[t.name] for t in terms), values
+            return self._sum(values), values
 
         head = word.head if word.kept is None else None
         targets = jnp.roll(batch.tokens, -1, 1)

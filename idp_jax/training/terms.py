@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from idp_jax.config import ConfigError
 from idp_jax.recover.lookup import lookup
 
-_TERM = re.compile(r"(?:([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*\*\s*)?([^*\s].*)", re.DOTALL)
+_TERM = re.compile(r"(?:([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*\*\s*)?([^*\s][^*]*)")
 _PLUS = re.compile(r"(?<![0-9.][eE])\+(?![^(]*\))")  # not in 1e+3, nor within brackets
 
 

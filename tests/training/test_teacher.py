@@ -177,13 +177,17 @@ def test_a_teacher_of_another_model_is_refused(
 def test_another_teachers_cache_is_refused(files, tmp_path):
     first = settings(files, tmp_path / "first", form="sampled", cache=tmp_path / "cache")
     losses(first)
-    for changes, message in [
-        ({"model": str(files / "third")}, "written with another teacher; give another folder"),
-        ({"form": "topk"}, r"another form \(sampled, not topk\)"),
-        ({"tokens": 9}, r"another tokens \(8, not 9\)"),
-        ({"temperature": 2.0}, r"another temperature \(1.0, not 2.0\)"),
-    ]:
-        config = replace(first, out=tmp_path / "next", teacher=replace(first.teacher, **changes))
+    for number, (changes, message) in enumerate(
+        [
+            ({"model": str(files / "third")}, "written with another teacher; give another folder"),
+            ({"form": "topk"}, r"another form \(sampled, not topk\)"),
+            ({"tokens": 9}, r"another tokens \(8, not 9\)"),
+            ({"temperature": 2.0}, r"another temperature \(1.0, not 2.0\)"),
+        ]
+    ):
+        config = replace(
+            first, out=tmp_path / f"{number}", teacher=replace(first.teacher, **changes)
+        )
         with pytest.raises(ConfigError, match=message) as caught:
             train(config)
         assert "\n" not in str(caught.value)
