@@ -119,8 +119,8 @@ class Init(Settings):
     """Rows of the vocabulary, drawn by the seed; the embeddings of real text; numbers drawn like
     those of the embedding; or zeros. A prefix begins as the keys and values of such a prompt."""
     text: str | None = None
-    """For tokens = text: the words, repeated or cut to the length (a single special token for
-    IntactKV); by default the first of the training text."""
+    """For tokens = text: the words, repeated or cut to the length ("" is the BOS token alone, as
+    IntactKV has it); by default the first of the training text."""
     file: Path | None = None
     """For tokens = text: a .txt or .jsonl file, whose first tokens are taken instead."""
     model: InitFrom = "compressed"

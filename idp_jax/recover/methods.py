@@ -35,15 +35,17 @@ class Run(NamedTuple):
         label: what a progress bar calls it.
         folder: where its checkpoints and metrics lie, below the job's folder; "" for that itself.
         init: (decoder, start) -> the adapter before training.
-        text: tokens of text that it begins as; so many `Start.text` brings, 0 none.
-        windows: windows of training text that `Start.windows` is to bring.
+        text: lengths of the texts that `Start.text` is to bring, in tokens.
+        windows: how many windows of training text `Start.windows` is to bring; 0 for None.
+        teacher: whether `Start.teacher` is to bring the uncompressed model.
     """
 
     label: str
     folder: str
     init: Callable[[Decoder, Start], Adapter]
-    text: int = 0
+    text: tuple[int, ...] = ()
     windows: int = 0
+    teacher: bool = False
 
 
 class Method(NamedTuple):
@@ -64,16 +66,15 @@ def _prompt_of(settings: Train, length: int, folder: str) -> Run:
     def init(decoder: Decoder, start: Start) -> SoftPrompt:
         return SoftPrompt(first_embeddings(decoder, length, start, kind), frozen)
 
-    return Run(f"prompt of {length}", folder, init, text=length if kind == "text" else 0)
+    return Run(f"prompt of {length}", folder, init, text=(length,) if kind == "text" else ())
 
 
 def _prompt(settings: Train) -> list[Run]:
     return [_prompt_of(settings, settings.prompt_length, "")]
 
 
-def _prefix(settings: Train) -> list[Run]:
+def _prefix_of(settings: Train, length: int, folder: str) -> Run:
     kind, lengths, width = settings.init.tokens, settings.prefix.lengths, settings.prefix.projection
-    length = max(lengths) if lengths else settings.prompt_length
 
     def init(decoder: Decoder, start: Start) -> PrefixAdapter | ProjectedPrefix:
         source = _source(settings, decoder, start)
@@ -81,7 +82,12 @@ def _prefix(settings: Train) -> list[Run]:
         plain = PrefixAdapter.of(source, embeddings, settings.init.frozen_tokens, lengths or None)
         return plain if width is None else ProjectedPrefix(plain, width, start.key)
 
-    return [Run("prefix", "", init, text=length if kind == "text" else 0)]
+    text = (length,) if kind == "text" else ()
+    return Run("prefix", folder, init, text=text, teacher=settings.init.model == "teacher")
+
+
+def _prefix(settings: Train) -> list[Run]:
+    return [_prefix_of(settings, max(settings.prefix.lengths or (settings.prompt_length,)), "")]
 
 
 def _plain_prefix(settings: Train, trained: list[PrefixAdapter | ProjectedPrefix]) -> PrefixAdapter:

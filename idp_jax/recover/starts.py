@@ -18,14 +18,14 @@ class Start(NamedTuple):
 
     Attributes:
         key: a random key of this training's own.
-        text: int32 [P], the tokens that this training's prompt or prefix is to begin as, see
-            `Run.text`; or None.
-        teacher: the uncompressed model, where there is one.
-        windows: int32 [N, T], training text, see `Run.windows`; or None.
+        text: int32 [P] each, the tokens that this training's prompts are to begin as; as many as
+            `Run.text` asks for.
+        teacher: the uncompressed model, where `Run.teacher` asks for it.
+        windows: int32 [N, T], training text, where `Run.windows` asks for it.
     """
 
     key: jax.Array
-    text: jax.Array | None = None
+    text: tuple[jax.Array, ...] = ()
     teacher: Decoder | None = None
     windows: jax.Array | None = None
 
@@ -37,8 +37,8 @@ def first_embeddings(
 
     Args:
         kind: "vocabulary": rows of the model's embedding, drawn without repetition; "text": those
-            of `start.text`; "random": a normal distribution with the mean and the deviation of the
-            model's embedding, number by number; "zeros".
+            of the first of `start.text`; "random": numbers of a normal distribution with the mean
+            and the deviation of the model's embedding; "zeros".
 
     Raises:
         ValueError: more tokens than positions, or a text of another length.
@@ -56,10 +56,10 @@ def first_embeddings(
         mean, deviation = _moments(table)
         return mean + deviation * jax.random.normal(start.key, shape, jnp.float32)
     if kind == "text":
-        if start.text is None or start.text.shape != (length,):
-            found = None if start.text is None else start.text.shape[0]
+        if not start.text or start.text[0].shape != (length,):
+            found = [len(text) for text in start.text]
             raise ValueError(f"a start from text needs {length} tokens of it, not {found}")
-        return table[start.text].astype(jnp.float32)
+        return table[start.text[0]].astype(jnp.float32)
     rows = jax.random.choice(start.key, config.vocab_size, (length,), replace=False)
     return table[rows].astype(jnp.float32)
 

@@ -35,7 +35,7 @@ from idp_jax.training.done import finished, inputs, needed
 from idp_jax.training.loop import fit
 from idp_jax.training.metrics import JsonLines
 from idp_jax.training.objectives import OBJECTIVES
-from idp_jax.training.starts import load_teacher, needs_teacher, resolved, starts
+from idp_jax.training.starts import load_teacher, resolved, starts
 from idp_jax.training.step import make_optimizer
 
 # What may change between two calls that work on the same run: it does not change what is trained.
@@ -112,10 +112,9 @@ def _train(
         source = _self_text(config, out, decoder, tokenizer, progress, say)
         text = _text(config, out, source, tokenizer)
     keys = [jax.random.fold_in(jax.random.key(config.seed), n) for n in range(len(runs))]
-    teacher = load_teacher(config, mesh) if needs_teacher(config) else None
-    begun = starts(config, runs, keys, tokenizer, text, teacher)
+    begun = starts(config, runs, keys, tokenizer, text, lambda: load_teacher(config, mesh))
     adapters = [run.init(decoder, start) for run, start in zip(runs, begun, strict=True)]
-    del teacher, begun  # what trains needs the adapters alone
+    del begun  # and with it the teacher: what trains needs the adapters alone
     trained, summaries = [], []
     for run, key, start in zip(runs, keys, adapters, strict=True):
         with progress.bar(f"training {run.label}", "steps") as update:

@@ -3,10 +3,11 @@
 The rule for text: the token that the tokenizer puts first, if it does, stands first in every
 prompt, as before any text; behind it each prompt takes the tokens that follow the part of the one
 before. One prompt may be longer than the text, which is then repeated; those of a pool must differ,
-so that the text must be long enough for all of them.
+so that the text must be long enough for all of them. An empty text is the BOS token alone, also of
+a tokenizer that knows one and does not put it before texts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -35,11 +36,6 @@ from idp_jax.recover.starts import Start
 def load_teacher(config: Train, mesh: jax.sharding.Mesh | None) -> Decoder:
     """The uncompressed model of the settings, held as the model is."""
     return formats.load_model(str(config.teacher.model), **config.held, mesh=mesh)
-
-
-def needs_teacher(config: Train) -> bool:
-    """Whether a start is made of the uncompressed model."""
-    return config.init.model == "teacher"
 
 
 def resolved(config: Train) -> Train:
@@ -79,12 +75,12 @@ def report_file(config: Train) -> Path:
 
 
 def abstract_start(config: Train, run: Run) -> Start:
-    """A start's shapes, for a trial without numbers; the teacher is left to the caller's trace."""
-    text = jnp.zeros((run.text,), jnp.int32) if run.text else None
+    """A start of a run for a trial without numbers: a teacher of shapes, text of zeros."""
+    text = tuple(jnp.zeros((length,), jnp.int32) for length in run.text)
     shape = (run.windows, config.data.sequence_length)
     windows = jnp.zeros(shape, jnp.int32) if run.windows else None
     teacher = None
-    if needs_teacher(config):
+    if run.teacher:
         teacher = abstract(from_hf(open_config(str(config.teacher.model))))
     return Start(jax.random.key(0), text, teacher, windows)
 
@@ -95,30 +91,36 @@ def starts(
     keys: Sequence[jax.Array],
     tokenizer: Any,
     text: TrainingText,
-    teacher: Decoder | None,
+    teacher: Callable[[], Decoder],
 ) -> list[Start]:
     """What every run of a training begins with.
+
+    Args:
+        teacher: gives the uncompressed model; called where a run asks for it, once.
 
     Raises:
         ConfigError: the text to begin with is too short.
     """
-    parts = text_parts(config, [run.text for run in runs], tokenizer, text)
+    lengths = [length for run in runs for length in run.text]
+    parts = iter(text_parts(config, lengths, tokenizer, text))
+    model = teacher() if any(run.teacher for run in runs) else None
     found = []
-    for run, key, part in zip(runs, keys, parts, strict=True):
+    for run, key in zip(runs, keys, strict=True):
         windows = None
         if run.windows:
             windows = jnp.asarray(np.stack(list(islice(text.windows(), run.windows))))
-        found.append(Start(key, part, teacher, windows))
+        own = tuple(islice(parts, len(run.text)))
+        found.append(Start(key, own, model if run.teacher else None, windows))
     return found
 
 
 def text_parts(
     config: Train, lengths: Sequence[int], tokenizer: Any, text: TrainingText
-) -> list[jax.Array | None]:
-    """Tokens int32 [n] for each length n, by the rule above; None for a length of 0."""
-    if not any(lengths):
-        return [None for _ in lengths]
-    first = _first_token(tokenizer)
+) -> list[jax.Array]:
+    """Tokens int32 [n] for each length n, by the rule above."""
+    if not lengths:
+        return []
+    first = _first_token(tokenizer, always=config.init.text == "")
     wanted = sum(max(length - len(first), 0) for length in lengths)
     body = _body(config, wanted + len(first), tokenizer, text, first)[:wanted]
     if len(body) < wanted and (not len(body) or len(lengths) > 1):
@@ -131,16 +133,19 @@ def text_parts(
     for length in lengths:
         own = body[place : place + length - len(first)] if length > len(first) else body[:0]
         place += len(own)
-        tokens = np.concatenate([first, own])[:length].astype(np.int32)
-        found.append(jnp.asarray(tokens) if length else None)
+        found.append(jnp.asarray(np.concatenate([first, own])[:length], jnp.int32))
     return found
 
 
-def _first_token(tokenizer: Any) -> np.ndarray:
-    """The token that the tokenizer puts before every text, int32 [1], or [0] where it puts none."""
-    ids = tokenizer("a")["input_ids"]
-    puts = tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
-    return np.asarray(ids[:1] if puts else [], np.int32)
+def _first_token(tokenizer: Any, *, always: bool) -> np.ndarray:
+    """The BOS token where the tokenizer puts one before every text: int32 [1], otherwise [0].
+
+    Args:
+        always: take it also where the tokenizer only knows one.
+    """
+    bos = tokenizer.bos_token_id
+    puts = bos is not None and (always or tokenizer("a")["input_ids"][0] == bos)
+    return np.asarray([bos] if puts else [], np.int32)
 
 
 def _body(

@@ -93,7 +93,7 @@ def test_prefix_files(tmp_path):
 
 def test_cartridge_files(tmp_path):
     _, _, settings, tensors = written(tmp_path, "cartridge")
-    assert {name: x.shape for name, x in tensors.items()} == {"prompt_embeddings": (5, 256)}
+    assert {name: x.shape for name, x in tensors.items()} == {"prompt_embeddings": (5, 128)}
     wanted = {"peft_type": "CARTRIDGE", "token_dim": 32, "num_frozen_tokens": 2}
     assert settings.items() >= wanted.items()
 
@@ -101,7 +101,7 @@ def test_cartridge_files(tmp_path):
 def test_files_of_a_length_for_every_layer(tmp_path):
     """PEFT has no such form: a type that it does not know keeps it from reading another."""
     _, folder, settings, tensors = written(tmp_path, "deep")
-    assert tensors["prompt_embeddings"].shape == (5, 256)
+    assert tensors["prompt_embeddings"].shape == (5, 128)
     wanted = {"peft_type": "IDP_DEEP_PREFIX", "layer_lengths": [5, 0], "num_frozen_tokens": 2}
     assert settings.items() >= wanted.items()
     peft = pytest.importorskip("peft")

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,11 +12,15 @@ from idp_jax.config import ConfigError, Init, Prefix, Teacher
 from idp_jax.data.stream import TrainingText
 from idp_jax.evaluation.perplexity import perplexity
 from idp_jax.formats import load_tokenizer
+from idp_jax.formats.adapters import read_adapter
+from idp_jax.recover import Pool, SoftPrompt
+from idp_jax.recover.methods import Run
 from idp_jax.training import train
-from idp_jax.training.starts import resolved, text_parts
-from tests.helpers import close, keep, tiny_folder, tiny_ids
+from idp_jax.training.starts import abstract_start, resolved, starts, text_parts
+from tests.helpers import close, keep, tiny_decoder, tiny_folder, tiny_ids
 from tests.training.test_run import LENGTH, files, optax_promotes, run_settings
 
+KEY = jax.random.key(0)
 __all__ = ["files", "optax_promotes"]  # fixtures
 
 
@@ -39,7 +44,7 @@ def parts(files, lengths, *, bos: bool = False, source: str = "text.txt", **init
     windows = np.zeros((4, LENGTH), np.int32)
     text = TrainingText(str(files / source), tokenizer, LENGTH, windows, windows, 0, 0)
     found = text_parts(config, lengths, tokenizer, text)
-    return [None if x is None else np.asarray(x).tolist() for x in found]
+    return [np.asarray(x).tolist() for x in found]
 
 
 @pytest.mark.parametrize(
@@ -50,11 +55,12 @@ def parts(files, lengths, *, bos: bool = False, source: str = "text.txt", **init
         (False, [2], {"text": "abc"}, [in_bytes("ab")]),
         (True, [1], {"text": "abc"}, [[1]]),
         (True, [1], {"text": ""}, [[1]]),
+        (False, [1], {"text": ""}, [[1]]),
         (True, [1], {"text": "<s>"}, [[1]]),
         (False, [1], {"text": "<s>"}, [[1]]),
         (False, [2, 3], {"text": "abcdef"}, [in_bytes("ab"), in_bytes("cde")]),
         (True, [2, 3], {"text": "abcdef"}, [[1, *in_bytes("a")], [1, *in_bytes("bc")]]),
-        (False, [0, 0], {}, [None, None]),
+        (False, [], {}, []),
     ],
 )
 def test_text_is_cut_and_repeated_by_the_rule(files, bos, lengths, init, expected):
@@ -72,7 +78,7 @@ def test_text_comes_from_a_file_or_is_the_first_of_the_training_text(files):
 def test_prompts_of_a_pool_do_not_begin_alike(files):
     with pytest.raises(ConfigError, match=r"has 3 tokens, too few for 4; give more"):
         parts(files, [2, 2], text="abc")
-    with pytest.raises(ConfigError, match=r"has 0 tokens, too few for 2"):
+    with pytest.raises(ConfigError, match=r"has 0 tokens, too few for 1"):
         parts(files, [2], text="")
 
 
@@ -162,3 +168,43 @@ def test_lengths_by_damage_come_from_the_models_report(files, tmp_path):
         (model / "compression.json").write_text(json.dumps(report))
         with pytest.raises(ValueError, match=message):
             resolved(config)
+
+
+def test_the_prompts_of_a_pool_begin_as_their_parts_of_the_text(files, tmp_path):
+    config = run_settings(
+        files,
+        tmp_path / "run",
+        method="idp",
+        pool_lengths=(2, 3),
+        tokens=0,
+        init=Init(tokens="text", text="sailor"),
+    )
+    assert [part["best_step"] for part in train(config)["prompts"]] == [0, 0]
+    model = load_model(files / "model")
+    pool = read_adapter(model, tmp_path / "run" / "adapter")
+    assert isinstance(pool, Pool)
+    table = np.asarray(model.embedding[...])
+    for prompt, words in zip(pool.prompts, ("sa", "ilo"), strict=True):
+        assert (np.asarray(prompt.embeddings[...]) == table[in_bytes(words)]).all()
+
+
+def test_runs_are_brought_what_they_ask_for(files):
+    tokenizer = load_tokenizer(files / "model")
+    config = run_settings(files, files / "none", init=Init(tokens="text", text="abcdef"))
+    windows = np.arange(4 * LENGTH, dtype=np.int32).reshape(4, LENGTH)
+    text = TrainingText(str(files / "text.txt"), tokenizer, LENGTH, windows, windows, 0, 0)
+    run = Run("", "", lambda decoder, start: SoftPrompt(jnp.zeros((1, 64))))
+    runs = [run._replace(text=(1, 2)), run._replace(windows=3, teacher=True), run]
+    asked = []
+
+    def teacher():
+        asked.append(1)
+        return tiny_decoder("llama", num_layers=1)
+
+    both, taught, nothing = starts(config, runs, [KEY] * 3, tokenizer, text, teacher)
+    assert [x.tolist() for x in both.text] == [in_bytes("a"), in_bytes("bc")]
+    assert both.teacher is None and both.windows is None and len(asked) == 1
+    assert taught.teacher is not None and taught.windows.shape == (3, LENGTH)
+    assert (nothing.text, nothing.teacher, nothing.windows) == ((), None, None)
+    shapes = abstract_start(config, runs[0])
+    assert [x.shape for x in shapes.text] == [(1,), (2,)]
