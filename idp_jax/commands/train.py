@@ -13,7 +13,8 @@ def run(settings: config.Train) -> None:
     for part in result.get("prompts", [result]):
         perplexity = part["validation_perplexity"]  # null in the file where it is too large
         shown = "inf" if perplexity is None else f"{perplexity:.3f}"
-        start = "" if part["best_step"] else ": no step was better than the start"
+        no_better = not part["best_step"] and result["training_tokens"]
+        start = ": no step was better than the start" if no_better else ""
         say(f"best validation perplexity {shown} at step {part['best_step']}{start}")
     say(
         f"{result['extra_parameters']:,} parameters, {result['training_tokens']:,} tokens; "

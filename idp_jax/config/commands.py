@@ -66,7 +66,7 @@ class Train(Loading):
     lora: Lora = field(default_factory=Lora)
     pool: Pool = field(default_factory=Pool)
     tokens: int = 40_960_000
-    """Training budget in tokens (for each prompt of a pool)."""
+    """Training budget in tokens (for each prompt of a pool); 0 keeps the start as it is."""
     batch_size: int = 2
     """Windows of a step."""
     data: Data = field(default_factory=Data)
@@ -87,6 +87,7 @@ class Train(Loading):
         super().__post_init__()
         read = {f"data.{name}": getattr(self.data, name) for name in _TEXTS}
         read |= {"teacher.model": self.teacher.model, "teacher.cache": self.teacher.cache}
+        read |= {"init.file": self.init.file}
         check_apart(self.out, {"model": self.model, **read})
         at_least("batch-size", self.batch_size, 1)
         at_least("evaluate-every", self.evaluate_every, 1)
@@ -97,8 +98,33 @@ class Train(Loading):
                 f"--pool-lengths {self.pool_lengths} must name at least one length above 0"
             )
         window = self.batch_size * self.data.sequence_length
-        if self.tokens < window:
-            raise ConfigError(f"--tokens {self.tokens} is less than one step of {window} tokens")
+        if self.tokens and self.tokens < window:
+            raise ConfigError(
+                f"--tokens {self.tokens} is less than one step of {window} tokens; 0 trains nothing"
+            )
+        self._check_start()
+
+    def _check_start(self) -> None:
+        """Refuses a start that the method does not have."""
+        if self.init.model == "teacher" and self.method != "prefix":
+            raise ConfigError(
+                f"--init.model teacher is a start of --method prefix; {self.method} has no keys "
+                "and values"
+            )
+        if self.init.model == "teacher" and self.teacher.model is None:
+            raise ConfigError("--init.model teacher needs --teacher.model, the uncompressed model")
+        if self.prefix != Prefix() and self.method != "prefix":
+            raise ConfigError(f"--prefix.* are settings of --method prefix, not of {self.method}")
+        if self.method == "idp":
+            shortest = min(self.pool_lengths)
+        else:
+            shortest = max(self.prefix.lengths or (self.prompt_length,))
+        frozen = self.init.frozen_tokens
+        if frozen > shortest or (frozen == shortest and self.tokens):
+            raise ConfigError(
+                f"--init.frozen-tokens {frozen} leaves nothing of {shortest} tokens to train; give "
+                "fewer, or --tokens 0"
+            )
 
     @property
     def steps(self) -> int:

@@ -112,37 +112,56 @@ class Teacher(Settings):
 
 @dataclass(frozen=True)
 class Init(Settings):
-    """What a prompt or prefix begins as."""
+    """What a prompt or prefix begins as; each prompt of a pool takes its own part of a text."""
 
     tokens: InitTokens = "vocabulary"
-    """Drawn rows of the vocabulary, real text, noise of the embedding's size, or zeros."""
+    """Rows of the vocabulary, drawn by the seed; the embeddings of real text; numbers drawn like
+    those of the embedding; or zeros. A prefix begins as the keys and values of such a prompt."""
     text: str | None = None
-    """The words of a start from text; by default the first of the training text."""
+    """For tokens = text: the words, repeated or cut to the length ("" is the BOS token alone, as
+    IntactKV has it); by default the first of the training text."""
+    file: Path | None = None
+    """For tokens = text: a .txt or .jsonl file, whose first tokens are taken instead."""
     model: InitFrom = "compressed"
-    """Whose keys and values a prefix begins with: the compressed model's or the teacher's."""
+    """Whose keys and values a prefix begins with: the model's own or those of --teacher.model."""
     frozen_tokens: int = 0
-    """First tokens of a prompt or prefix that stay as they begin."""
+    """First tokens that stay as they begin; 1 keeps the attention sink (Cartridges)."""
 
     def __post_init__(self):
         super().__post_init__()
         at_least("init.frozen-tokens", self.frozen_tokens, 0)
+        if self.text is not None and self.file is not None:
+            raise ConfigError("--init.text and --init.file are both given; give one of them")
+        given = "text" if self.text is not None else "file" if self.file is not None else None
+        if given and self.tokens != "text":
+            raise ConfigError(
+                f"--init.{given} is given, but --init.tokens {self.tokens} takes none; give "
+                "--init.tokens text"
+            )
 
 
 @dataclass(frozen=True)
 class Prefix(Settings):
-    """Keys and values of every layer."""
+    """Keys and values of every layer, --prompt-length of them where nothing else is said."""
 
     lengths: tuple[int, ...] = ()
-    """Tokens of each layer, 0 allowed; by default --prompt-length in every layer."""
+    """Tokens of each layer from the first to the last, 0 allowed; the input follows the longest."""
     by_damage: bool = False
-    """Lengths by each layer's error in compression.json, --prompt-length on average."""
+    """Lengths by each layer's mean error in the model's compression.json, --prompt-length on
+    average."""
     projection: int | None = None
-    """Width of an MLP that the prefix is trained through; it is dropped at saving."""
+    """Width of an MLP that the prefix is trained through (512 in Li and Liang); it adds to the
+    start, which it does not change, and is dropped at saving."""
 
     def __post_init__(self):
         super().__post_init__()
-        if self.lengths and min(self.lengths) < 0:
-            raise ConfigError(f"--prefix.lengths {self.lengths} must not be below 0")
+        if self.lengths and (min(self.lengths) < 0 or not max(self.lengths)):
+            raise ConfigError(
+                f"--prefix.lengths {' '.join(map(str, self.lengths))} must not be below 0, nor 0 "
+                "in every layer"
+            )
+        if self.lengths and self.by_damage:
+            raise ConfigError("--prefix.lengths and --prefix.by-damage are both given; give one")
         if self.projection is not None:
             at_least("prefix.projection", self.projection, 1)
 

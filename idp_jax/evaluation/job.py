@@ -258,7 +258,8 @@ def prompt_lengths(repaired: Repaired) -> list[int]:
     """Tokens of each prompt that may stand in front of the input; none for a bare model."""
     if repaired.prefix is None:
         return []
-    return np.asarray(repaired.prefix.mask).sum(-1).tolist()
+    # Of layers that hold different slots, the longest: so far the input is moved on.
+    return np.asarray(repaired.prefix.layer_masks()).any(0).sum(-1).tolist()
 
 
 def _role(settings: Evaluate) -> Role:

@@ -46,7 +46,7 @@ def save_adapter(
 def load_adapter(
     model: Decoder, folder: str | Path, selector: str | Selector | None = None
 ) -> Repaired:
-    """Puts an adapter (PEFT's PROMPT_TUNING, PREFIX_TUNING or LORA, or a pool) beside a model.
+    """Puts an adapter, in one of PEFT's forms or our own, beside a model.
 
     Args:
         selector: for a pool, another one than its folder names: a name, a function or a module. A

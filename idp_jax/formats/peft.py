@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from idp_jax.formats.peft_files import other_model, read_adapter_tensors, read_json
+from idp_jax.formats.peft_files import other_model, read_adapter_tensors, read_json, short
 from idp_jax.formats.peft_keys import checked
 from idp_jax.formats.peft_lora import lora_files, read_lora
 from idp_jax.models.config import ModelConfig
@@ -27,7 +27,9 @@ def write_peft(adapter: Adapter, folder: Path, decoder: Decoder, base: str) -> N
     from safetensors.numpy import save_file
 
     peft_type, form = next(
-        (name, form) for name, form in PEFT_FORMS.items() if form.adapter is type(adapter)
+        (name, form)
+        for name, form in PEFT_FORMS.items()
+        if form.adapter is type(adapter) and form.fits(adapter)
     )
     settings, tensors = form.files(adapter, decoder.config)
     common = {
@@ -80,7 +82,7 @@ def _prefix_files(adapter: PrefixAdapter, config: ModelConfig):
     k, v = np.asarray(adapter.k[...]), np.asarray(adapter.v[...])
     rows = np.stack([k, v], 1)  # [L, 2, P, K, H]: layer l has K in row 2l and V in row 2l + 1
     length = rows.shape[2]
-    settings = {
+    settings: dict[str, Any] = {
         "num_layers": config.num_layers,
         "num_transformer_submodules": 1,
         "prefix_projection": False,
@@ -90,6 +92,19 @@ def _prefix_files(adapter: PrefixAdapter, config: ModelConfig):
         "encoder_hidden_size": config.hidden_dim,
     }
     return settings, {"prompt_embeddings": np.moveaxis(rows, 2, 0).reshape(length, -1)}
+
+
+def _cartridge_files(adapter: PrefixAdapter, config: ModelConfig):
+    settings, tensors = _prefix_files(adapter, config)
+    for key in ("prefix_projection", "encoder_hidden_size"):
+        del settings[key]
+    return {**settings, "num_frozen_tokens": adapter.frozen}, tensors
+
+
+def _deep_files(adapter: PrefixAdapter, config: ModelConfig):
+    """Rows as of a cartridge; what stands behind a layer's length is 0."""
+    settings, tensors = _cartridge_files(adapter, config)
+    return {**settings, "layer_lengths": list(adapter.lengths or ())}, tensors
 
 
 def _rows(folder: Path, settings, tensors, width: int) -> np.ndarray:
@@ -136,21 +151,53 @@ def _read_prefix(decoder: Decoder, folder: Path, settings, tensors) -> PrefixAda
     return PrefixAdapter(rows[:, 0], rows[:, 1])
 
 
+def _read_cartridge(decoder: Decoder, folder: Path, settings, tensors) -> PrefixAdapter:
+    plain, frozen = _read_prefix(decoder, folder, settings, tensors), settings["num_frozen_tokens"]
+    if frozen > plain.length:
+        raise ValueError(
+            f"{folder}: num_frozen_tokens {frozen} is more than the {plain.length} tokens; save "
+            "the adapter again"
+        )
+    return PrefixAdapter(plain.k[...], plain.v[...], frozen)
+
+
+def _read_deep(decoder: Decoder, folder: Path, settings, tensors) -> PrefixAdapter:
+    plain, lengths = _read_cartridge(decoder, folder, settings, tensors), settings["layer_lengths"]
+    if len(lengths) != len(plain.k) or max(lengths) != plain.length:
+        raise ValueError(
+            f"{folder}: layer_lengths {short(lengths)} do not fit {len(plain.k)} layers of at most "
+            f"{plain.length} tokens; save the adapter again"
+        )
+    return PrefixAdapter(plain.k[...], plain.v[...], plain.frozen, tuple(lengths))
+
+
 class PeftForm(NamedTuple):
     """How a class of adapters stands in PEFT's files.
 
     Attributes:
         files: (adapter, model's configuration) -> the settings and tensors of the two files.
         read: (decoder, folder, settings, tensors) -> the adapter.
+        fits: whether an adapter of the class is written in this form.
     """
 
     adapter: type
     files: Callable[[Any, ModelConfig], tuple[dict[str, Any], dict[str, np.ndarray]]]
     read: Callable[..., Adapter]
+    fits: Callable[[Any], bool] = lambda adapter: True
 
 
+# The form of a prefix: one with a length for every layer is none that PEFT has, and carries a type
+# that PEFT does not know, so that it is not read as another.
 PEFT_FORMS = {
     "PROMPT_TUNING": PeftForm(SoftPrompt, _prompt_files, _read_prompt),
-    "PREFIX_TUNING": PeftForm(PrefixAdapter, _prefix_files, _read_prefix),
+    "PREFIX_TUNING": PeftForm(
+        PrefixAdapter, _prefix_files, _read_prefix, lambda x: x.lengths is None and not x.frozen
+    ),
     "LORA": PeftForm(LoraAdapter, lora_files, read_lora),
+    "CARTRIDGE": PeftForm(
+        PrefixAdapter, _cartridge_files, _read_cartridge, lambda x: x.lengths is None and x.frozen
+    ),
+    "IDP_DEEP_PREFIX": PeftForm(
+        PrefixAdapter, _deep_files, _read_deep, lambda x: x.lengths is not None
+    ),
 }

@@ -2,8 +2,9 @@
 
 A key is read, neutral (it says how the adapter was trained, or by what), or refused by name. One
 that is in no list may come from a later PEFT and change what the adapter computes: it is refused
-too, unless it says nothing (None, False or empty). Source: LoraConfig, PromptTuningConfig and
-PrefixTuningConfig of PEFT 0.21 with their parents, and `BaseTuner` for what they do at load.
+too, unless it says nothing (None, False or empty). Source: LoraConfig, PromptTuningConfig,
+PrefixTuningConfig and CartridgeConfig of PEFT 0.21 with their parents, and `BaseTuner` for what
+they do at load.
 """
 
 import math
@@ -98,6 +99,12 @@ _PROMPTS = {
 READ: dict[str, dict[str, Key]] = {
     "PROMPT_TUNING": _PROMPTS,
     "PREFIX_TUNING": _PROMPTS,
+    "CARTRIDGE": {**_PROMPTS, "num_frozen_tokens": Key("a whole number", _count, 1)},
+    "IDP_DEEP_PREFIX": {  # of our own
+        **_PROMPTS,
+        "num_frozen_tokens": Key("a whole number", _count, 0),
+        "layer_lengths": Key("a length for each layer", lambda x: _counts(x) and x, REQUIRED),
+    },
     "LORA": {
         "task_type": _TASK,
         "r": Key("a rank of at least 1", _positive, REQUIRED),
@@ -142,6 +149,8 @@ NEUTRAL: dict[str, set[str]] = {
     },
     # The file holds what the projection gave, not the projection.
     "PREFIX_TUNING": {*_EVERYWHERE, "encoder_hidden_size", "prefix_projection", "init_weights"},
+    "CARTRIDGE": _EVERYWHERE,
+    "IDP_DEEP_PREFIX": _EVERYWHERE,
     "LORA": {
         *_EVERYWHERE,
         *("lora_dropout", "fan_in_fan_out", "megatron_core", "qalora_group_size"),

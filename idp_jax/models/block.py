@@ -33,12 +33,10 @@ class Context(struct.PyTreeNode):
     Attributes:
         visible: bool [B, T, T], see `layers.visibility`.
         rotation: cosines and sines [B, T, H], or None where positions are learned.
-        past_mask: bool [B | 1, S], or None without a past.
     """
 
     visible: jax.Array
     rotation: tuple[jax.Array, jax.Array] | None
-    past_mask: jax.Array | None
 
 
 class Block(nnx.Module):
@@ -96,12 +94,13 @@ class Block(nnx.Module):
         return q, k, v
 
     def attention_output(self, x, context: Context, past=None):
-        """What o reads, [B, T, N * H], and this input's keys and values [B, T, K, H]."""
+        """What o reads, [B, T, N * H], and this input's keys and values [B, T, K, H].
+
+        Args:
+            past: what this layer attends to before the input, as `layers.attention` takes it.
+        """
         q, k, v = self.heads(x, context)
-        stored = None
-        if past is not None and context.past_mask is not None:
-            stored = (*past, context.past_mask)
-        return attention(q, k, v, context.visible, stored), (k, v)
+        return attention(q, k, v, context.visible, past), (k, v)
 
     def mlp_input(self, h: jax.Array, attended: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Adds the attention to the residual; returns it and what gate and up read."""

@@ -17,7 +17,8 @@ class KV(struct.PyTreeNode):
 
     Attributes:
         k, v: [L, B, S, K, H]; B is 1 where all rows share them. Keys are stored after RoPE.
-        mask: bool [B, S]: slots that hold something.
+        mask: bool [B, S]: slots that hold something; or [L, B, S], where layers hold different
+            ones.
         next_position: int32 [B]: the position of the token that follows.
     """
 
@@ -41,18 +42,25 @@ class KV(struct.PyTreeNode):
         if self.batch != 1 or batch == 1:
             return self
         rows = lambda x, axis: jnp.repeat(x, batch, axis)
-        return KV(rows(self.k, 1), rows(self.v, 1), rows(self.mask, 0), rows(self.next_position, 0))
+        mask = rows(self.mask, self.mask.ndim - 2)
+        return KV(rows(self.k, 1), rows(self.v, 1), mask, rows(self.next_position, 0))
 
     def rows(self, index: jax.Array) -> "KV":
         """Row index[b] of this KV for every b: [B'] -> KV with B' rows."""
-        return KV(self.k[:, index], self.v[:, index], self.mask[index], self.next_position[index])
+        mask = self.mask[..., index, :]
+        return KV(self.k[:, index], self.v[:, index], mask, self.next_position[index])
+
+    def layer_masks(self) -> jax.Array:
+        """The mask of every layer, bool [L, B, S]."""
+        return jnp.broadcast_to(self.mask, (self.k.shape[0], *self.mask.shape[-2:]))
 
     def reserve(self, slots: int) -> "KV":
         """Room for `slots` more tokens, marked empty."""
-        pad = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, slots), (0, 0), (0, 0)])
-        return self.replace(
-            k=pad(self.k), v=pad(self.v), mask=jnp.pad(self.mask, [(0, 0), (0, slots)])
+        pad = lambda x, axis: jnp.pad(
+            x, [(0, slots if number == axis else 0) for number in range(x.ndim)]
         )
+        mask = pad(self.mask, self.mask.ndim - 1)
+        return self.replace(k=pad(self.k, 2), v=pad(self.v, 2), mask=mask)
 
     def write(self, new: "KV", slot: jax.Array) -> "KV":
         """Puts `new`, of T tokens, into the slots from `slot` on (in place when donated)."""
@@ -61,7 +69,9 @@ class KV(struct.PyTreeNode):
         put = lambda old, x: jax.lax.dynamic_update_slice(
             old, x.astype(old.dtype), (zero, zero, slot, zero, zero)
         )
-        mask = jax.lax.dynamic_update_slice(self.mask, new.mask, (zero, slot))
+        ours, theirs = _alike(self, new)
+        start = (*[zero] * (ours.ndim - 1), slot)
+        mask = jax.lax.dynamic_update_slice(ours, theirs, start)
         return KV(put(self.k, new.k), put(self.v, new.v), mask, new.next_position)
 
     def logical_axes(self) -> dict[str, Any]:
@@ -77,6 +87,13 @@ def concatenate(first: KV, second: KV) -> KV:
     return KV(
         k=jnp.concatenate([first.k, second.k.astype(first.k.dtype)], 2),
         v=jnp.concatenate([first.v, second.v.astype(first.v.dtype)], 2),
-        mask=jnp.concatenate([first.mask, second.mask], 1),
+        mask=jnp.concatenate(_alike(first, second), -1),
         next_position=second.next_position,
     )
+
+
+def _alike(first: KV, second: KV) -> tuple[jax.Array, jax.Array]:
+    """Both masks as [B, S], or as [L, B, S] where one of them differs by layers."""
+    if first.mask.ndim == second.mask.ndim:
+        return first.mask, second.mask
+    return first.layer_masks(), second.layer_masks()

@@ -146,8 +146,7 @@ class Decoder(nnx.Module):
             h = h + rows.get(mode="fill", fill_value=jnp.nan).astype(h.dtype)
         else:
             turns = rotation(positions, self._frequencies(positions))
-        past_mask = None if past is None else past.mask
-        context = Context(visible, turns, past_mask)
+        context = Context(visible, turns)
         h = constrain(h, "batch", "time", "embed_activation")
         return h, context, first + seen.max(-1)
 
@@ -211,7 +210,7 @@ class Decoder(nnx.Module):
             return h, (kv if keep else None)
 
         step = jax.checkpoint(step, prevent_cse=False) if remat else step
-        stored = None if past is None else (past.k, past.v)
+        stored = None if past is None else (past.k, past.v, past.layer_masks())
         with jax.named_scope("layers"):
             h, kept = scan_layers(step, h, self.layers, stored)
         h = self.finish(h)

@@ -5,7 +5,7 @@ an adapter is written to a file is told by its class, in `formats.adapters`.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -14,10 +14,10 @@ from idp_jax.config import Train
 from idp_jax.models.decoder import Decoder
 from idp_jax.recover.lora import LoraAdapter
 from idp_jax.recover.pool import Pool
-from idp_jax.recover.prefix import PrefixAdapter
+from idp_jax.recover.prefix import PrefixAdapter, ProjectedPrefix
 from idp_jax.recover.prompt import SoftPrompt
 from idp_jax.recover.repaired import Repaired
-from idp_jax.recover.starts import Start
+from idp_jax.recover.starts import Start, first_embeddings
 
 
 class Adapter(Protocol):
@@ -35,11 +35,17 @@ class Run(NamedTuple):
         label: what a progress bar calls it.
         folder: where its checkpoints and metrics lie, below the job's folder; "" for that itself.
         init: (decoder, start) -> the adapter before training.
+        text: lengths of the texts that `Start.text` is to bring, in tokens.
+        windows: how many windows of training text `Start.windows` is to bring; 0 for None.
+        teacher: whether `Start.teacher` is to bring the uncompressed model.
     """
 
     label: str
     folder: str
     init: Callable[[Decoder, Start], Adapter]
+    text: tuple[int, ...] = ()
+    windows: int = 0
+    teacher: bool = False
 
 
 class Method(NamedTuple):
@@ -54,22 +60,61 @@ class Method(NamedTuple):
     combine: Callable[[Train, list], Adapter] = lambda settings, trained: trained[0]
 
 
-def _prompt_of(length: int, folder: str) -> Run:
-    def init(decoder: Decoder, start: Start) -> SoftPrompt:
-        return SoftPrompt.init(decoder, length, start.key)
+def _prompt_of(settings: Train, length: int, folder: str) -> Run:
+    kind, frozen = settings.init.tokens, settings.init.frozen_tokens
 
-    return Run(f"prompt of {length}", folder, init)
+    def init(decoder: Decoder, start: Start) -> SoftPrompt:
+        return SoftPrompt(first_embeddings(decoder, length, start, kind), frozen)
+
+    return Run(f"prompt of {length}", folder, init, text=(length,) if kind == "text" else ())
 
 
 def _prompt(settings: Train) -> list[Run]:
-    return [_prompt_of(settings.prompt_length, "")]
+    return [_prompt_of(settings, settings.prompt_length, "")]
+
+
+def _prefix_of(settings: Train, length: int, folder: str) -> Run:
+    kind, lengths, width = settings.init.tokens, settings.prefix.lengths, settings.prefix.projection
+
+    def init(decoder: Decoder, start: Start) -> PrefixAdapter | ProjectedPrefix:
+        source = _source(settings, decoder, start)
+        embeddings = first_embeddings(source, length, start, kind)
+        plain = PrefixAdapter.of(source, embeddings, settings.init.frozen_tokens, lengths or None)
+        return plain if width is None else ProjectedPrefix(plain, width, start.key)
+
+    text = (length,) if kind == "text" else ()
+    return Run("prefix", folder, init, text=text, teacher=settings.init.model == "teacher")
 
 
 def _prefix(settings: Train) -> list[Run]:
-    def init(decoder: Decoder, start: Start) -> PrefixAdapter:
-        return PrefixAdapter.init(decoder, settings.prompt_length, start.key)
+    return [_prefix_of(settings, max(settings.prefix.lengths or (settings.prompt_length,)), "")]
 
-    return [Run("prefix", "", init)]
+
+def _plain_prefix(settings: Train, trained: list[PrefixAdapter | ProjectedPrefix]) -> PrefixAdapter:
+    """The prefix alone, without the MLP that it may have been trained through."""
+    (found,) = trained
+    return found.prefix() if isinstance(found, ProjectedPrefix) else found
+
+
+def _source(settings: Train, decoder: Decoder, start: Start) -> Decoder:
+    """The model whose keys and values a prefix begins with.
+
+    Raises:
+        ValueError: the teacher is another model, not the same one uncompressed.
+    """
+    if settings.init.model == "compressed":
+        return decoder
+    if start.teacher is None:
+        raise ValueError("a start with the teacher's keys and values needs --teacher.model")
+    ours, theirs = decoder.config, start.teacher.config
+    for name in ("architecture", "num_layers", "num_kv_heads", "head_dim", "rope", "vocab_size"):
+        if getattr(ours, name) != getattr(theirs, name):
+            raise ValueError(
+                f"--teacher.model {settings.teacher.model} has {name} {getattr(theirs, name)}, the "
+                f"model has {getattr(ours, name)}; a prefix can begin with the keys and values of "
+                "the same model uncompressed only"
+            )
+    return start.teacher
 
 
 def _lora(settings: Train) -> list[Run]:
@@ -86,14 +131,14 @@ def _lora(settings: Train) -> list[Run]:
 def _pool(settings: Train) -> list[Run]:
     """The prompts of a pool are trained apart, each as if it stood by itself."""
     return [
-        _prompt_of(length, f"prompt_{number}")
+        _prompt_of(settings, length, f"prompt_{number}")
         for number, length in enumerate(settings.pool_lengths)
     ]
 
 
 METHODS: dict[str, Method] = {
     "prompt": Method(_prompt),
-    "prefix": Method(_prefix),
+    "prefix": Method(_prefix, _plain_prefix),
     "lora": Method(_lora),
     "idp": Method(_pool, lambda settings, trained: Pool(trained, settings.selector)),
 }
@@ -112,6 +157,17 @@ def repair_for_training(
     return adapter.repair(decoder) if own is None else own(decoder, share, key)
 
 
+def trained(adapter: Adapter) -> Any:
+    """Which numbers of an adapter are trained: its own tree, with bool arrays that fit the leaves.
+
+    True stands for all of a leaf. A module that holds some of its numbers back has a method
+    `trained` that gives its part of the tree.
+    """
+    has_own = lambda x: hasattr(x, "trained")
+    return jax.tree.map(lambda x: x.trained() if has_own(x) else True, adapter, is_leaf=has_own)
+
+
 def parameter_count(adapter: Adapter) -> int:
-    """The number of numbers that an adapter adds to the model."""
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(adapter))
+    """The number of numbers that are trained: frozen ones are none of them."""
+    count = lambda x, mask: int(np.broadcast_to(mask, x.shape).sum())
+    return sum(jax.tree.leaves(jax.tree.map(count, adapter, trained(adapter))))

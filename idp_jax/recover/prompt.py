@@ -3,21 +3,26 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from idp_jax.models.decoder import Decoder
 from idp_jax.recover.repaired import Repaired, encode_prompts
+from idp_jax.recover.starts import Start, first_embeddings
 
 
 class SoftPrompt(nnx.Module):
     """Prompt tuning: `embeddings` [P, E] stand before the input's.
 
     Source: "The Power of Scale for Parameter-Efficient Prompt Tuning".
+
+    Attributes:
+        frozen: the first tokens that training leaves as they are.
     """
 
-    def __init__(self, embeddings: jax.Array):
+    def __init__(self, embeddings: jax.Array, frozen: int = 0):
         self.embeddings = nnx.Param(embeddings)
+        self.frozen = frozen
 
     def logical_axes(self) -> dict[str, Any]:
         """What the axes of the parameters mean, see `sharding.declared_axes`."""
@@ -26,19 +31,17 @@ class SoftPrompt(nnx.Module):
     @classmethod
     def init(cls, decoder: Decoder, length: int, key: jax.Array) -> "SoftPrompt":
         """A prompt of `length` rows of the vocabulary's embedding, drawn without repetition."""
-        config = decoder.config
-        if not 0 <= length <= min(config.max_positions, config.vocab_size):
-            raise ValueError(
-                f"prompt length {length} is out of range; it must lie between 0 and "
-                f"{config.max_positions}"
-            )
-        rows = jax.random.choice(key, config.vocab_size, (length,), replace=False)
-        return cls(decoder.embedding[...][rows].astype(jnp.float32))
+        return cls(first_embeddings(decoder, length, Start(key)))
 
     @property
     def length(self) -> int:
         """The number of prompt tokens P."""
         return self.embeddings.shape[0]
+
+    def trained(self) -> "SoftPrompt":
+        """Which numbers are trained, see `methods.trained`."""
+        rows = np.arange(self.length)[:, None] >= self.frozen
+        return jax.tree.map(lambda x: rows, self)
 
     def repair(self, decoder: Decoder) -> Repaired:
         """The model with this prompt before every input."""

@@ -62,8 +62,8 @@ class ScoreInputs(struct.PyTreeNode):
 
     @property
     def prompt_mask(self) -> jax.Array:
-        """Slots that hold a prompt's token, bool [M, P]."""
-        return self.prompts.mask
+        """Slots that hold a prompt's token in layer 0, bool [M, P]."""
+        return self.prompts.mask if self.prompts.mask.ndim == 2 else self.prompts.mask[0]
 
     def mean_embedding(self) -> jax.Array:
         """The mean embedding of each row's real tokens, float32 [B, E]."""

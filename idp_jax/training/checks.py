@@ -15,8 +15,8 @@ from idp_jax.models.config import from_hf
 from idp_jax.models.decoder import Decoder
 from idp_jax.recover.methods import METHODS, Adapter, parameter_count
 from idp_jax.recover.selection import find_selector
-from idp_jax.recover.starts import Start
 from idp_jax.sharding import parts
+from idp_jax.training.starts import abstract_start, resolved
 from idp_jax.training.teacher import check_teacher
 
 
@@ -40,8 +40,8 @@ def check(config: Train, mesh: jax.sharding.Mesh | None) -> int:
         )
     decoder = abstract(from_hf(open_config(config.model)))
     count = 0
-    for run in METHODS[config.method].runs(config):
-        adapter = jax.eval_shape(run.init, decoder, Start(jax.random.key(0)))
+    for run in METHODS[config.method].runs(resolved(config)):
+        adapter = jax.eval_shape(run.init, decoder, abstract_start(config, run))
         check_positions(adapter, decoder, config.data.sequence_length)
         count += parameter_count(adapter)
     return count
@@ -93,7 +93,7 @@ def _check_sources(config: Train) -> None:
             "--data.train is missing: give a .txt or .jsonl file, hub:NAME, or self (text that "
             "--teacher.model, or the model itself, writes)"
         )
-    for source in (data.train, data.validation):
+    for source in (data.train, data.validation, config.init.file and str(config.init.file)):
         if source is None or source == SELF or source.startswith(HUB):
             continue
         if not Path(source).is_file():

@@ -8,6 +8,7 @@ from idp_jax.config import ConfigError, Train
 from idp_jax.config.files import to_dict
 from idp_jax.data.sources import SELF
 from idp_jax.jobs.files import contents, fingerprint, read_json
+from idp_jax.training.starts import report_file
 
 _TOKEN_BYTES = 3  # of a token's text, at least in English
 
@@ -17,6 +18,10 @@ def inputs(config: Train) -> dict[str, dict[str, str]]:
     read = {"model": str(formats.resolve(config.model)), "data.train": config.data.train}
     if config.data.validation is not None:
         read["data.validation"] = config.data.validation
+    if config.init.file is not None:
+        read["init.file"] = str(config.init.file)
+    if config.prefix.by_damage:
+        read["prefix.by-damage"] = str(report_file(config))
     if config.teacher.model is not None:
         read["teacher.model"] = str(formats.resolve(config.teacher.model))
     return {name: fingerprint(path) for name, path in read.items()}

@@ -28,13 +28,13 @@ from idp_jax.jobs.progress import SILENT, Progress, expecting
 from idp_jax.models.decoder import Decoder
 from idp_jax.processes import first_process, gather, mesh_of
 from idp_jax.recover.methods import METHODS, Adapter, parameter_count
-from idp_jax.recover.starts import Start
 from idp_jax.training.checkpoint import Checkpointer
 from idp_jax.training.checks import check, check_tokens
 from idp_jax.training.done import finished, inputs, needed
 from idp_jax.training.loop import fit
 from idp_jax.training.metrics import JsonLines
 from idp_jax.training.objectives import make_objective
+from idp_jax.training.starts import resolved, starts
 from idp_jax.training.step import make_optimizer
 from idp_jax.training.teacher import Teacher
 
@@ -100,7 +100,7 @@ def _train(
         text = _text(config, out, str(config.data.train), tokenizer)
     teacher = Teacher(config, tokenizer, mesh=mesh, progress=progress)
     method = METHODS[config.method]
-    runs = method.runs(config)
+    runs = method.runs(resolved(config))
     say(_budget(config, [run.label for run in runs], parameters))
     decoder = formats.load_model(
         config.model,
@@ -112,10 +112,13 @@ def _train(
     if text is None:
         source = _self_text(config, out, decoder, teacher, tokenizer, progress, say)
         text = _text(config, out, source, tokenizer)
+    keys = [jax.random.fold_in(jax.random.key(config.seed), n) for n in range(len(runs))]
+    begun = starts(config, runs, keys, tokenizer, text, lambda: teacher.decoder)
+    adapters = [run.init(decoder, start) for run, start in zip(runs, begun, strict=True)]
+    del begun  # and with it the teacher, unless the objective asks for it
+    teacher.release()
     trained, summaries = [], []
-    for number, run in enumerate(runs):
-        key = jax.random.fold_in(jax.random.key(config.seed), number)
-        start = run.init(decoder, Start(key))
+    for run, key, start in zip(runs, keys, adapters, strict=True):
         with progress.bar(f"training {run.label}", "steps") as update:
             update = expecting(update, f"training {run.label}", "steps", say)
             folder = out / run.folder

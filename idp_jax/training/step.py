@@ -15,7 +15,7 @@ from flax import struct
 from idp_jax.config import Optimizer
 from idp_jax.data.batch import Batch
 from idp_jax.models.decoder import Decoder
-from idp_jax.recover.methods import repair_for_training
+from idp_jax.recover.methods import repair_for_training, trained
 from idp_jax.training.objectives import Objective, next_token
 
 
@@ -50,7 +50,7 @@ def make_optimizer(
     if settings.schedule == "constant":
         rate = optax.constant_schedule(learning_rate)
     else:
-        warmup = min(max(1, round(settings.warmup * steps)), steps)
+        warmup = max(1, min(round(settings.warmup * steps), steps))  # 1 also of no steps
         rate = optax.join_schedules(
             [
                 optax.linear_schedule(learning_rate / warmup, learning_rate, warmup - 1 or 1),
@@ -88,8 +88,13 @@ def make_train_step(
         (value, parts), gradient = jax.value_and_grad(loss, has_aux=True)(
             state.adapter, decoder, batch, state.step
         )
+        # Numbers that are not trained count in no norm, and no weight decay reaches them.
+        learns = trained(state.adapter)
+        pick = lambda mask, new, old: new if mask is True else jnp.where(mask, new, old)
+        gradient = jax.tree.map(lambda mask, g: pick(mask, g, jnp.zeros_like(g)), learns, gradient)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.adapter)
         adapter = optax.apply_updates(state.adapter, updates)
+        adapter = jax.tree.map(pick, learns, adapter, state.adapter)
         metrics = {"loss": value, **parts, "gradient_norm": optax.tree.norm(gradient)}
         return state.replace(
             adapter=adapter, optimizer=optimizer_state, step=state.step + 1

@@ -104,6 +104,71 @@ BAD = {
         r"--data\.validation-windows 0 must be at least 1",
     ),
     "rank": (Train, {"method": "lora", "lora": {"rank": 0}}, r"--lora\.rank 0 must be at least 1"),
+    "two-texts": (
+        Train,
+        {"init": {"tokens": "text", "text": "a", "file": "b.txt"}},
+        r"--init\.text and --init\.file are both given",
+    ),
+    "text-of-no-use": (
+        Train,
+        {"init": {"text": "a"}},
+        r"--init\.text is given, but --init\.tokens vocabulary takes none",
+    ),
+    "frozen": (
+        Train,
+        {"init": {"frozen_tokens": -1}},
+        r"--init\.frozen-tokens -1 must be at least",
+    ),
+    "all-frozen": (
+        Train,
+        {"prompt_length": 3, "init": {"frozen_tokens": 3}},
+        r"--init\.frozen-tokens 3 leaves nothing of 3 tokens to train; .*--tokens 0",
+    ),
+    "all-frozen-in-a-pool": (
+        Train,
+        {"method": "idp", "pool_lengths": [9, 2], "init": {"frozen_tokens": 2}},
+        r"--init\.frozen-tokens 2 leaves nothing of 2 tokens",
+    ),
+    "more-than-all-frozen": (
+        Train,
+        {"prompt_length": 3, "tokens": 0, "init": {"frozen_tokens": 4}},
+        r"--init\.frozen-tokens 4 leaves nothing of 3 tokens",
+    ),
+    "keys-of-a-prompt": (
+        Train,
+        {"init": {"model": "teacher"}, "teacher": {"model": "t"}},
+        r"--init\.model teacher is a start of --method prefix; prompt has no keys",
+    ),
+    "no-teacher": (
+        Train,
+        {"method": "prefix", "init": {"model": "teacher"}},
+        r"--init\.model teacher needs --teacher\.model",
+    ),
+    "prefix-of-a-prompt": (
+        Train,
+        {"prefix": {"projection": 8}},
+        r"--prefix\.\* are settings of --method prefix, not of prompt",
+    ),
+    "lengths-below-0": (
+        Train,
+        {"method": "prefix", "prefix": {"lengths": [3, -1]}},
+        r"--prefix\.lengths 3 -1 must not be below 0",
+    ),
+    "lengths-of-0": (
+        Train,
+        {"method": "prefix", "prefix": {"lengths": [0, 0]}},
+        r"--prefix\.lengths 0 0 must not be .* 0 in every layer",
+    ),
+    "lengths-twice": (
+        Train,
+        {"method": "prefix", "prefix": {"lengths": [3, 1], "by_damage": True}},
+        r"--prefix\.lengths and --prefix\.by-damage are both given",
+    ),
+    "projection": (
+        Train,
+        {"method": "prefix", "prefix": {"projection": 0}},
+        r"--prefix\.projection 0 must be at least 1",
+    ),
     "nothing": (Evaluate, {"tasks": " , "}, "nothing to evaluate: give --tasks"),
     "limit": (Evaluate, {"limit": 0}, "--limit 0 must be a whole number of items, or a fraction"),
     "weights": (Evaluate, {"weights": "int4"}, "--weights 'int4' is not one of auto"),

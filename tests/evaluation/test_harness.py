@@ -9,7 +9,7 @@ from lm_eval.api.instance import Instance
 from idp_jax.evaluation import requests as scoring
 from idp_jax.evaluation.harness import HarnessLM
 from idp_jax.evaluation.requests import Request, plan_rows, score_requests
-from idp_jax.recover import LoraAdapter, Pool, Repaired, SoftPrompt
+from idp_jax.recover import LoraAdapter, Pool, PrefixAdapter, Repaired, SoftPrompt
 from tests.helpers import quantize_decoder, tiny_decoder, tiny_tokenizer
 
 SIZE = {"vocab_size": 259}
@@ -24,6 +24,12 @@ def prompt(model):
     return SoftPrompt.init(model, 4, jax.random.key(0)).repair(model)
 
 
+def deep(model):
+    """A prefix that the first layer does without."""
+    words = SoftPrompt.init(model, 4, jax.random.key(0)).embeddings[...]
+    return PrefixAdapter.of(model, words, lengths=(0, 4)).repair(model)
+
+
 def lora(model):
     adapter = LoraAdapter.init(model, 2, jax.random.key(0))
     adapter.b = jax.tree.map(lambda b: b + 0.1, adapter.b)
@@ -35,6 +41,7 @@ VARIANTS = {
     "llama-packed": lambda: quantize_decoder(tiny_decoder("llama", **SIZE), 4),
     "llama-lora": lambda: lora(tiny_decoder("llama", **SIZE)),
     "llama-prompt": lambda: prompt(tiny_decoder("llama", **SIZE)),
+    "llama-deep": lambda: deep(tiny_decoder("llama", **SIZE)),
     "llama-pool": lambda: pool(tiny_decoder("llama", **SIZE)),
     "opt": lambda: tiny_decoder("opt", **SIZE),
     "opt-pool": lambda: pool(tiny_decoder("opt", **SIZE)),

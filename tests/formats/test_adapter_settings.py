@@ -34,13 +34,14 @@ def refusal(folder, model=MODEL) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("kind", READ)
+@pytest.mark.parametrize("kind", [kind for kind in READ if not kind.startswith("IDP_")])
 def test_every_key_of_peft_has_its_place(kind):
     peft = pytest.importorskip("peft")
     config = {
         "LORA": peft.LoraConfig,
         "PROMPT_TUNING": peft.PromptTuningConfig,
         "PREFIX_TUNING": peft.PrefixTuningConfig,
+        "CARTRIDGE": peft.CartridgeConfig,
     }[kind]
     known = {*READ[kind], *NEUTRAL[kind], *REFUSED}
     assert {field.name for field in dataclasses.fields(config)} <= known
@@ -101,6 +102,14 @@ UNSUPPORTED = [
     ("prompt", "token_dim", [64]),
     ("prefix", "num_layers", 2.0),
     ("prefix", "num_attention_heads", {}),
+    ("cartridge", "num_frozen_tokens", -1),
+    ("cartridge", "num_frozen_tokens", True),
+    ("cartridge", "layer_lengths", [1, 2]),
+    ("cartridge", "prefix_projection", True),
+    ("deep", "layer_lengths", [2, -1]),
+    ("deep", "layer_lengths", [True, 5]),
+    ("deep", "layer_lengths", "5 5"),
+    ("deep", "a_key_of_tomorrow", 1),
 ]
 
 

@@ -17,7 +17,7 @@ from idp_jax.recover.selectors import fixed_scores
 from tests.helpers import hf_config, tiny_decoder, write_folder
 from tests.recover.test_adapters import random_lora, random_prompt
 
-KINDS = ("prompt", "prefix", "lora", "pool")
+KINDS = ("prompt", "prefix", "cartridge", "deep", "lora", "pool")
 
 
 def random_adapter(kind: str, model):
@@ -25,9 +25,11 @@ def random_adapter(kind: str, model):
     config = model.config
     if kind == "prompt":
         return random_prompt(model, 5)
-    if kind == "prefix":
+    if kind in ("prefix", "cartridge", "deep"):
         shape = (2, config.num_layers, 5, config.num_kv_heads, config.head_dim)
-        return PrefixAdapter(*jnp.asarray(np.random.default_rng(2).normal(0, 1, shape), "float32"))
+        k, v = jnp.asarray(np.random.default_rng(2).normal(0, 1, shape), "float32")
+        lengths = (5, *range(config.num_layers - 1)) if kind == "deep" else None
+        return PrefixAdapter(k, v, 0 if kind == "prefix" else 2, lengths)
     if kind == "lora":
         return random_lora(model, ("q", "v", "o", "up"))
     prompts = [random_prompt(model, 3), random_prompt(model, 7, seed=1)]
@@ -87,6 +89,24 @@ def test_prefix_files(tmp_path):
         assert (table[:, 2 * layer + 1] == np.asarray(adapter.v[...])[layer]).all()
     wanted = {"peft_type": "PREFIX_TUNING", "token_dim": 32, "num_attention_heads": 2}
     assert settings.items() >= wanted.items() and not settings["prefix_projection"]
+
+
+def test_cartridge_files(tmp_path):
+    _, _, settings, tensors = written(tmp_path, "cartridge")
+    assert {name: x.shape for name, x in tensors.items()} == {"prompt_embeddings": (5, 128)}
+    wanted = {"peft_type": "CARTRIDGE", "token_dim": 32, "num_frozen_tokens": 2}
+    assert settings.items() >= wanted.items()
+
+
+def test_files_of_a_length_for_every_layer(tmp_path):
+    """PEFT has no such form: a type that it does not know keeps it from reading another."""
+    _, folder, settings, tensors = written(tmp_path, "deep")
+    assert tensors["prompt_embeddings"].shape == (5, 128)
+    wanted = {"peft_type": "IDP_DEEP_PREFIX", "layer_lengths": [5, 0], "num_frozen_tokens": 2}
+    assert settings.items() >= wanted.items()
+    peft = pytest.importorskip("peft")
+    with pytest.raises((KeyError, ValueError), match="IDP_DEEP_PREFIX"):
+        peft.PeftConfig.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +171,8 @@ OTHER_MODELS = [
         {"num_kv_heads": 1, "num_heads": 2},
         "another model: it has num_attention_heads 2, .* 1",
     ),
+    ("cartridge", {"num_layers": 3}, "another model: it has num_layers 2, .* 3"),
+    ("deep", {"num_kv_heads": 4}, "another model: it has num_attention_heads 2, .* 4"),
     ("lora", {"num_layers": 3}, "another model: .*2 layers.*3 layers"),
     ("lora", {"num_layers": 1}, r"another model: .*layers\.1\..*no such module"),
     ("lora", {"hidden_dim": 32}, r"another model: .*up_proj of \(64, 96\).*\(32, 96\)"),
@@ -227,6 +249,22 @@ DAMAGE = {
         lambda f: change(f, num_virtual_tokens=6),
         r"prompt_embeddings of \(5, 64\) do not have the 6 rows that num_virtual_tokens says",
     ),
+    "frozen-beyond-the-end": (
+        "cartridge",
+        lambda f: change(f, num_frozen_tokens=6),
+        "num_frozen_tokens 6 is more than the 5 tokens",
+    ),
+    "lengths-of-other-layers": (
+        "deep",
+        lambda f: change(f, layer_lengths=[5, 1, 2]),
+        r"layer_lengths \[5, 1, 2\] do not fit 2 layers of at most 5 tokens",
+    ),
+    "lengths-beyond-the-end": (
+        "deep",
+        lambda f: change(f, layer_lengths=[6, 1]),
+        r"layer_lengths \[6, 1\] do not fit 2 layers of at most 5 tokens",
+    ),
+    "no-lengths": ("deep", lambda f: change(f, layer_lengths=None), "lacks layer_lengths"),
     "no-embeddings": ("prefix", lambda f: drop(f, "prompt_embeddings"), "prompt_embeddings"),
     "no-alpha": ("lora", lambda f: change(f, lora_alpha=None), "lora_alpha"),
     "half-a-lora": ("lora", lambda f: drop(f, "q_proj.lora_B.weight"), "q_proj.lora_B.weight"),
@@ -332,7 +370,7 @@ def their_logits(model, ids) -> np.ndarray:
 
 
 @deprecated
-@pytest.mark.parametrize("kind", ["prompt", "prefix", "lora"])
+@pytest.mark.parametrize("kind", ["prompt", "prefix", "cartridge", "lora"])
 @pytest.mark.parametrize("name", PARITY)
 def test_peft_reads_what_is_written(tmp_path, name, kind):
     peft, model, theirs, ids = peft_pair(tmp_path, name)
@@ -353,12 +391,14 @@ def peft_settings(peft, kind: str, name: str):
         return peft.PromptTuningConfig(num_virtual_tokens=4, **width, **shared)
     if kind == "prefix":
         return peft.PrefixTuningConfig(num_virtual_tokens=4, **shared)
+    if kind == "cartridge":
+        return peft.CartridgeConfig(num_virtual_tokens=4, num_frozen_tokens=1, **shared)
     targets = ["v_proj", "fc2" if "opt" in name else "down_proj"]
     return peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, **shared)
 
 
 @deprecated
-@pytest.mark.parametrize("kind", ["prompt", "prefix", "lora"])
+@pytest.mark.parametrize("kind", ["prompt", "prefix", "cartridge", "lora"])
 @pytest.mark.parametrize("name", PARITY)
 def test_what_peft_writes_is_read(tmp_path, name, kind):
     peft, model, theirs, ids = peft_pair(tmp_path, name)
@@ -376,4 +416,6 @@ def test_what_peft_writes_is_read(tmp_path, name, kind):
     found = np.asarray(load_adapter(model, tmp_path / "theirs")(ids))
     assert np.abs(found - expected).max() <= 2e-4
     assert np.abs(plain - expected).max() > 0.1
-    assert isinstance(read_adapter(model, tmp_path / "theirs"), LoraAdapter) == (kind == "lora")
+    adapter = read_adapter(model, tmp_path / "theirs")
+    assert isinstance(adapter, LoraAdapter) == (kind == "lora")
+    assert getattr(adapter, "frozen", 0) == (1 if kind == "cartridge" else 0)
