@@ -28,22 +28,23 @@ def next_token(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean cross-entropy of every next token that the loss mask counts.
 
+    A document's first token is no target: what stands before it is another document's.
+
     Args:
         remat: recompute the layers in the backward pass instead of storing them.
-
-    Raises:
-        ValueError: the batch has segments, which attention does not yet keep apart.
     """
-    if batch.segments is not None:
-        raise ValueError("segments are given, but attention does not keep documents apart yet")
-    tokens = batch.tokens
+    tokens, segments = batch.tokens, batch.segments
     past, penalties = repaired.serve(tokens)
-    hidden = repaired.decoder.hidden(tokens, past=past, remat=remat)
+    hidden = repaired.decoder.hidden(tokens, past=past, remat=remat, segments=segments)
     logits = repaired.decoder.logits(hidden[:, :-1])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-    if batch.loss_mask is None:
+    if batch.loss_mask is None and segments is None:
         return _with(penalties, losses.mean())
-    counted = batch.loss_mask[:, 1:].astype(bool)
+    counted = jnp.ones(losses.shape, bool)
+    if batch.loss_mask is not None:
+        counted = counted & batch.loss_mask[:, 1:].astype(bool)
+    if segments is not None:
+        counted = counted & (segments[:, 1:] == segments[:, :-1])
     total = jnp.where(counted, losses, 0.0).sum()
     return _with(penalties, total / jnp.maximum(counted.sum(), 1).astype(jnp.float32))
 
