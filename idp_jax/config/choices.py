@@ -21,6 +21,7 @@ Weights = Literal["auto", "packed", "dense"]
 Kernel = Literal["auto", "pallas_tpu", "mosaic_gpu", "xla"]
 
 TextOrder = Literal["first", "random"]
+Documents = Literal["joined", "apart"]
 Schedule = Literal["linear", "constant"]
 Repair = Literal["prompt", "prefix", "lora", "idp"]
 # Of each method of repair where none is given; `recover.methods` trains them.

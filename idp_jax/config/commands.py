@@ -97,6 +97,12 @@ class Train(Loading):
             raise ConfigError(
                 f"--pool-lengths {self.pool_lengths} must name at least one length above 0"
             )
+        together = self.method == "idp" and self.pool.training == "joint"
+        if together and self.data.documents == "apart":
+            raise ConfigError(
+                "--data.documents apart goes with no joint training: a prompt is chosen for a "
+                "whole window, not for each document in it; give joined"
+            )
         window = self.batch_size * self.data.sequence_length
         if self.tokens and self.tokens < window:
             raise ConfigError(

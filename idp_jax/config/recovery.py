@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from idp_jax.config.choices import (
+    Documents,
     InitFrom,
     InitTokens,
     PoolMixture,
@@ -79,6 +80,8 @@ class Data(Settings):
     """Windows of every validation."""
     sequence_length: int = 1024
     """Tokens of a window."""
+    documents: Documents = "joined"
+    """joined: by blank lines, into one text; apart: side by side in a window, each by itself."""
 
     def __post_init__(self):
         super().__post_init__()

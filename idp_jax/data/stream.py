@@ -19,6 +19,11 @@ class TrainingText:
 
     A local text is kept whole, in a file, and shuffled anew every epoch; a hub dataset is streamed
     through a shuffle buffer.
+
+    Attributes:
+        validation, local: int32 [W, length]; `local` is None for a stream.
+        validation_segments, local_segments: the document of each of their tokens where documents
+            are kept apart, else None.
     """
 
     source: str
@@ -28,6 +33,8 @@ class TrainingText:
     local: np.ndarray | None
     held_out: int
     seed: int
+    validation_segments: np.ndarray | None = None
+    local_segments: np.ndarray | None = None
 
     @classmethod
     def open(
@@ -40,10 +47,12 @@ class TrainingText:
         validation_windows: int,
         seed: int,
         folder: Path | None = None,
+        apart: bool = False,
     ) -> "TrainingText":
         """Reads a local text, or starts a stream.
 
         Args:
+            apart: keep documents apart instead of joining them, see `data.windows`.
             folder: where the tokens of a local text are kept; None for the system's folder of
                 temporary files.
             validation: a source of its own, or None to hold out windows of the training text (a
@@ -54,15 +63,17 @@ class TrainingText:
         """
         local = None
         if not source.startswith(HUB):
-            local = keep_windows(windows(documents(source), tokenizer, length), length, folder)
+            found = windows(documents(source), tokenizer, length, apart=apart)
+            local = keep_windows(found, length, folder, apart=apart)
         held_out = 0
         if validation is not None:
+            texts = documents(validation)
             kept = take_windows(
-                documents(validation), tokenizer, length, validation_windows, validation
+                texts, tokenizer, length, validation_windows, validation, apart=apart
             )
         elif local is None:
             stream = documents(source, seed=seed, shuffle=True)
-            kept = take_windows(stream, tokenizer, length, validation_windows, source)
+            kept = take_windows(stream, tokenizer, length, validation_windows, source, apart=apart)
             held_out = validation_windows
         else:
             if len(local) <= validation_windows:
@@ -76,7 +87,13 @@ class TrainingText:
             raise ValueError(
                 f"{source} is shorter than one window of {length} tokens; give more text"
             )
-        return cls(source, tokenizer, length, np.array(kept), local, held_out, seed)
+        kept = np.array(kept)
+        if not apart:
+            return cls(source, tokenizer, length, kept, local, held_out, seed)
+        tokens, segments = (None, None) if local is None else (local[:, 0], local[:, 1])
+        return cls(
+            source, tokenizer, length, kept[:, 0], tokens, held_out, seed, kept[:, 1], segments
+        )
 
     def batches(self, size: int) -> "Batches":
         """Training batches of `size` windows, without end."""
@@ -85,24 +102,41 @@ class TrainingText:
     def validation_batches(self, size: int) -> list[Batch]:
         """The held-out windows in equal batches of at most `size`."""
         size = max(n for n in range(1, size + 1) if len(self.validation) % n == 0)
-        return [Batch(tokens) for tokens in self.validation.reshape(-1, size, self.length)]
+        batched = lambda rows: rows.reshape(-1, size, self.length)
+        tokens = batched(self.validation)
+        if self.validation_segments is None:
+            return [Batch(rows) for rows in tokens]
+        return list(map(Batch, tokens, batched(self.validation_segments)))
+
+    @property
+    def apart(self) -> bool:
+        """Whether documents are kept apart."""
+        return self.validation_segments is not None
 
     def windows(self, start: int = 0) -> Iterator[np.ndarray]:
-        """Training windows int32 [length] from number `start` on, without end."""
+        """Training windows from number `start` on, without end; as of `data.windows.windows`."""
         if self.local is None:
             yield from islice(self._streamed(), start, None)
             return
         epoch, place = divmod(start, len(self.local))
         while True:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.local))
-            yield from (self.local[index] for index in order[place:])
+            yield from (self._local_window(index) for index in order[place:])
             epoch, place = epoch + 1, 0
+
+    def _local_window(self, index: int) -> np.ndarray:
+        assert self.local is not None
+        tokens = self.local[index]
+        if self.local_segments is None:
+            return tokens
+        return np.stack([tokens, self.local_segments[index]])
 
     def _streamed(self) -> Iterator[np.ndarray]:
         """Pass after pass over a stream, all in the same order: what is held out stays so."""
         while True:
             texts = documents(self.source, seed=self.seed, shuffle=True)
-            rest = islice(windows(texts, self.tokenizer, self.length), self.held_out, None)
+            found = windows(texts, self.tokenizer, self.length, apart=self.apart)
+            rest = islice(found, self.held_out, None)
             empty = True
             for window in rest:
                 empty = False
@@ -130,10 +164,10 @@ class Batches:
         return self
 
     def __next__(self) -> Batch:
-        """The next batch, tokens int32 [size, length]."""
-        tokens = np.stack(list(islice(self._windows, self._size)))
+        """The next batch, tokens (and segments) int32 [size, length]."""
+        rows = np.stack(list(islice(self._windows, self._size)))
         self._taken += self._size
-        return Batch(tokens)
+        return Batch(rows[:, 0], rows[:, 1]) if self._text.apart else Batch(rows)
 
     def state(self) -> dict[str, int]:
         """Where the next batch begins, as plain JSON."""

@@ -1,6 +1,10 @@
-"""Windows of tokens: documents joined by blank lines and cut without gaps.
+"""Windows of tokens, cut without gaps from documents that are joined by blank lines or kept apart.
 
 Every position is real text. The same documents and tokenizer always give the same windows.
+
+A window of documents that are kept apart has a second row, which numbers them from 0. Each begins
+with the tokenizer's own special tokens, as a text does that the model is given, and no blank line
+stands between them. What a window's end cuts off begins the next window as a document of its own.
 """
 
 import tempfile
@@ -17,22 +21,42 @@ from idp_jax.data.tokens import token_ids
 _DOCUMENTS_AT_A_TIME = 256
 
 
-def windows(texts: Iterable[Document], tokenizer: Any, length: int) -> Iterator[np.ndarray]:
-    """Cuts documents into windows of int32 [length]; the tail that fills no window is dropped.
+def windows(
+    texts: Iterable[Document], tokenizer: Any, length: int, *, apart: bool = False
+) -> Iterator[np.ndarray]:
+    """Cuts documents into windows; the tail that fills no window is dropped.
 
-    The tokenizer's own special tokens come once per 256 documents.
+    Args:
+        apart: number the documents of a window instead of joining them. Joined, they have the
+            tokenizer's own special tokens once per 256 documents.
+
+    Returns:
+        int32 [length]; or with `apart` [2, length], tokens and the document of each.
     """
-    return cut(_ids(iter(texts), tokenizer), length)
+    if not apart:
+        yield from cut(_ids(iter(texts), tokenizer), length)
+        return
+    for tokens, numbers in cut(_numbered(texts, tokenizer), length):
+        yield np.stack([tokens, numbers - numbers[0]])
 
 
 def cut(ids: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
-    """Windows int32 [length] of ids that come in arrays; the tail is dropped."""
-    rest = np.zeros(0, np.int32)
+    """Windows int32 [..., length] of ids that come in arrays [..., n]; the tail is dropped."""
+    rest = None
     for more in ids:
-        rest = np.concatenate([rest, more])
-        full = len(rest) // length
-        yield from rest[: full * length].reshape(full, length)
-        rest = rest[full * length :]
+        rest = more if rest is None else np.concatenate([rest, more], -1)
+        full = rest.shape[-1] // length * length
+        for start in range(0, full, length):
+            yield rest[..., start : start + length]
+        rest = rest[..., full:]
+
+
+def _numbered(texts: Iterable[Document], tokenizer: Any) -> Iterator[np.ndarray]:
+    """Tokens of every document by itself, and its number: int32 [2, n] arrays."""
+    for number, document in enumerate(texts):
+        pieces = [document] if isinstance(document, str) else document
+        for ids in token_ids(tokenizer, pieces):
+            yield np.stack([ids, np.full_like(ids, number)])
 
 
 def _ids(texts: Iterator[Document], tokenizer: Any) -> Iterator[np.ndarray]:
@@ -43,14 +67,20 @@ def _ids(texts: Iterator[Document], tokenizer: Any) -> Iterator[np.ndarray]:
 
 
 def take_windows(
-    texts: Iterable[Document], tokenizer: Any, length: int, count: int, origin: str
+    texts: Iterable[Document],
+    tokenizer: Any,
+    length: int,
+    count: int,
+    origin: str,
+    *,
+    apart: bool = False,
 ) -> np.ndarray:
-    """The first `count` windows, int32 [count, length].
+    """The first `count` of `windows`, on a leading axis.
 
     Raises:
         ValueError: the text holds fewer.
     """
-    taken = list(islice(windows(texts, tokenizer, length), count))
+    taken = list(islice(windows(texts, tokenizer, length, apart=apart), count))
     if len(taken) < count:
         raise ValueError(
             f"{origin} gives {len(taken)} of the {count} windows of {length} tokens asked for; "
@@ -60,11 +90,16 @@ def take_windows(
 
 
 def keep_windows(
-    found: Iterable[np.ndarray], length: int, folder: str | Path | None = None
+    found: Iterable[np.ndarray],
+    length: int,
+    folder: str | Path | None = None,
+    *,
+    apart: bool = False,
 ) -> np.ndarray:
-    """All windows, int32 [W, length], in a file without a name that goes when they do.
+    """All windows on a leading axis, in a file without a name that goes when they do.
 
     Args:
+        found: int32 [length] each, or [2, length] with `apart`, as of `windows`.
         folder: where the file lies; None for the system's folder of temporary files.
 
     Raises:
@@ -77,9 +112,10 @@ def keep_windows(
             for window in found:
                 file.write(window.data)
             file.flush()
+            shape = (2, length) if apart else (length,)
             if not file.tell():
-                return np.zeros((0, length), np.int32)
-            return np.memmap(file, np.int32, "r").reshape(-1, length)
+                return np.zeros((0, *shape), np.int32)
+            return np.memmap(file, np.int32, "r").reshape(-1, *shape)
     except OSError as error:
         place = folder or tempfile.gettempdir()
         raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
@@ -76,8 +77,12 @@ class Decoder(nnx.Module):
         self.check(input_ids, past)
         return _logits(self, input_ids, mask, past)
 
-    def check(self, input_ids, past: KV | None = None) -> None:
+    def check(self, input_ids, past: KV | None = None, segments=None) -> None:
         """Refuses ids outside the vocabulary and inputs beyond the learned positions.
+
+        Args:
+            segments: int [B, T] or None: the document of each token, which each have the positions
+                to themselves.
 
         Raises:
             ValueError: with the offending value.
@@ -93,7 +98,10 @@ class Decoder(nnx.Module):
                 f"token id {bad} is outside the vocabulary of {self.config.vocab_size}; "
                 "use the tokenizer that belongs to this model"
             )
-        self._check_length(input_ids.shape[1], past)
+        tokens = input_ids.shape[1]
+        if segments is not None and not isinstance(segments, Tracer):
+            tokens = _longest(np.asarray(segments))
+        self._check_length(tokens, past)
 
     def _check_length(self, tokens: int, past: KV | None) -> None:
         """Refuses `tokens` behind `past` where they end beyond the learned positions."""
@@ -109,29 +117,32 @@ class Decoder(nnx.Module):
         with jax.named_scope("embed"):
             return self.embedding[...][input_ids]
 
-    def start(self, embeddings, attention_mask=None, past: KV | None = None):
+    def start(self, embeddings, attention_mask=None, past: KV | None = None, segments=None):
         """The residual stream that enters layer 0, and the context that all layers share.
 
         Args:
             embeddings: [B, T, E] word or prompt embeddings.
             attention_mask: int [B, T] or None, see `layers.visibility`.
+            segments: int [B, T] or None: the document of each token. Documents see the past and
+                themselves, and each begins at the position behind the past.
 
         Returns:
             h [B, T, D], the `Context`, and the position of the token after each row's last, [B].
 
         Raises:
-            ValueError: without a mask, more tokens (prompt included) than learned positions. With
-                one, how many tokens there are is known on the device only: there a row that goes
-                beyond the positions is not a number.
+            ValueError: without a mask or segments, more tokens (prompt included) than learned
+                positions. With them, how far a text goes is known on the device only: there a row
+                that goes beyond the positions is not a number.
         """
         with jax.named_scope("embed"):
-            return self._start(embeddings, attention_mask, past)
+            return self._start(embeddings, attention_mask, past, segments)
 
-    def _start(self, embeddings, attention_mask, past: KV | None):
-        if attention_mask is None:
+    def _start(self, embeddings, attention_mask, past: KV | None, segments):
+        if attention_mask is None and segments is None:
             self._check_length(embeddings.shape[1], past)
+        if attention_mask is None:
             attention_mask = jnp.ones(embeddings.shape[:2], jnp.int32)
-        visible = visibility(attention_mask)
+        visible = visibility(attention_mask, segments)
         first = jnp.zeros((1,), jnp.int32) if past is None else past.next_position
         # A token's position is the number of tokens it sees before itself, whatever the padding.
         seen = visible.sum(-1, dtype=jnp.int32)
@@ -165,6 +176,7 @@ class Decoder(nnx.Module):
         *,
         embeddings=...,
         past: KV | None = ...,
+        segments=...,
         keep: Literal[True],
         remat: bool = ...,
     ) -> tuple[jax.Array, KV]: ...
@@ -177,6 +189,7 @@ class Decoder(nnx.Module):
         *,
         embeddings=...,
         past: KV | None = ...,
+        segments=...,
         keep: Literal[False] = ...,
         remat: bool = ...,
     ) -> jax.Array: ...
@@ -188,6 +201,7 @@ class Decoder(nnx.Module):
         *,
         embeddings=None,
         past: KV | None = None,
+        segments=None,
         keep: bool = False,
         remat: bool = False,
     ):
@@ -195,14 +209,20 @@ class Decoder(nnx.Module):
 
         Args:
             input_ids: int [B, T], or give `embeddings` [B, T, E].
+            segments: int [B, T], the document of each token; see `start`.
             keep: also return this input's keys and values (static).
             remat: recompute the layers in the backward pass instead of storing them (static).
 
         Returns:
             [B, T, E], and with `keep` a pair of it and the `KV` of the input alone.
+
+        Raises:
+            ValueError: as `start`; or segments are to be kept, which one text cannot follow.
         """
+        if keep and segments is not None:
+            raise ValueError("keys and values of several documents are no past; keep one document")
         embeddings = self.embed(input_ids) if embeddings is None else embeddings
-        h, context, next_position = self.start(embeddings, attention_mask, past)
+        h, context, next_position = self.start(embeddings, attention_mask, past, segments)
 
         def step(h, xs):
             block, stored = xs
@@ -264,6 +284,12 @@ class Decoder(nnx.Module):
             if part is not None:
                 axes[name] = part.logical_axes()
         return axes
+
+
+def _longest(segments: np.ndarray) -> int:
+    """The most tokens that a document has in a row of [B, T]."""
+    counts = [np.unique(row, return_counts=True)[1].max(initial=0) for row in segments]
+    return int(max(counts, default=0))
 
 
 @jax.jit

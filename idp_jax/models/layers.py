@@ -98,23 +98,29 @@ def rotate(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Arr
     return (x32 * cos_BTH[:, :, None] + turned * sin_BTH[:, :, None]).astype(x_BTNH.dtype)
 
 
-def visibility(attention_mask: jax.Array) -> jax.Array:
+def visibility(attention_mask: jax.Array, segments: jax.Array | None = None) -> jax.Array:
     """Which earlier tokens of the input each token sees: bool [B, T, T] (query, key).
 
     Args:
         attention_mask: int [B, T]. 0 is padding and 1 ordinary text, as in transformers. A
             number above 1 marks a branch: its tokens see the text marked 1 and their own branch, so
             several continuations of one context are scored in one row.
+        segments: int [B, T], the document of each token, or None where a row is one text. No token
+            sees another document's.
     """
     # Text never sees a branch, because its mask of 1 equals no branch's number: an answer that
     # stands before more text, or another answer, changes nothing behind it. Positions follow from
     # this table too (`Decoder.start`): a token stands behind as many as it sees, so every branch
-    # begins where the context ends, and padding on the left counts for nothing. A row of padding
-    # may still see text before it; nothing ever reads it, because no key of it is visible.
+    # begins where the context ends and every document where the row does, and padding on the left
+    # counts for nothing. A row of padding may still see text before it; nothing ever reads it,
+    # because no key of it is visible.
     length = attention_mask.shape[1]
     causal = jnp.tril(jnp.ones((length, length), bool))
     query, key = attention_mask[:, :, None], attention_mask[:, None, :]
-    return causal & (key > 0) & ((key == 1) | (key == query))
+    visible = causal & (key > 0) & ((key == 1) | (key == query))
+    if segments is None:
+        return visible
+    return visible & (segments[:, :, None] == segments[:, None, :])
 
 
 def attention(

@@ -52,12 +52,12 @@ class Mix:
         """The loss, and every term and every penalty of the repair by name.
 
         Raises:
-            ValueError: the teacher's word is missing from the batch, or the batch has segments,
-                which attention does not yet keep apart.
+            ValueError: the teacher's word is missing from the batch.
         """
-        _refuse_segments(batch)
         past, penalties = repaired.serve(batch.tokens)
-        hidden = repaired.decoder.hidden(batch.tokens, past=past, remat=self.remat)
+        hidden = repaired.decoder.hidden(
+            batch.tokens, past=past, remat=self.remat, segments=batch.segments
+        )
         weight = _weight(batch)
         loss, found = self._of_logits(hidden, weight, repaired, batch)
         of_states = self._of_hidden(hidden, weight, batch.teacher)
@@ -124,8 +124,3 @@ def _weight(batch: Batch) -> jax.Array:
         counted = counted & (batch.segments[:, 1:] == batch.segments[:, :-1])
     counted = jnp.pad(counted.astype(jnp.float32), [(0, 0), (0, 1)])
     return counted / jnp.maximum(counted.sum(), 1)
-
-
-def _refuse_segments(batch: Batch) -> None:
-    if batch.segments is not None:
-        raise ValueError("segments are given, but attention does not keep documents apart yet")

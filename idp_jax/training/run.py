@@ -173,6 +173,7 @@ def _text(config: Train, out: Path, source: str, tokenizer) -> TrainingText:
         validation_windows=config.data.validation_windows,
         seed=config.seed,
         folder=out,
+        apart=config.data.documents == "apart",
     )
     check_tokens(config, text)
     return text

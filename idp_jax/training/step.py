@@ -16,6 +16,7 @@ from idp_jax.config import Optimizer
 from idp_jax.data.batch import Batch
 from idp_jax.models.decoder import Decoder
 from idp_jax.recover.methods import repair_for_training, trained
+from idp_jax.recover.repaired import Repaired
 from idp_jax.training.objectives import Objective, next_token
 
 
@@ -82,6 +83,7 @@ def make_train_step(
     def loss(adapter: Any, decoder: Decoder, batch: Batch, step: jax.Array):
         share = step.astype(jnp.float32) / jnp.float32(steps)
         repaired = repair_for_training(adapter, decoder, share, jax.random.fold_in(key, step))
+        _check_choice(repaired, batch)
         return objective(repaired, batch)
 
     def step(state: TrainState, decoder: Decoder, batch: Batch):
@@ -106,7 +108,23 @@ def make_train_step(
 @jax.jit
 def evaluate_step(adapter: Any, decoder: Decoder, batch: Batch) -> jax.Array:
     """Mean next-token cross-entropy of a batch under the repaired model, float32 scalar."""
-    return next_token(adapter.repair(decoder), batch)[1]["ce"]
+    repaired = adapter.repair(decoder)
+    _check_choice(repaired, batch)
+    return next_token(repaired, batch)[1]["ce"]
+
+
+def _check_choice(repaired: Repaired, batch: Batch) -> None:
+    """Refuses a choice of prompts for rows that hold several documents.
+
+    Raises:
+        ValueError: the repair is a pool, and the batch has segments.
+    """
+    choices = 1 if repaired.prefix is None else repaired.prefix.batch
+    if choices > 1 and batch.segments is not None:
+        raise ValueError(
+            f"a pool of {choices} prompts chooses one for a whole row, not for each document; "
+            "give --data.documents joined"
+        )
 
 
 @jax.jit

@@ -110,6 +110,7 @@ class Teacher:
         word = hear(
             decoder,
             batch.tokens,
+            batch.segments,
             jax.random.key(self._config.seed),
             form=form,
             tokens=settings.tokens,
@@ -213,6 +214,7 @@ def _check_cache(config: Train, objective: Mix) -> None:
 def hear(
     decoder: Decoder,
     ids: jax.Array,
+    segments: jax.Array | None,
     key: jax.Array,
     *,
     form: str,
@@ -221,7 +223,7 @@ def hear(
     keep_hidden: bool,
 ) -> Word:
     """The teacher's word on int32 [B, T], without its head."""
-    hidden = decoder.hidden(ids)
+    hidden = decoder.hidden(ids, segments=segments)
     kept = None
     if form != "full":
         draws = _uniform(ids, key)

@@ -67,6 +67,31 @@ def test_windows_run_on_over_chunks_of_documents():
     assert len(whole) - len(found) < LENGTH
 
 
+def apart_windows(rows, length=LENGTH) -> np.ndarray:
+    """Windows of documents kept apart, int32 [W, 2, length]."""
+    return np.stack(list(windows(iter(rows), Letters(), length, apart=True)))
+
+
+def test_documents_apart_have_no_gaps_and_nothing_between_them():
+    rows = texts(40)
+    found = apart_windows(rows)
+    each = [Letters()(text)["input_ids"] for text in rows]  # its own first token included
+    whole = np.concatenate(each).tolist()
+    assert found.dtype == np.int32
+    assert found[:, 0].ravel().tolist() == whole[: len(whole) // LENGTH * LENGTH]
+    document = np.repeat(np.arange(40), [len(ids) for ids in each])[: found[:, 0].size]
+    for number, segments in zip(document.reshape(-1, LENGTH), found[:, 1], strict=True):
+        assert segments[0] == 0 and (np.diff(segments) == np.diff(number)).all()
+
+
+def test_a_long_document_that_comes_in_pieces_is_one():
+    rows = ["abc" * 30_000, "de"]
+    in_pieces = [iter([rows[0][:70_000], rows[0][70_000:]]), "de"]
+    found = apart_windows(rows, 90_004)
+    assert (found == apart_windows(in_pieces, 90_004)).all()
+    assert found[0, 1].tolist() == [0] * 90_001 + [1] * 3
+
+
 def test_too_few_windows_are_refused():
     with pytest.raises(ValueError, match=r"the text gives 1 of the 9 windows of 8 tokens .*fewer"):
         take_windows(iter(["abcdefghi"]), Letters(), LENGTH, 9, "the text")
@@ -128,16 +153,29 @@ def test_datasets_that_cannot_be_read(hub, name, message):
     assert "\n" not in str(error.value)
 
 
-def opened(source: str, seed: int = 0, validation=None, held_out: int = 4) -> TrainingText:
+def opened(
+    source: str, seed: int = 0, validation=None, held_out: int = 4, apart: bool = False
+) -> TrainingText:
     """Training text of `LENGTH` tokens a window."""
     return TrainingText.open(
-        source, Letters(), LENGTH, validation=validation, validation_windows=held_out, seed=seed
+        source,
+        Letters(),
+        LENGTH,
+        validation=validation,
+        validation_windows=held_out,
+        seed=seed,
+        apart=apart,
     )
 
 
 def first_batches(text: TrainingText, count: int) -> list[list]:
     """Batches of three windows as lists."""
     return [batch.tokens.tolist() for batch in islice(text.batches(3), count)]
+
+
+def with_segments(batches) -> list[tuple]:
+    """Batches as lists of tokens and segments."""
+    return [(batch.tokens.tolist(), batch.segments.tolist()) for batch in batches]
 
 
 @pytest.fixture(params=["file", "hub"])
@@ -162,6 +200,41 @@ def test_batches_go_on_from_a_state(source):
         second.restore(json.loads(json.dumps(first.state())))
         assert second.state() == first.state()
         assert [batch.tokens.tolist() for batch in islice(second, 50)] == whole[taken : taken + 50]
+
+
+def test_documents_apart_are_batched_with_their_segments_and_go_on(source):
+    """Over the end of an epoch too; held-out windows have segments, and are never trained on."""
+    text = opened(source, apart=True)
+    whole = with_segments(islice(text.batches(3), 90))
+    for taken in (0, 7, 50):
+        first, second = opened(source, apart=True).batches(3), opened(source, apart=True).batches(3)
+        list(islice(first, taken))
+        second.restore(json.loads(json.dumps(first.state())))
+        assert with_segments(islice(second, 30)) == whole[taken : taken + 30]
+    held_out = with_segments(text.validation_batches(2))
+    assert np.shape(held_out) == (2, 2, 2, LENGTH)
+    in_order = documents(source) if text.local is not None else documents(source, shuffle=True)
+    possible = {tuple(window.ravel().tolist()) for window in apart_windows(in_order)}
+    rows = lambda batches: {
+        (*tokens, *segments) for batch in batches for tokens, segments in zip(*batch, strict=True)
+    }
+    assert rows(whole) | rows(held_out) <= possible
+    assert len(rows(held_out)) == 4 and not rows(held_out) & rows(whole)
+    assert any(max(segments) > 0 for _, batch in whole for segments in batch)
+
+
+def test_a_validation_text_of_its_own_is_kept_apart_too(source, tmp_path):
+    other = write(tmp_path / "b.jsonl", texts(60, seed=9))
+    text = opened(source, validation=other, held_out=2, apart=True)
+    wanted = apart_windows(texts(60, seed=9))[:2]
+    (found,) = text.validation_batches(2)
+    assert (found.tokens == wanted[:, 0]).all() and (found.segments == wanted[:, 1]).all()
+
+
+def test_joined_documents_have_no_segments(source):
+    text = opened(source)
+    assert next(text.batches(3)).segments is None
+    assert all(batch.segments is None for batch in text.validation_batches(2))
 
 
 def test_batches_of_another_size_go_on_with_the_same_windows(source):

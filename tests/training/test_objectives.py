@@ -26,8 +26,15 @@ def test_next_token_is_the_mean_cross_entropy_of_the_counted_tokens():
     assert float(nothing) == 0.0
 
 
-def test_segments_are_not_ignored():
+def test_the_loss_of_a_packed_row_is_that_of_its_documents_alone():
     model = tiny_decoder("llama", num_layers=1)
-    tokens = tiny_ids(model)
-    with pytest.raises(ValueError, match="does not keep documents apart"):
-        next_token(Repaired(model), Batch(tokens, segments=jnp.zeros_like(tokens)))
+    tokens = tiny_ids(model, batch=1, time=12)
+    segments = jnp.asarray([[0] * 7 + [1] * 5], jnp.int32)
+    packed = jax.jit(next_token)(Repaired(model), Batch(tokens, segments))[0]
+    first, second = (
+        next_token(Repaired(model), Batch(part))[0] for part in (tokens[:, :7], tokens[:, 7:])
+    )
+    assert float(packed) == pytest.approx((6 * float(first) + 4 * float(second)) / 10, rel=1e-5)
+    mask = jnp.asarray([[1] * 7 + [0] * 5], bool)
+    masked = next_token(Repaired(model), Batch(tokens, segments, loss_mask=mask))[0]
+    assert float(masked) == pytest.approx(float(first), rel=1e-5)

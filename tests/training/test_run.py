@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from idp_jax import load_adapter, load_model
-from idp_jax.config import ConfigError, Data, Lora, Mesh, Optimizer, Train
+from idp_jax.config import ConfigError, Data, Lora, Mesh, Optimizer, Pool, Train
 from idp_jax.evaluation.perplexity import perplexity
+from idp_jax.formats import load_tokenizer
 from idp_jax.jobs.folder import claim
 from idp_jax.jobs.progress import Progress
 from idp_jax.jobs.signals import Interrupted
@@ -83,6 +84,39 @@ def test_a_selector_of_ones_own_file_is_trained_saved_and_evaluated(files, tmp_p
     assert repaired.choose(jnp.asarray(ids), jnp.asarray(mask)).tolist() == [0, 1]
     windows = np.random.default_rng(0).integers(3, 259, (4, LENGTH)).astype(np.int32)
     assert perplexity(repaired, windows, 2).tokens == 4 * (LENGTH - 1)
+
+
+def test_a_run_on_documents_apart(files, tmp_path):
+    """Its validation loss is that of the held-out documents, each by itself."""
+    rng = np.random.default_rng(0)
+    words = [rng.choice(["tide ", "ship ", "lamp "], n) for n in rng.integers(1, 6, 60)]
+    texts = ["".join(chosen).strip() for chosen in words]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "text.jsonl").write_text(lines)
+    data = {"train": str(tmp_path / "text.jsonl"), "documents": "apart"}
+    config = run_settings(files, tmp_path / "run", prompt_length=3, data=data)
+    result = train(config)
+    decoder = load_model(files / "model")
+    repaired = load_adapter(decoder, tmp_path / "run" / "adapter")
+    document = [number for number, text in enumerate(texts) for _ in text.encode()]
+    tokenizer = load_tokenizer(files / "model")
+    ids = [token for text in texts for token in tokenizer(text)["input_ids"]]
+    windows, losses = len(ids) // LENGTH, []
+    for start in ((windows - 2) * LENGTH, (windows - 1) * LENGTH):
+        part, owner = ids[start : start + LENGTH], document[start : start + LENGTH]
+        for number in set(owner):
+            alone = np.asarray([[i for i, d in zip(part, owner, strict=True) if d == number]])
+            likelihood = np.asarray(jax.nn.log_softmax(repaired(alone)))[0, :-1]
+            losses += (-likelihood[np.arange(alone.size - 1), alone[0, 1:]]).tolist()
+    assert result["validation_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    with pytest.raises(ConfigError, match="holds a run with data.documents = .apart."):
+        train(replace(config, data=replace(config.data, documents="joined")))
+
+
+def test_documents_apart_go_with_no_choice_for_a_row(files, tmp_path):
+    data = {"documents": "apart"}
+    with pytest.raises(ConfigError, match="documents apart goes with no joint training"):
+        run_settings(files, tmp_path, method="idp", pool=Pool(training="joint"), data=data)
 
 
 def test_a_selector_with_parameters_needs_joint_training(files, tmp_path):
