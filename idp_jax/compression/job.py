@@ -35,7 +35,7 @@ from idp_jax.data.self_text import sample_documents
 from idp_jax.data.sources import SELF, documents
 from idp_jax.data.windows import take_windows
 from idp_jax.formats import hf
-from idp_jax.formats.names import module_names
+from idp_jax.models.names import module_names
 from idp_jax.formats.quantization import Packing, write_config
 from idp_jax.formats.source import open_source, part_of
 from idp_jax.formats.write import write_settings

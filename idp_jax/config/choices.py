@@ -26,6 +26,7 @@ Repair = Literal["prompt", "prefix", "lora", "idp"]
 # Of each method of repair where none is given; `recover.methods` trains them.
 LEARNING_RATES: dict[Repair, float] = {"prompt": 1e-3, "prefix": 1e-3, "lora": 1e-4, "idp": 1e-3}
 TeacherForm = Literal["full", "topk", "sampled"]
+LoraStart = Literal["zero", "eora"]
 InitTokens = Literal["vocabulary", "text", "random", "zeros"]
 InitFrom = Literal["compressed", "teacher"]
 PoolTraining = Literal["apart", "joint", "clusters"]

@@ -96,7 +96,9 @@ class Train(Loading):
                 f"--pool-lengths {self.pool_lengths} must name at least one length above 0"
             )
         window = self.batch_size * self.data.sequence_length
-        if self.tokens < window:
+        if self.method == "lora" and self.lora.start == "eora" and self.teacher.model is None:
+            raise ConfigError("--lora.start eora needs the uncompressed model: --teacher.model")
+        if 0 < self.tokens < window or self.tokens < 0:
             raise ConfigError(f"--tokens {self.tokens} is less than one step of {window} tokens")
 
     @property

@@ -16,7 +16,7 @@ from numpy.typing import DTypeLike
 from idp_jax.config.choices import FloatType
 from idp_jax.formats import compressed_tensors, gptq
 from idp_jax.formats.folder import CheckpointError
-from idp_jax.formats.names import NAMES
+from idp_jax.models.names import NAMES
 from idp_jax.formats.quantization import (
     DENSE,
     PACK_QUANTIZED,

@@ -5,6 +5,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from idp_jax.formats.peft_keys import checked
 from idp_jax.formats.peft_lora import lora_files, read_lora
 from idp_jax.models.config import ModelConfig
 from idp_jax.models.decoder import Decoder
-from idp_jax.recover.lora import LoraAdapter
+from idp_jax.recover.lora import LoraAdapter, MaskedLora
 from idp_jax.recover.methods import Adapter
 from idp_jax.recover.prefix import PrefixAdapter
 from idp_jax.recover.prompt import SoftPrompt
@@ -153,4 +154,7 @@ PEFT_FORMS = {
     "PROMPT_TUNING": PeftForm(SoftPrompt, _prompt_files, _read_prompt),
     "PREFIX_TUNING": PeftForm(PrefixAdapter, _prefix_files, _read_prefix),
     "LORA": PeftForm(LoraAdapter, lora_files, read_lora),
+    # PEFT has no such LoRA, and refuses a type that it does not know; as LORA it would read it, and
+    # compute another function without a word.
+    "MASKED_LORA": PeftForm(MaskedLora, lora_files, partial(read_lora, kind=MaskedLora)),
 }

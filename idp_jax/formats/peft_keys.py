@@ -130,6 +130,8 @@ READ: dict[str, dict[str, Key]] = {
     },
 }
 
+READ["MASKED_LORA"] = READ["LORA"]
+
 _EVERYWHERE = {
     *("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "runtime_config"),
@@ -149,6 +151,7 @@ NEUTRAL: dict[str, set[str]] = {
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     },
 }
+NEUTRAL["MASKED_LORA"] = NEUTRAL["LORA"]
 
 _MERGE = "merge it into its model with PEFT (merge_and_unload) and load that"
 REFUSED: dict[str, str] = {
@@ -189,7 +192,7 @@ def checked(file: Path, tree: dict[str, Any], kind: str) -> dict[str, Any]:
         if not missing and not rule.valid(value):
             raise ValueError(f"{file}: {key} = {short(value)} is not {rule.wanted}")
         settings[key] = value
-    if kind == "LORA":
+    if kind in ("LORA", "MASKED_LORA"):
         _check_lora(file, settings)
     return settings
 

@@ -24,7 +24,7 @@ from idp_jax.formats.folder import (
     refuse_custom_code,
     stop_ids,
 )
-from idp_jax.formats.names import NAMES
+from idp_jax.models.names import NAMES
 from idp_jax.formats.tensor_files import TensorFiles, model_files
 
 SMOLLM2 = (

@@ -12,7 +12,8 @@ import numpy as np
 
 from idp_jax.config import Train
 from idp_jax.models.decoder import Decoder
-from idp_jax.recover.lora import LoraAdapter
+from idp_jax.recover.eora import with_eora
+from idp_jax.recover.lora import LoraAdapter, MaskedLora
 from idp_jax.recover.pool import Pool
 from idp_jax.recover.prefix import PrefixAdapter
 from idp_jax.recover.prompt import SoftPrompt
@@ -76,9 +77,19 @@ def _lora(settings: Train) -> list[Run]:
     lora = settings.lora
 
     def init(decoder: Decoder, start: Start) -> LoraAdapter:
-        return LoraAdapter.init(
-            decoder, lora.rank, start.key, alpha=lora.alpha, targets=tuple(lora.targets)
+        adapter = (MaskedLora if lora.masked else LoraAdapter).init(
+            decoder,
+            lora.rank,
+            start.key,
+            alpha=lora.alpha,
+            targets=lora.targets,
+            rules=lora.rules,
+            rank_stabilized=lora.rank_stabilized,
         )
+        # Where only shapes are asked for there is no text, and the shapes are these.
+        if lora.start == "zero" or start.teacher is None or start.windows is None:
+            return adapter
+        return with_eora(adapter, decoder, start.teacher, start.windows)
 
     return [Run("lora", "", init)]
 
@@ -114,4 +125,7 @@ def repair_for_training(
 
 def parameter_count(adapter: Adapter) -> int:
     """The number of numbers that an adapter adds to the model."""
+    own = getattr(adapter, "parameter_count", None)
+    if own is not None:
+        return own
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(adapter))

@@ -10,10 +10,12 @@ import json
 from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from idp_jax import formats
 from idp_jax.config import ConfigError, Train
@@ -114,7 +116,7 @@ def _train(
     trained, summaries = [], []
     for number, run in enumerate(runs):
         key = jax.random.fold_in(jax.random.key(config.seed), number)
-        start = run.init(decoder, Start(key))
+        start = run.init(decoder, _at_hand(config, key, text))
         with progress.bar(f"training {run.label}", "steps") as update:
             update = expecting(update, f"training {run.label}", "steps", say)
             folder = out / run.folder
@@ -142,6 +144,15 @@ def _train(
 
     first_process(write, "result")
     return result
+
+
+def _at_hand(config: Train, key: jax.Array, text: TrainingText) -> Start:
+    """What the beginning of a training may be made of; the teacher is loaded where one is asked."""
+    if config.method != "lora" or config.lora.start != "eora":
+        return Start(key)
+    teacher = formats.load_model(str(config.teacher.model), **config.held)
+    windows = np.stack(list(islice(text.windows(), config.lora.windows)))
+    return Start(key, teacher=teacher, windows=jax.numpy.asarray(windows))
 
 
 def _budget(config: Train, labels: list[str], parameters: int) -> str:

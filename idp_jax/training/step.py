@@ -50,7 +50,7 @@ def make_optimizer(
     if settings.schedule == "constant":
         rate = optax.constant_schedule(learning_rate)
     else:
-        warmup = min(max(1, round(settings.warmup * steps)), steps)
+        warmup = max(1, min(round(settings.warmup * steps), steps))
         rate = optax.join_schedules(
             [
                 optax.linear_schedule(learning_rate / warmup, learning_rate, warmup - 1 or 1),
