@@ -55,10 +55,10 @@ class LoraAdapter(nnx.Module):
         self.b = nnx.Dict({name: nnx.Param(value) for name, value in b.items()})
         # Static and hashable, since a program that was compiled for one layout fits no other.
         by_layer = lambda name: alpha[name] if isinstance(alpha, Mapping) else [alpha] * len(a[name])
-        self.alphas = tuple((name, tuple(map(float, by_layer(name)))) for name in a)
+        self.alphas = tuple((name, tuple(map(float, by_layer(name)))) for name in sorted(a))
         self.ranks = tuple(
             (name, tuple(ranks[name]) if ranks else (x.shape[-1],) * len(x))
-            for name, x in a.items()
+            for name, x in sorted(a.items())
         )
         self.bias = nnx.Dict({name: nnx.Param(value) for name, value in (bias or {}).items()})
         # A path has dots in it, which nnx.Dict takes for no attribute's name.
