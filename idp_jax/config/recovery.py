@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from idp_jax.config.choices import (
+    Biases,
     InitFrom,
     InitTokens,
     LoraStart,
@@ -25,7 +26,7 @@ class Optimizer(Settings):
     """AdamW behind a clip of the gradient's norm."""
 
     learning_rate: float | None = None
-    """Default by method: 1e-3 for prompts and prefixes, 1e-4 for LoRA."""
+    """Default by method: 1e-3 for prompts and prefixes, 1e-4 for LoRA, 5e-4 for norms."""
     schedule: Schedule = "linear"
     """linear: warm-up, then decay to 0; constant: one rate, so that more tokens may follow."""
     warmup: float = 0.05
@@ -85,6 +86,15 @@ class Lora(Settings):
             raise ConfigError(
                 "--lora.masked cuts what --lora.start eora computes; give one of the two"
             )
+
+
+@dataclass(frozen=True)
+class Norms(Settings):
+    """Norms and biases (PERP)."""
+
+    biases: Biases = "existing"
+    """Biases of matrices that are trained beside the norms: those that the model has, all, or none;
+    new ones begin at 0."""
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,12 @@ import numpy as np
 from idp_jax.formats.peft_files import other_model, read_adapter_tensors, read_json
 from idp_jax.formats.peft_keys import checked
 from idp_jax.formats.peft_lora import lora_files, read_lora
+from idp_jax.formats.peft_norms import norms_files, read_norms
 from idp_jax.models.config import ModelConfig
 from idp_jax.models.decoder import Decoder
 from idp_jax.recover.lora import LoraAdapter, MaskedLora
 from idp_jax.recover.methods import Adapter
+from idp_jax.recover.norms import NormsAndBiases
 from idp_jax.recover.prefix import PrefixAdapter
 from idp_jax.recover.prompt import SoftPrompt
 
@@ -154,7 +156,8 @@ PEFT_FORMS = {
     "PROMPT_TUNING": PeftForm(SoftPrompt, _prompt_files, _read_prompt),
     "PREFIX_TUNING": PeftForm(PrefixAdapter, _prefix_files, _read_prefix),
     "LORA": PeftForm(LoraAdapter, lora_files, read_lora),
-    # PEFT has no such LoRA, and refuses a type that it does not know; as LORA it would read it, and
+    "LN_TUNING": PeftForm(NormsAndBiases, norms_files, read_norms),
+    # PEFT has no masked LoRA, and refuses a type that it does not know; as LORA it would read it, and
     # compute another function without a word.
     "MASKED_LORA": PeftForm(MaskedLora, lora_files, partial(read_lora, kind=MaskedLora)),
 }

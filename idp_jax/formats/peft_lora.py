@@ -23,7 +23,7 @@ from idp_jax.models.matrices import matrices
 from idp_jax.recover.lora import LoraAdapter
 from idp_jax.recover.replaced import parameter
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _LINEAR = ("lora_A.weight", "lora_B.weight")
 _LOOKUP = ("lora_embedding_A", "lora_embedding_B")
 _BIAS = "lora_B.bias"
@@ -51,12 +51,12 @@ def lora_files(adapter: LoraAdapter, config: ModelConfig):
                 continue
             module = names.weight(layer, name)
             updated[module] = (rank, alphas[name][layer])
-            tensors[f"{_PREFIX}{module}.{_LINEAR[0]}"] = a[layer, :, :rank].T
-            tensors[f"{_PREFIX}{module}.{_LINEAR[1]}"] = b[layer, :rank].T
+            tensors[f"{PREFIX}{module}.{_LINEAR[0]}"] = a[layer, :, :rank].T
+            tensors[f"{PREFIX}{module}.{_LINEAR[1]}"] = b[layer, :rank].T
             if adapter.bias:
                 nothing = np.zeros(b.shape[2], np.float32)
                 value = nothing if bias is None else np.asarray(bias)[layer]
-                tensors[f"{_PREFIX}{module}.{_BIAS}"] = value
+                tensors[f"{PREFIX}{module}.{_BIAS}"] = value
     rank, alpha = (mode(values) for values in zip(*updated.values(), strict=True))
     everywhere = all(all(of_layers) for of_layers in ranks.values())
     settings: dict[str, Any] = {
@@ -81,7 +81,7 @@ def lora_files(adapter: LoraAdapter, config: ModelConfig):
         value = np.asarray(adapter.replaced[place.path][...])
         value = value if place.layer is None else value[place.layer]
         inner = "base_layer." if module in updated else ""
-        tensors[f"{_PREFIX}{module}.{inner}{leaf}"] = value.T if place.turned else value
+        tensors[f"{PREFIX}{module}.{inner}{leaf}"] = value.T if place.turned else value
     if config.tied_embeddings and "head.kernel" in adapter.replaced:
         settings["modules_to_save"] = [names.head]  # else PEFT puts it into the embedding too
     return settings, tensors
@@ -188,7 +188,7 @@ class _Found:
     def sort(self, tensors: dict[str, np.ndarray]) -> None:
         """Puts every tensor where it belongs."""
         for full, value in tensors.items():
-            name = full.removeprefix(_PREFIX)
+            name = full.removeprefix(PREFIX)
             words = name.split(".")
             heads = (".".join(words[:end]) for end in range(len(words) - 1, 0, -1))
             module = next((m for m in heads if m in self.modules), None)

@@ -4,6 +4,7 @@ Each `adapter.repair(decoder)` gives a `Repaired`, which is called like the mode
 """
 
 from idp_jax.recover.lora import LoraAdapter, MaskedLora
+from idp_jax.recover.norms import NormsAndBiases
 from idp_jax.recover.pool import Pool
 from idp_jax.recover.prefix import PrefixAdapter
 from idp_jax.recover.prompt import SoftPrompt
@@ -15,6 +16,7 @@ __all__ = [
     "SELECTORS",
     "LoraAdapter",
     "MaskedLora",
+    "NormsAndBiases",
     "Pool",
     "PrefixAdapter",
     "Repaired",

@@ -22,28 +22,45 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 _MICRO_BATCH = 4  # windows
 
 
+class Eigenspace(NamedTuple):
+    """The inputs' second moments X^T X = Q diag(l) Q^T.
+
+    Directions that the inputs hardly have (below the rounding of the largest) are left out.
+
+    Attributes:
+        vectors: Q, float32 [I, I].
+        root, inverse: sqrt(l) and 1 / sqrt(l), float32 [I]; 0 where left out.
+    """
+
+    vectors: jax.Array
+    root: jax.Array
+    inverse: jax.Array
+
+
+@jax.jit
+def eigenspace(moment: jax.Array) -> Eigenspace:
+    """Of X^T X, up to a factor, float32 [I, I]."""
+    values, vectors = jnp.linalg.eigh(moment)
+    kept = values > values.max() * jnp.float32(len(values) * jnp.finfo(jnp.float32).eps)
+    root = jnp.sqrt(jnp.where(kept, values, jnp.ones((), jnp.float32)))
+    nothing = jnp.zeros((), jnp.float32)
+    return Eigenspace(vectors, jnp.where(kept, root, nothing), jnp.where(kept, 1 / root, nothing))
+
+
 @partial(jax.jit, static_argnames="rank")
-def low_rank(
-    difference: jax.Array, moment: jax.Array, rank: int
-) -> tuple[jax.Array, jax.Array]:
+def low_rank(difference: jax.Array, space: Eigenspace, rank: int) -> tuple[jax.Array, jax.Array]:
     """The a [I, r] and b [r, O] that make ||X (D - a b)||_F smallest.
 
-    With X^T X = Q diag(l) Q^T that norm is ||diag(sqrt(l)) Q^T (D - a b)||_F, of which the truncated
-    singular value decomposition is the smallest; it is then taken back into the inputs' space.
-    Directions that the inputs hardly have (below the rounding of the largest) are left out.
+    That norm is ||diag(sqrt(l)) Q^T (D - a b)||_F, which the truncated singular value decomposition
+    makes smallest; it is then taken back into the inputs' space.
 
     Args:
         difference: D, float32 [I, O].
-        moment: X^T X of the inputs, up to a factor, float32 [I, I].
+        space: of the inputs.
         rank: r; what the matrix does not have is filled up with zeros.
     """
     inputs, outputs = difference.shape
-    values, vectors = jnp.linalg.eigh(moment)
-    floor = values.max() * jnp.float32(inputs * jnp.finfo(jnp.float32).eps)
-    kept = values > floor
-    root = jnp.sqrt(jnp.where(kept, values, jnp.ones((), jnp.float32)))
-    inverse = jnp.where(kept, 1 / root, jnp.zeros((), jnp.float32))
-    root = jnp.where(kept, root, jnp.zeros((), jnp.float32))
+    vectors, root, inverse = space
     projected = root[:, None] * jnp.matmul(vectors.T, difference, precision=_HIGHEST)
     left, sizes, right = jnp.linalg.svd(projected, full_matrices=False)
     there = min(rank, inputs, outputs)
@@ -94,11 +111,11 @@ def with_eora(
         for number, stage in enumerate(stages(decoder.config)):
             streams = [_go_on(number, block, stream) for stream in streams]
             names = [matrix.name for matrix in stage if matrix.name in found]
-            moment = _moment(streams) if names else None
+            space = eigenspace(_moment(streams)) if names else None
             for name in names:
                 rank = dict(adapter.ranks)[name][layer]
                 weight, width = getattr(block, name), adapter.a[name].shape[-1]
-                a, b = _update(getattr(target, name), weight, moment, rank, width)
+                a, b = _update(getattr(target, name), weight, space, rank, width)
                 found[name].append((a, b / jnp.float32(adapter.scales(name)[layer])))
                 dtype = decoder.embedding.dtype
                 beside = Lora(weight, a.astype(dtype), b.astype(dtype), 1.0)
@@ -153,8 +170,8 @@ def _accumulate(moment: jax.Array, x: jax.Array) -> jax.Array:
     return moment + jnp.matmul(x.T, x, precision=_HIGHEST)
 
 
-def _update(target, weight, moment, rank: int, width: int) -> tuple[jax.Array, jax.Array]:
+def _update(target, weight, space, rank: int, width: int) -> tuple[jax.Array, jax.Array]:
     """One matrix' a [I, width] and b [width, O], of which `rank` columns and rows are not 0."""
     difference = target.dense(jnp.float32) - weight.dense(jnp.float32)
-    a, b = low_rank(difference, moment, rank)
+    a, b = low_rank(difference, space, rank)
     return jnp.pad(a, ((0, 0), (0, width - rank))), jnp.pad(b, ((0, width - rank), (0, 0)))

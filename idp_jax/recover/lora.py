@@ -54,7 +54,9 @@ class LoraAdapter(nnx.Module):
         self.a = nnx.Dict({name: nnx.Param(value) for name, value in a.items()})
         self.b = nnx.Dict({name: nnx.Param(value) for name, value in b.items()})
         # Static and hashable, since a program that was compiled for one layout fits no other.
-        by_layer = lambda name: alpha[name] if isinstance(alpha, Mapping) else [alpha] * len(a[name])
+        by_layer = lambda name: (
+            alpha[name] if isinstance(alpha, Mapping) else [alpha] * len(a[name])
+        )
         self.alphas = tuple((name, tuple(map(float, by_layer(name)))) for name in sorted(a))
         self.ranks = tuple(
             (name, tuple(ranks[name]) if ranks else (x.shape[-1],) * len(x))

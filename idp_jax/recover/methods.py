@@ -14,6 +14,7 @@ from idp_jax.config import Train
 from idp_jax.models.decoder import Decoder
 from idp_jax.recover.eora import with_eora
 from idp_jax.recover.lora import LoraAdapter, MaskedLora
+from idp_jax.recover.norms import NormsAndBiases
 from idp_jax.recover.pool import Pool
 from idp_jax.recover.prefix import PrefixAdapter
 from idp_jax.recover.prompt import SoftPrompt
@@ -94,6 +95,13 @@ def _lora(settings: Train) -> list[Run]:
     return [Run("lora", "", init)]
 
 
+def _norms(settings: Train) -> list[Run]:
+    def init(decoder: Decoder, start: Start) -> NormsAndBiases:
+        return NormsAndBiases.init(decoder, biases=settings.norms.biases)
+
+    return [Run("norms", "", init)]
+
+
 def _pool(settings: Train) -> list[Run]:
     """The prompts of a pool are trained apart, each as if it stood by itself."""
     return [
@@ -106,6 +114,7 @@ METHODS: dict[str, Method] = {
     "prompt": Method(_prompt),
     "prefix": Method(_prefix),
     "lora": Method(_lora),
+    "norms": Method(_norms),
     "idp": Method(_pool, lambda settings, trained: Pool(trained, settings.selector)),
 }
 

@@ -7,7 +7,7 @@ import pytest
 
 from idp_jax.models.block import layer_slice
 from idp_jax.recover import LoraAdapter
-from idp_jax.recover.eora import low_rank, with_eora
+from idp_jax.recover.eora import eigenspace, low_rank, with_eora
 from idp_jax.weights import Dense, Lora
 from tests.helpers import close, quantize_decoder, tiny_decoder, tiny_ids
 
@@ -27,7 +27,7 @@ def test_the_update_is_the_optimum_of_its_rank(width, outputs, rank):
     """By Eckart and Young it leaves the singular values of X D behind the rank-th."""
     x, difference = inputs(200, width), np.random.default_rng(1).normal(size=(width, outputs))
     moment = (x.T @ x).astype(np.float32)
-    a, b = low_rank(jnp.asarray(difference, jnp.float32), jnp.asarray(moment), rank)
+    a, b = low_rank(jnp.asarray(difference, jnp.float32), eigenspace(jnp.asarray(moment)), rank)
     assert a.shape == (width, rank) and b.shape == (rank, outputs)
     update = np.asarray(a, np.float64) @ np.asarray(b, np.float64)
     left = np.linalg.norm(x @ (difference - update))
@@ -41,10 +41,10 @@ def test_the_update_is_the_optimum_of_its_rank(width, outputs, rank):
 
 def test_inputs_that_leave_directions_out_give_finite_numbers():
     x, difference = inputs(5, 24), np.random.default_rng(1).normal(size=(24, 16))
-    moment = jnp.asarray(x.T @ x, jnp.float32)
-    a, b = (np.asarray(part, np.float64) for part in low_rank(jnp.float32(difference), moment, 5))
+    space, target = eigenspace(jnp.asarray(x.T @ x, jnp.float32)), jnp.float32(difference)
+    a, b = (np.asarray(part, np.float64) for part in low_rank(target, space, 5))
     assert np.linalg.norm(x @ (difference - a @ b)) <= 1e-3 * np.linalg.norm(x @ difference)
-    a, b = low_rank(jnp.float32(difference), jnp.zeros((24, 24), jnp.float32), 20)
+    a, b = low_rank(target, eigenspace(jnp.zeros((24, 24), jnp.float32)), 20)
     assert np.isfinite(a).all() and np.isfinite(b).all() and (np.asarray(a @ b) == 0).all()
 
 
@@ -76,7 +76,11 @@ def test_a_full_rank_gives_the_dense_model(models):
 def test_ranks_of_layers_are_kept_and_each_sees_the_repaired_inputs(models):
     dense, compressed = models
     ids = tiny_ids(dense, 6, 40)
-    rules = (r"layers\.0\..*q_proj rank=5 alpha=2", r"layers\.1\..*(fc2|down_proj) rank=9", "q skip")
+    rules = (
+        r"layers\.0\..*q_proj rank=5 alpha=2",
+        r"layers\.1\..*(fc2|down_proj) rank=9",
+        "q skip",
+    )
     start = LoraAdapter.init(dense, 4, KEY, targets=(), rules=rules)
     found = with_eora(start, compressed, dense, ids)
     q, down = (np.asarray(found.a[name][...]) for name in ("q", "down"))
