@@ -32,6 +32,7 @@ COMMANDS: dict[str, type] = {
     "compress": config.Compress,
     "convert": config.Convert,
     "train": config.Train,
+    "merge": config.Merge,
     "eval": config.Evaluate,
 }
 

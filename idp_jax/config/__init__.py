@@ -5,7 +5,7 @@ what training takes; `commands` and `experiment` hold the commands; `files` read
 The invariant: nothing here imports jax.
 """
 
-from idp_jax.config.commands import Compress, Convert, Evaluate, Train
+from idp_jax.config.commands import Compress, Convert, Evaluate, Merge, Train
 from idp_jax.config.experiment import Demo, Experiment, Variant
 from idp_jax.config.groups import (
     Calibration,
@@ -20,6 +20,7 @@ from idp_jax.config.recovery import (
     Data,
     Init,
     Lora,
+    Norms,
     Optimizer,
     Pool,
     Prefix,
@@ -41,7 +42,9 @@ __all__ = [
     "Loading",
     "Lora",
     "Measurement",
+    "Merge",
     "Mesh",
+    "Norms",
     "Optimizer",
     "Pool",
     "Prefix",

@@ -23,10 +23,18 @@ Kernel = Literal["auto", "pallas_tpu", "mosaic_gpu", "xla"]
 TextOrder = Literal["first", "random"]
 Documents = Literal["joined", "apart"]
 Schedule = Literal["linear", "constant"]
-Repair = Literal["prompt", "prefix", "lora", "idp"]
+Repair = Literal["prompt", "prefix", "lora", "norms", "idp"]
 # Of each method of repair where none is given; `recover.methods` trains them.
-LEARNING_RATES: dict[Repair, float] = {"prompt": 1e-3, "prefix": 1e-3, "lora": 1e-4, "idp": 1e-3}
+LEARNING_RATES: dict[Repair, float] = {
+    "prompt": 1e-3,
+    "prefix": 1e-3,
+    "lora": 1e-4,
+    "norms": 5e-4,
+    "idp": 1e-3,
+}
+Biases = Literal["existing", "all", "none"]
 TeacherForm = Literal["full", "topk", "sampled"]
+LoraStart = Literal["zero", "eora"]
 InitTokens = Literal["vocabulary", "text", "random", "zeros"]
 InitFrom = Literal["compressed", "teacher"]
 PoolTraining = Literal["apart", "joint", "clusters"]

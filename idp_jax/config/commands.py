@@ -33,6 +33,7 @@ from idp_jax.config.recovery import (
     Data,
     Init,
     Lora,
+    Norms,
     Optimizer,
     Pool,
     Prefix,
@@ -45,7 +46,7 @@ _TEXTS = ("train", "validation")  # of `Data`, what training reads
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Loading):
-    """Train a prompt, a prefix, a LoRA or an IDP pool beside a model."""
+    """Train a prompt, a prefix, a LoRA, norms or an IDP pool beside a model."""
 
     out: Path
     """Folder of the run: checkpoints, metrics.jsonl, config.yaml and, at the end, adapter/."""
@@ -64,6 +65,7 @@ class Train(Loading):
     init: Init = field(default_factory=Init)
     prefix: Prefix = field(default_factory=Prefix)
     lora: Lora = field(default_factory=Lora)
+    norms: Norms = field(default_factory=Norms)
     pool: Pool = field(default_factory=Pool)
     tokens: int = 40_960_000
     """Training budget in tokens (for each prompt of a pool); 0 keeps the start as it is."""
@@ -104,7 +106,7 @@ class Train(Loading):
                 "whole window, not for each document in it; give joined"
             )
         window = self.batch_size * self.data.sequence_length
-        if self.tokens and self.tokens < window:
+        if self.tokens < 0 or 0 < self.tokens < window:
             raise ConfigError(
                 f"--tokens {self.tokens} is less than one step of {window} tokens; 0 trains nothing"
             )
@@ -112,6 +114,8 @@ class Train(Loading):
 
     def _check_start(self) -> None:
         """Refuses a start that the method does not have."""
+        if self.method == "lora" and self.lora.start == "eora" and self.teacher.model is None:
+            raise ConfigError("--lora.start eora needs the uncompressed model: --teacher.model")
         if self.init.model == "teacher" and self.method != "prefix":
             raise ConfigError(
                 f"--init.model teacher is a start of --method prefix; {self.method} has no keys "
@@ -199,6 +203,29 @@ class Convert(Settings):
     def __post_init__(self):
         super().__post_init__()
         check_apart(self.out, {"model": self.model})
+        check_not_working(self.out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge(Settings):
+    """Write a LoRA, or norms and biases, into the model beside which it stands."""
+
+    model: Positional[str]
+    """Hub name, model folder or GGUF file; dense or pruned."""
+    adapter: Path
+    """Folder of the adapter."""
+    out: Path
+    """Folder of the merged model."""
+    dense: bool = False
+    """Merge a plain LoRA into a pruned model, which loses its zeros."""
+    overwrite: bool = False
+    """Replace `out` if this software wrote it."""
+    dtype: Dtype = "auto"
+    """Of the merged model; small updates may be lost in the checkpoint's own 16 bits."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_apart(self.out, {"model": self.model, "adapter": self.adapter})
         check_not_working(self.out)
 
 

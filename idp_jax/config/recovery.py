@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from idp_jax.config.choices import (
+    Biases,
     Documents,
     InitFrom,
     InitTokens,
+    LoraStart,
     PoolMixture,
     PoolTraining,
     Schedule,
@@ -25,7 +27,7 @@ class Optimizer(Settings):
     """AdamW behind a clip of the gradient's norm."""
 
     learning_rate: float | None = None
-    """Default by method: 1e-3 for prompts and prefixes, 1e-4 for LoRA."""
+    """Default by method: 1e-3 for prompts and prefixes, 1e-4 for LoRA, 5e-4 for norms."""
     schedule: Schedule = "linear"
     """linear: warm-up, then decay to 0; constant: one rate, so that more tokens may follow."""
     warmup: float = 0.05
@@ -58,13 +60,42 @@ class Lora(Settings):
     alpha: float = 16.0
     """The update is alpha / rank times A B."""
     targets: tuple[str, ...] = ("q", "v")
-    """Matrices of every block: q k v o gate up down."""
+    """Matrices of every block: q k v o gate up down, or all."""
+    rules: tuple[str, ...] = ()
+    """Other ranks for some matrices, as in --lora.rules "layers\\.0\\. rank=16 alpha=32" "gate skip";
+    a matrix that a rule gives a rank has an update, be it a target or not."""
+    rank_stabilized: bool = False
+    """The update is alpha / sqrt(rank) times A B (rsLoRA)."""
+    masked: bool = False
+    """Updates are 0 where the frozen matrix is (MaskLoRA), so that merging keeps a pruned model's
+    zeros."""
+    start: LoraStart = "zero"
+    """zero leaves the model as it is; eora is the best update of this rank for the inputs of each
+    matrix, by --teacher.model."""
+    windows: int = 32
+    """Windows of the training text that eora measures the inputs with."""
 
     def __post_init__(self):
         super().__post_init__()
         at_least("lora.rank", self.rank, 1)
-        if not self.targets:
+        at_least("lora.windows", self.windows, 1)
+        if not math.isfinite(self.alpha):
+            raise ConfigError(f"--lora.alpha {self.alpha} must be finite")
+        if not self.targets and not self.rules:
             raise ConfigError("--lora.targets must name at least one matrix, such as q")
+        if self.masked and self.start == "eora":
+            raise ConfigError(
+                "--lora.masked cuts what --lora.start eora computes; give one of the two"
+            )
+
+
+@dataclass(frozen=True)
+class Norms(Settings):
+    """Norms and biases (PERP)."""
+
+    biases: Biases = "existing"
+    """Biases of matrices that are trained beside the norms: those that the model has, all, or none;
+    new ones begin at 0."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +15,12 @@ import numpy as np
 from idp_jax.formats.peft_files import other_model, read_adapter_tensors, read_json, short
 from idp_jax.formats.peft_keys import checked
 from idp_jax.formats.peft_lora import lora_files, read_lora
+from idp_jax.formats.peft_norms import norms_files, read_norms
 from idp_jax.models.config import ModelConfig
 from idp_jax.models.decoder import Decoder
-from idp_jax.recover.lora import LoraAdapter
+from idp_jax.recover.lora import LoraAdapter, MaskedLora
 from idp_jax.recover.methods import Adapter
+from idp_jax.recover.norms import NormsAndBiases
 from idp_jax.recover.prefix import PrefixAdapter
 from idp_jax.recover.prompt import SoftPrompt
 
@@ -200,4 +203,8 @@ PEFT_FORMS = {
     "IDP_DEEP_PREFIX": PeftForm(
         PrefixAdapter, _deep_files, _read_deep, lambda x: x.lengths is not None
     ),
+    "LN_TUNING": PeftForm(NormsAndBiases, norms_files, read_norms),
+    # PEFT has no masked LoRA, and refuses a type that it does not know; as LORA it would read it,
+    # and compute another function without a word.
+    "MASKED_LORA": PeftForm(MaskedLora, lora_files, partial(read_lora, kind=MaskedLora)),
 }

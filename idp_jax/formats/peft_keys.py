@@ -137,6 +137,13 @@ READ: dict[str, dict[str, Key]] = {
     },
 }
 
+READ["MASKED_LORA"] = READ["LORA"]
+READ["LN_TUNING"] = {
+    "task_type": _TASK,
+    "target_modules": _MODULES._replace(default=REQUIRED),
+    "exclude_modules": _MODULES._replace(default=[]),
+}
+
 _EVERYWHERE = {
     *("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "runtime_config"),
@@ -158,6 +165,8 @@ NEUTRAL: dict[str, set[str]] = {
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     },
 }
+NEUTRAL["MASKED_LORA"] = NEUTRAL["LORA"]
+NEUTRAL["LN_TUNING"] = _EVERYWHERE
 
 _MERGE = "merge it into its model with PEFT (merge_and_unload) and load that"
 REFUSED: dict[str, str] = {
@@ -198,7 +207,7 @@ def checked(file: Path, tree: dict[str, Any], kind: str) -> dict[str, Any]:
         if not missing and not rule.valid(value):
             raise ValueError(f"{file}: {key} = {short(value)} is not {rule.wanted}")
         settings[key] = value
-    if kind == "LORA":
+    if kind in ("LORA", "MASKED_LORA"):
         _check_lora(file, settings)
     return settings
 
@@ -228,14 +237,14 @@ def updates(settings: dict[str, Any], module: str, linear: set[str]) -> bool:
     Args:
         linear: the modules that "all-linear" stands for.
     """
-    if _matches(settings["exclude_modules"], module):
+    if module_matches(settings["exclude_modules"], module):
         return False
     if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in settings["modules_to_save"]):
         return False
     targets = settings["target_modules"]
     if isinstance(targets, str) and targets.lower() == "all-linear":
         return module in linear
-    if not _matches(targets, module):
+    if not module_matches(targets, module):
         return False
     layers = settings["layers_to_transform"]
     if isinstance(targets, str) or layers == [] or module in targets:
@@ -249,7 +258,8 @@ def updates(settings: dict[str, Any], module: str, linear: set[str]) -> bool:
     return found is not None and int(found["layer"]) in wanted
 
 
-def _matches(modules: str | list[str], module: str) -> bool:
+def module_matches(modules: str | list[str], module: str) -> bool:
+    """Whether names, or one regular expression, of the settings mean a module."""
     if isinstance(modules, str):
         return re.fullmatch(modules, module) is not None
     return any(module == name or module.endswith(f".{name}") for name in modules)

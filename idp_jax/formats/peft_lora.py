@@ -7,22 +7,23 @@ tensor of the file is used, and every module that the settings name is in it.
 """
 
 from pathlib import Path
+from statistics import mode
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from idp_jax.formats.names import NAMES
 from idp_jax.formats.peft_files import other_model
 from idp_jax.formats.peft_keys import by_pattern, updates
 from idp_jax.formats.peft_places import Place, places_of
 from idp_jax.models.config import ModelConfig
 from idp_jax.models.decoder import Decoder
 from idp_jax.models.matrices import matrices
+from idp_jax.models.names import NAMES
 from idp_jax.recover.lora import LoraAdapter
 from idp_jax.recover.replaced import parameter
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _LINEAR = ("lora_A.weight", "lora_B.weight")
 _LOOKUP = ("lora_embedding_A", "lora_embedding_B")
 _BIAS = "lora_B.bias"
@@ -40,27 +41,39 @@ def lora_files(adapter: LoraAdapter, config: ModelConfig):
             "this LoRA updates no matrix of the blocks, and PEFT loads none without such an update"
         )
     names = NAMES[config.architecture]
-    settings = {
-        "r": adapter.rank,
-        "lora_alpha": adapter.alpha,
+    ranks, alphas = dict(adapter.ranks), dict(adapter.alphas)
+    tensors, updated = {}, {}
+    for name in adapter.a:
+        bias = adapter.bias[name][...] if name in adapter.bias else None
+        a, b = np.asarray(adapter.a[name][...]), np.asarray(adapter.b[name][...])
+        for layer, rank in enumerate(ranks[name]):
+            if not rank:
+                continue
+            module = names.weight(layer, name)
+            updated[module] = (rank, alphas[name][layer])
+            tensors[f"{PREFIX}{module}.{_LINEAR[0]}"] = a[layer, :, :rank].T
+            tensors[f"{PREFIX}{module}.{_LINEAR[1]}"] = b[layer, :rank].T
+            if adapter.bias:
+                nothing = np.zeros(b.shape[2], np.float32)
+                value = nothing if bias is None else np.asarray(bias)[layer]
+                tensors[f"{PREFIX}{module}.{_BIAS}"] = value
+    rank, alpha = (mode(values) for values in zip(*updated.values(), strict=True))
+    everywhere = all(all(of_layers) for of_layers in ranks.values())
+    settings: dict[str, Any] = {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {m: r for m, (r, _) in updated.items() if r != rank},
+        "alpha_pattern": {m: x for m, (_, x) in updated.items() if x != alpha},
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,
         "fan_in_fan_out": False,
-        "target_modules": [names.weights[name].rpartition(".")[2] for name in adapter.a],
+        "target_modules": [names.weights[name].rpartition(".")[2] for name in adapter.a]
+        if everywhere
+        else list(updated),
     }
-    tensors, updated = {}, set()
-    for name in adapter.a:
-        parts: dict[str, Any] = {_LINEAR[0]: adapter.a[name][...], _LINEAR[1]: adapter.b[name][...]}
-        if adapter.bias:
-            settings["lora_bias"] = True
-            nothing = np.zeros(adapter.b[name].shape[::2], np.float32)
-            parts[_BIAS] = adapter.bias[name][...] if name in adapter.bias else nothing
-        for layer in range(config.num_layers):
-            module = names.weight(layer, name)
-            updated.add(module)
-            for suffix, value in parts.items():
-                tensors[f"{_PREFIX}{module}.{suffix}"] = np.asarray(value)[layer].T
+    if adapter.bias:
+        settings["lora_bias"] = True
     for name, place in places_of(config).items():
         if place.path not in adapter.replaced:
             continue
@@ -68,14 +81,19 @@ def lora_files(adapter: LoraAdapter, config: ModelConfig):
         value = np.asarray(adapter.replaced[place.path][...])
         value = value if place.layer is None else value[place.layer]
         inner = "base_layer." if module in updated else ""
-        tensors[f"{_PREFIX}{module}.{inner}{leaf}"] = value.T if place.turned else value
+        tensors[f"{PREFIX}{module}.{inner}{leaf}"] = value.T if place.turned else value
     if config.tied_embeddings and "head.kernel" in adapter.replaced:
         settings["modules_to_save"] = [names.head]  # else PEFT puts it into the embedding too
     return settings, tensors
 
 
-def read_lora(decoder: Decoder, folder: Path, settings, tensors) -> LoraAdapter:
+def read_lora(
+    decoder: Decoder, folder: Path, settings, tensors, kind: type[LoraAdapter] = LoraAdapter
+) -> LoraAdapter:
     """Makes the adapter of what PEFT's two files hold.
+
+    Args:
+        kind: the class of the adapter.
 
     Raises:
         ValueError: the file and the settings contradict each other, or belong to another model.
@@ -85,7 +103,7 @@ def read_lora(decoder: Decoder, folder: Path, settings, tensors) -> LoraAdapter:
     found.sort(tensors)
     found.check()
     updates_of = {module: found.update(module) for module in sorted(found.updated)}
-    low_rank, alpha = _stacked(decoder.config, updates_of)
+    low_rank, layout = _stacked(decoder.config, updates_of)
     outer = {
         found.modules[module].path: update.scale * (update.a @ update.b)
         for module, update in updates_of.items()
@@ -96,7 +114,7 @@ def read_lora(decoder: Decoder, folder: Path, settings, tensors) -> LoraAdapter:
         {name: jnp.asarray(value, jnp.float32) for name, value in part.items()}
         for part in (*low_rank, replaced)
     )
-    return LoraAdapter(a, b, alpha, bias=bias, replaced=replaced)
+    return kind(a, b, layout["alphas"], ranks=layout["ranks"], bias=bias, replaced=replaced)
 
 
 class _Update(NamedTuple):
@@ -170,7 +188,7 @@ class _Found:
     def sort(self, tensors: dict[str, np.ndarray]) -> None:
         """Puts every tensor where it belongs."""
         for full, value in tensors.items():
-            name = full.removeprefix(_PREFIX)
+            name = full.removeprefix(PREFIX)
             words = name.split(".")
             heads = (".".join(words[:end]) for end in range(len(words) - 1, 0, -1))
             module = next((m for m in heads if m in self.modules), None)
@@ -269,33 +287,29 @@ class _Found:
 
 
 def _stacked(config: ModelConfig, found: dict[str, _Update]):
-    """The updates of the blocks' matrices as (a, b, bias) by matrix, and their common alpha.
+    """The updates of the blocks' matrices as (a, b, bias) by matrix, and their ranks and alphas.
 
-    Where ranks or alphas differ, a and b are filled up with zeros to the largest rank and b takes
-    its own scale; a layer without an update has zeros. Otherwise the numbers are the file's.
+    a and b are filled up with zeros to the largest rank of the matrix, as `LoraAdapter` has them.
     """
-    names = NAMES[config.architecture]
-    inside = {
-        (matrix, layer): found[module]
-        for matrix in matrices(config)
-        for layer in range(config.num_layers)
-        if (module := names.weight(layer, matrix.name)) in found
-    }
-    rank = max((update.rank for update in inside.values()), default=0)
-    kinds = {(update.rank, update.alpha) for update in inside.values()}
-    alike = len(kinds) == 1
-    alpha = next(iter(kinds))[1] if alike else float(rank)
-    a, b, bias = {}, {}, {}
-    for (matrix, layer), update in inside.items():
-        name, scale, used = matrix.name, 1.0 if alike else update.scale, update.rank
-        a.setdefault(name, np.zeros((config.num_layers, matrix.inputs, rank), np.float32))
-        b.setdefault(name, np.zeros((config.num_layers, rank, matrix.outputs), np.float32))
-        a[name][layer, :, :used] = update.a
-        b[name][layer, :used] = update.b * scale
-        if update.bias is not None:
-            bias.setdefault(name, np.zeros((config.num_layers, matrix.outputs), np.float32))
-            bias[name][layer] = update.bias * scale
-    return (a, b, bias), alpha
+    names, layers = NAMES[config.architecture], range(config.num_layers)
+    a, b, bias, ranks, alphas = {}, {}, {}, {}, {}
+    for matrix in matrices(config):
+        inside = {n: found[m] for n in layers if (m := names.weight(n, matrix.name)) in found}
+        if not inside:
+            continue
+        name, rank = matrix.name, max(update.rank for update in inside.values())
+        a[name] = np.zeros((config.num_layers, matrix.inputs, rank), np.float32)
+        b[name] = np.zeros((config.num_layers, rank, matrix.outputs), np.float32)
+        ranks[name] = [inside[n].rank if n in inside else 0 for n in layers]
+        usual = mode(update.alpha for update in inside.values())
+        alphas[name] = [inside[n].alpha if n in inside else usual for n in layers]
+        for layer, update in inside.items():
+            a[name][layer, :, : update.rank] = update.a
+            b[name][layer, : update.rank] = update.b
+            if update.bias is not None:
+                bias.setdefault(name, np.zeros((config.num_layers, matrix.outputs), np.float32))
+                bias[name][layer] = update.bias
+    return (a, b, bias), {"ranks": ranks, "alphas": alphas}
 
 
 def _replaced_in_layers(decoder: Decoder, found: _Found) -> dict[str, np.ndarray]:

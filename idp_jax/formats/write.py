@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ def save_model(
     like: str | Path,
     quantization: dict[str, Any] | None = None,
     report: dict[str, Any] | None = None,
+    changes: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Writes a Hugging Face folder: config.json, safetensors (in shards), tokenizer and the like.
@@ -40,6 +41,7 @@ def save_model(
         quantization: config.json's `quantization_config` where matrices are packed; by default
             in the form of `like`.
         report: written to `compression.json` beside the weights.
+        changes: what config.json says otherwise than that of `like`.
 
     Raises:
         ValueError: `out` exists, or packed matrices have no settings that fit them.
@@ -65,7 +67,8 @@ def save_model(
         shards.extend(hf.disassemble(model, form=form))
         shards.close()
         settings = (quantization if packed else None) or write_config(form, packings)
-        write_settings(folder, like, settings, np.asarray(model.embedding[...]).dtype)
+        dtype = np.asarray(model.embedding[...]).dtype
+        write_settings(folder, like, settings, dtype, changes)
         if report is not None:
             write_json(folder / "compression.json", report)
     return Path(out)
@@ -84,7 +87,11 @@ def _check_announced(layout: Layout | None, packings: dict[str, Packing | None])
 
 
 def write_settings(
-    folder: Path, like: str | Path, quantization: dict[str, Any] | None, dtype
+    folder: Path,
+    like: str | Path,
+    quantization: dict[str, Any] | None,
+    dtype,
+    changes: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes config.json (and GPTQ's quantize_config.json) of a model folder, and its sidecars.
 
@@ -92,8 +99,11 @@ def write_settings(
         like: the model whose configuration, tokenizer and other files these are.
         quantization: its `quantization_config`; None where nothing is packed.
         dtype: of embeddings, norms and dense matrices.
+        changes: what config.json says otherwise than that of `like`.
     """
     config = open_source(like).hf_config
+    for key, value in (changes or {}).items():
+        setattr(config, key, value)
     # A dense model that came from a packed one must not be announced as packed.
     for key in ("quantization_config", "compression_config"):
         vars(config).pop(key, None)

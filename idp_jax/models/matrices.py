@@ -1,7 +1,7 @@
 """The matrices of a block: the one table that all who need their sizes, axes or order read.
 
 Matrices of a stage read the same input, so that compression measures one Hessian for them all. The
-invariant: no other file spells the list; `formats/names.py` maps it to the names in files.
+invariant: no other file spells the list; `names.py` maps it to the names in files.
 """
 
 from dataclasses import dataclass

@@ -3,7 +3,8 @@
 Each `adapter.repair(decoder)` gives a `Repaired`, which is called like the model itself.
 """
 
-from idp_jax.recover.lora import LoraAdapter
+from idp_jax.recover.lora import LoraAdapter, MaskedLora
+from idp_jax.recover.norms import NormsAndBiases
 from idp_jax.recover.pool import Pool
 from idp_jax.recover.prefix import PrefixAdapter
 from idp_jax.recover.prompt import SoftPrompt
@@ -14,6 +15,8 @@ from idp_jax.recover.selectors import SELECTORS, ScoreInputs, Selector
 __all__ = [
     "SELECTORS",
     "LoraAdapter",
+    "MaskedLora",
+    "NormsAndBiases",
     "Pool",
     "PrefixAdapter",
     "Repaired",

@@ -12,7 +12,9 @@ import numpy as np
 
 from idp_jax.config import Train
 from idp_jax.models.decoder import Decoder
-from idp_jax.recover.lora import LoraAdapter
+from idp_jax.recover.eora import with_eora
+from idp_jax.recover.lora import LoraAdapter, MaskedLora
+from idp_jax.recover.norms import NormsAndBiases
 from idp_jax.recover.pool import Pool
 from idp_jax.recover.prefix import PrefixAdapter, ProjectedPrefix
 from idp_jax.recover.prompt import SoftPrompt
@@ -121,11 +123,30 @@ def _lora(settings: Train) -> list[Run]:
     lora = settings.lora
 
     def init(decoder: Decoder, start: Start) -> LoraAdapter:
-        return LoraAdapter.init(
-            decoder, lora.rank, start.key, alpha=lora.alpha, targets=tuple(lora.targets)
+        adapter = (MaskedLora if lora.masked else LoraAdapter).init(
+            decoder,
+            lora.rank,
+            start.key,
+            alpha=lora.alpha,
+            targets=lora.targets,
+            rules=lora.rules,
+            rank_stabilized=lora.rank_stabilized,
         )
+        # Where only shapes are asked for there is no text, and the shapes are these.
+        if lora.start == "zero" or start.teacher is None or start.windows is None:
+            return adapter
+        return with_eora(adapter, decoder, start.teacher, start.windows)
 
-    return [Run("lora", "", init)]
+    if lora.start == "zero":
+        return [Run("lora", "", init)]
+    return [Run("lora", "", init, windows=lora.windows, teacher=True)]
+
+
+def _norms(settings: Train) -> list[Run]:
+    def init(decoder: Decoder, start: Start) -> NormsAndBiases:
+        return NormsAndBiases.init(decoder, biases=settings.norms.biases)
+
+    return [Run("norms", "", init)]
 
 
 def _pool(settings: Train) -> list[Run]:
@@ -140,6 +161,7 @@ METHODS: dict[str, Method] = {
     "prompt": Method(_prompt),
     "prefix": Method(_prefix, _plain_prefix),
     "lora": Method(_lora),
+    "norms": Method(_norms),
     "idp": Method(_pool, lambda settings, trained: Pool(trained, settings.selector)),
 }
 

@@ -6,14 +6,14 @@ from pathlib import Path
 import jax
 import pytest
 
-from idp_jax.formats.names import NAMES
 from idp_jax.models.matrices import matrices, matrix_axes, stages
+from idp_jax.models.names import NAMES
 from idp_jax.sharding import RULES
 from tests.helpers import tiny_config, tiny_decoder
 
 PACKAGE = Path(__file__).parents[2] / "idp_jax"
 # The table, and the one that maps it to the names in files.
-MAY_SPELL_THEM = {"models/matrices.py", "formats/names.py"}
+MAY_SPELL_THEM = {"models/matrices.py", "models/names.py"}
 UNLIKE = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "hidden_dim": 64, "ffw_dim": 96}
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face's names: one table per architecture, for all that reads or writes tensors.
+"""Hugging Face's names: one table per architecture, for all that names a matrix or a tensor.
 
 The invariant: `weights` has every matrix of `models.matrices`, each with its module's name.
 """
