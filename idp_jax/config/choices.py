@@ -21,7 +21,7 @@ Weights = Literal["auto", "packed", "dense"]
 Kernel = Literal["auto", "pallas_tpu", "mosaic_gpu", "xla"]
 
 TextOrder = Literal["first", "random"]
-Schedule = Literal["linear", "constant"]
+Schedule = Literal["linear", "cosine", "constant"]
 Repair = Literal["prompt", "prefix", "lora", "idp"]
 # Of each method of repair where none is given; `recover.methods` trains them.
 LEARNING_RATES: dict[Repair, float] = {"prompt": 1e-3, "prefix": 1e-3, "lora": 1e-4, "idp": 1e-3}
@@ -31,4 +31,6 @@ InitFrom = Literal["compressed", "teacher"]
 PoolTraining = Literal["apart", "joint", "clusters"]
 PoolMixture = Literal["gumbel", "soft"]
 SinkName = Literal["tensorboard", "wandb", "trackio"]
+# Each is a file of configs/presets.
+Preset = Literal["paper", "xu2023", "cartridge", "rilq", "intactkv", "qad-prompt"]
 Role = Literal["dense", "compressed", "repaired", "control"]

@@ -5,7 +5,7 @@ No number is defaulted here that the model's own config.json supplies.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from tyro.conf import Positional
 
@@ -47,6 +47,8 @@ _TEXTS = ("train", "validation", "teacher")  # of `Data`, what training reads
 class Train(Loading):
     """Train a prompt, a prefix, a LoRA or an IDP pool beside a model."""
 
+    has_presets: ClassVar[bool] = True  # of `config.presets`
+
     out: Path
     """Folder of the run: checkpoints, metrics.jsonl, config.yaml and, at the end, adapter/."""
     method: Repair = "prompt"
@@ -66,7 +68,7 @@ class Train(Loading):
     lora: Lora = field(default_factory=Lora)
     pool: Pool = field(default_factory=Pool)
     tokens: int = 40_960_000
-    """Training budget in tokens (for each prompt of a pool)."""
+    """Training budget in tokens (for each prompt of a pool); 0 keeps the start as it is."""
     batch_size: int = 2
     """Windows of a step."""
     data: Data = field(default_factory=Data)
@@ -77,6 +79,8 @@ class Train(Loading):
     """Steps between two checkpoints, from which a killed run goes on."""
     patience: int | None = None
     """Validations without a better adapter after which training stops; by default it never does."""
+    plan: bool = False
+    """Print the memory and the time that the run would take here, and stop."""
     tracking: Tracking = field(default_factory=Tracking)
     remat: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
@@ -96,8 +100,10 @@ class Train(Loading):
                 f"--pool-lengths {self.pool_lengths} must name at least one length above 0"
             )
         window = self.batch_size * self.data.sequence_length
-        if self.tokens < window:
+        if self.tokens < window and self.tokens != 0:
             raise ConfigError(f"--tokens {self.tokens} is less than one step of {window} tokens")
+        if self.patience is not None:
+            at_least("patience", self.patience, 1)
 
     @property
     def steps(self) -> int:
