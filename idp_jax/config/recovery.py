@@ -27,7 +27,7 @@ class Optimizer(Settings):
     learning_rate: float | None = None
     """Default by method: 1e-3 for prompts and prefixes, 1e-4 for LoRA."""
     schedule: Schedule = "linear"
-    """linear, cosine: warm-up, then a decay to 0; constant: one rate, so that more tokens may follow."""
+    """linear, cosine: warm-up, then a decay to 0; constant: one rate, so that more may follow."""
     warmup: float = 0.05
     """Fraction of the steps in which a linear or cosine schedule rises."""
     clip_norm: float = 1.0
