@@ -45,7 +45,8 @@ def finished(config: Train, free: tuple[str, ...]) -> dict[str, Any] | None:
         return None
     remedy = f"remove it, and the same command goes on from the last checkpoint in {config.out}"
     result, asked = read_json(file, remedy), to_dict(config)
-    known, files = result.get("config"), {name: result.get(name) for name in ADAPTERS}
+    known = result.get("config")
+    files: dict[str, Any] = {name: result.get(name) for name in ADAPTERS}
     fixed = set(asked) - set(free)
     known = known if isinstance(known, dict) else {}
     if any(known.get(key) != asked[key] for key in fixed) or not _are_files(files):
