@@ -101,6 +101,8 @@ def fit(
     check_windows(adapter, decoder, validation)
     train_step = make_train_step(optimizer, objective, steps=steps, key=key, schedule=schedule)
     state = TrainState.start(shard(adapter, mesh), optimizer)
+    # Counters are placed, too, so that a step's outcome has the form of what it was given.
+    state = jax.tree.map(lambda leaf: leaf if leaf.committed else shard(leaf, mesh), state)
 
     def prepare(batch: Batch) -> Batch:
         decoder.check(batch.tokens)  # inside the step, an id that is none is clamped

@@ -87,18 +87,19 @@ class TrainStep:
 
     def __init__(self, step: Callable):
         self._step = step
-        self._compiled: dict[Any, jax.stages.Compiled] = {}
+        self.programs: dict[Any, jax.stages.Compiled] = {}
 
     def compiled(self, state: TrainState, decoder: Decoder, batch: Batch) -> jax.stages.Compiled:
         """The program for arguments of this form, which may be shapes alone."""
         arguments = (state, decoder, batch)
         leaves, tree = jax.tree.flatten(arguments)
         form = (tree, *((x.shape, str(x.dtype), _placement(x)) for x in leaves))
-        if form not in self._compiled:
-            places = (jax.tree.map(_placement, state), None)
-            jitted = jax.jit(self._step, donate_argnums=0, out_shardings=places)
-            self._compiled[form] = jitted.lower(*arguments).compile()
-        return self._compiled[form]
+        if form not in self.programs:
+            places = jax.tree.map(_placement, state)
+            fixed = {"out_shardings": (places, None)} if jax.tree.leaves(places) else {}
+            jitted = jax.jit(self._step, donate_argnums=0, **fixed)
+            self.programs[form] = jitted.lower(*arguments).compile()
+        return self.programs[form]
 
     def __call__(self, state: TrainState, decoder: Decoder, batch: Batch):
         return self.compiled(state, decoder, batch)(state, decoder, batch)
