@@ -26,6 +26,7 @@ from idp_jax.jobs import failures, signals
 with signals.handled():  # these take the longest until a command can begin
     from idp_jax import config
     from idp_jax.config.files import part_from_dict, read_yaml
+    from idp_jax.config.presets import PRESETS, read_preset
 
 COMMANDS: dict[str, type] = {
     "demo": config.Demo,
@@ -104,27 +105,35 @@ def _hide_torch() -> None:
 def parse(kind: type, arguments: list[str], program: str) -> Any:
     """Reads a command's settings from a YAML file, if one is named, and from options, which win.
 
+    What neither says is taken from the preset, if one is named; its source is printed.
+
     Raises:
         ConfigError: an unreadable file, an unknown key or a value out of range.
     """
     import tyro
 
-    path, arguments = _config_path(arguments)
+    path, arguments = _taken("config_path", "a YAML file", arguments)
+    tree = {} if path is None else read_yaml(path)
+    if getattr(kind, "has_presets", False):
+        preset, arguments = _taken("preset", f"one of {', '.join(PRESETS)}", arguments)
+        tree |= {"preset": preset} if preset else {}
     # The file's settings are defaults; what neither it nor the class gives is still asked for.
-    given = {} if path is None else part_from_dict(kind, read_yaml(path), path)
+    given = part_from_dict(kind, tree, path or "--preset")
     for entry in dataclasses.fields(kind):
         if entry.name not in given and entry.default_factory is not dataclasses.MISSING:
             given[entry.name] = entry.default_factory()
-    about = inspect.cleandoc(kind.__doc__ or "")
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
+            settings = tyro.cli(
                 functools.partial(kind, **given),
                 args=arguments,
                 prog=program,
-                description=f"{about}\n\nOptions may also stand in a file: --config_path FILE.yaml",
+                description=_about(kind),
             )
+        if tree.get("preset"):
+            print(f"preset {tree['preset']}: {read_preset(tree['preset']).source}", file=sys.stderr)
+        return settings
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -148,18 +157,27 @@ def _first_paragraph(box: str, program: str) -> str:
     return f"{text}; see {program} --help" if text else box
 
 
-def _config_path(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """Takes `--config_path FILE` (or `--config-path`, or with `=`) out of the arguments."""
-    path, rest, items = None, [], iter(arguments)
+def _about(kind: type) -> str:
+    about = inspect.cleandoc(kind.__doc__ or "")
+    about += "\n\nOptions may also stand in a file: --config_path FILE.yaml"
+    if getattr(kind, "has_presets", False):
+        names = ", ".join(PRESETS)
+        about += f"\n\nRecipes of papers, beneath file and options: --preset NAME, one of\n{names}"
+    return about
+
+
+def _taken(option: str, what: str, arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Takes `--option VALUE` (or with `-` for `_`, or with `=`) out of the arguments."""
+    found, rest, items = None, [], iter(arguments)
     for item in items:
         name, equals, value = item.partition("=")
-        if name not in ("--config_path", "--config-path"):
+        if name not in (f"--{option}", f"--{option.replace('_', '-')}"):
             rest.append(item)
             continue
-        path = value if equals else next(items, None)
-        if not path:
-            raise config.ConfigError("--config_path needs a YAML file")
-    return path, rest
+        found = value if equals else next(items, None)
+        if not found:
+            raise config.ConfigError(f"--{option} needs {what}")
+    return found, rest
 
 
 def _usage() -> str:

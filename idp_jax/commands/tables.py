@@ -9,10 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from idp_jax.compression.plan import Plan
+from idp_jax.config import Train
 from idp_jax.evaluation.comparison import pooled_accuracy
 from idp_jax.evaluation.results import Comparison, PerplexityResult, TaskResult, VariantResult
 from idp_jax.evaluation.statistics import Estimate
-from idp_jax.jobs.progress import WIDTH
+from idp_jax.jobs.progress import WIDTH, clock
+from idp_jax.training.plan import Plan as TrainingPlan
 
 # Column of the report of a compression: what it shows of several layers' numbers.
 _SHOWN = {
@@ -168,6 +170,25 @@ def plan_table(plan: Plan, title: str, rates: dict[str, float] | None = None) ->
         rate = "" if kind == "compilation" else f", at {rates[kind] / 1e9:.3g} G/s"
         table.add_row(f"{kind}{rate}", f"{value:,.0f}")
     table.add_row("[bold]in all[/bold]", f"{sum(seconds.values()):,.0f}")
+    return table
+
+
+def training_table(plans: Sequence[TrainingPlan], settings: Train, rate: float) -> Table:
+    """What a training will take, a column for each; the time at `rate` operations a second."""
+    table = columns(f"{settings.model}: plan", "training", [plan.label for plan in plans])
+    gb = lambda size: "" if size is None else f"{size / 1e9:.2f}"
+    table.add_row("parameters", *(f"{plan.parameters:,}" for plan in plans))
+    step_tokens = f"{settings.batch_size} x {settings.data.sequence_length:,} tokens"
+    table.add_row(f"steps of {step_tokens}", *(f"{plan.steps:,}" for plan in plans))
+    table.add_section()
+    table.add_row("GB, model and state", *(gb(plan.held) for plan in plans))
+    table.add_row("GB, in a step", *(gb(plan.work) for plan in plans))
+    table.add_row("[bold]GB in all[/bold]", *(gb(plan.bytes) for plan in plans))
+    table.add_row("GB that are free here", *(gb(plan.room) for plan in plans), end_section=True)
+    times = [plan.seconds(rate) for plan in plans]
+    table.add_row(f"time, at {rate / 1e9:.3g} G operations/s", *map(clock, times))
+    if len(plans) > 1:
+        table.add_row("[bold]in all[/bold]", clock(sum(times)), *[""] * (len(plans) - 1))
     return table
 
 

@@ -3,11 +3,17 @@
 from pathlib import Path
 
 from idp_jax import config, training
+from idp_jax.commands.tables import show, training_table
+from idp_jax.formats.source import open_config
 from idp_jax.jobs.progress import Bars, console
+from idp_jax.models.config import from_hf
+from idp_jax.training.plan import measured_rate, plan
 
 
 def run(settings: config.Train) -> None:
-    """Trains an adapter and says what came of it."""
+    """Trains an adapter and says what came of it, or plans that and prints the plan."""
+    if settings.plan:
+        return _plan(settings)
     say = lambda line: console.print(line, highlight=False, soft_wrap=True)
     result = training.train(settings, progress=Bars(), say=say)
     for part in result.get("prompts", [result]):
@@ -16,7 +22,26 @@ def run(settings: config.Train) -> None:
         no_better = not part["best_step"] and result["training_tokens"]
         start = ": no step was better than the start" if no_better else ""
         say(f"best validation perplexity {shown} at step {part['best_step']}{start}")
+        if part["stopped_early"]:
+            say(
+                f"stopped at step {part['last_step']} of {settings.steps}: {settings.patience} "
+                "validations without a better one (--patience)"
+            )
     say(
         f"{result['extra_parameters']:,} parameters, {result['training_tokens']:,} tokens; "
-        f"adapter in {Path(settings.out) / 'adapter'}"
+        f"adapter in {Path(settings.out) / 'adapter'}, that of the last step in last"
     )
+
+
+def _plan(settings: config.Train) -> None:
+    """Prints what the run would take here; of the model its config.json is enough."""
+    model = from_hf(open_config(settings.model))
+    plans = plan(settings, None)
+    tokens = settings.batch_size * settings.data.sequence_length
+    dtype = "float32" if settings.dtype == "auto" else settings.dtype
+    console.print("measuring this machine", highlight=False)
+    show(training_table(plans, settings, measured_rate(model, dtype, tokens)), console)
+    for found in plans:
+        warning = found.warning(settings)
+        if warning is not None:
+            console.print(warning, highlight=False, soft_wrap=True)

@@ -22,7 +22,7 @@ Kernel = Literal["auto", "pallas_tpu", "mosaic_gpu", "xla"]
 
 TextOrder = Literal["first", "random"]
 Documents = Literal["joined", "apart"]
-Schedule = Literal["linear", "constant"]
+Schedule = Literal["linear", "cosine", "constant"]
 Repair = Literal["prompt", "prefix", "lora", "norms", "idp"]
 # Of each method of repair where none is given; `recover.methods` trains them.
 LEARNING_RATES: dict[Repair, float] = {
@@ -40,4 +40,6 @@ InitFrom = Literal["compressed", "teacher"]
 PoolTraining = Literal["apart", "joint", "clusters"]
 PoolMixture = Literal["gumbel", "soft"]
 SinkName = Literal["tensorboard", "wandb", "trackio"]
+# Each is a file of configs/presets.
+Preset = Literal["paper", "xu2023", "cartridge", "rilq", "intactkv", "qad-prompt"]
 Role = Literal["dense", "compressed", "repaired", "control"]

@@ -5,7 +5,7 @@ No number is defaulted here that the model's own config.json supplies.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from tyro.conf import Positional
 
@@ -48,6 +48,8 @@ _TEXTS = ("train", "validation")  # of `Data`, what training reads
 class Train(Loading):
     """Train a prompt, a prefix, a LoRA, norms or an IDP pool beside a model."""
 
+    has_presets: ClassVar[bool] = True  # of `config.presets`
+
     out: Path
     """Folder of the run: checkpoints, metrics.jsonl, config.yaml and, at the end, adapter/."""
     method: Repair = "prompt"
@@ -79,6 +81,8 @@ class Train(Loading):
     """Steps between two checkpoints, from which a killed run goes on."""
     patience: int | None = None
     """Validations without a better adapter after which training stops; by default it never does."""
+    plan: bool = False
+    """Print the memory and the time that the run would take here, and stop."""
     tracking: Tracking = field(default_factory=Tracking)
     remat: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
@@ -110,6 +114,8 @@ class Train(Loading):
             raise ConfigError(
                 f"--tokens {self.tokens} is less than one step of {window} tokens; 0 trains nothing"
             )
+        if self.patience is not None:
+            at_least("patience", self.patience, 1)
         self._check_start()
 
     def _check_start(self) -> None:

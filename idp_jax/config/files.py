@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from idp_jax.config.groups import ConfigError
+from idp_jax.config.presets import with_preset
 
 T = TypeVar("T")
 
@@ -44,16 +45,22 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def from_dict(kind: type[T], tree: dict[str, Any], origin: str = "configuration") -> T:
     """Builds a configuration from nested dictionaries; raises as `from_yaml`."""
-    return _checked(kind, tree, origin)
+    return _checked(kind, _whole(kind, tree), origin)
 
 
 def part_from_dict(kind: type, tree: dict[str, Any], origin: str) -> dict[str, Any]:
     """Some settings of a kind by name, each checked by itself; raises as `from_yaml`."""
     types = {entry.name: entry.type for entry in dataclasses.fields(kind)}
+    tree = _whole(kind, tree)
     for key in tree:
         if key not in types:
             raise ConfigError(f"{origin}: unknown key {key!r}")
     return {key: _checked(types[key], value, origin, key) for key, value in tree.items()}
+
+
+def _whole(kind: type, tree: dict[str, Any]) -> dict[str, Any]:
+    """The settings, with those of their preset where the kind takes one."""
+    return with_preset(tree) if getattr(kind, "has_presets", False) else tree
 
 
 def _checked(kind: Any, value: Any, origin: str, key: str | None = None) -> Any:

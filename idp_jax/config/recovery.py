@@ -6,6 +6,7 @@ A group knows no command; see `groups` for those that several commands share.
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from idp_jax.config.choices import (
     Biases,
@@ -19,7 +20,7 @@ from idp_jax.config.choices import (
     SinkName,
     TeacherForm,
 )
-from idp_jax.config.groups import ConfigError, Settings, at_least
+from idp_jax.config.groups import ConfigError, Settings, at_least, one_of
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ class Optimizer(Settings):
     learning_rate: float | None = None
     """Default by method: 1e-3 for prompts and prefixes, 1e-4 for LoRA, 5e-4 for norms."""
     schedule: Schedule = "linear"
-    """linear: warm-up, then decay to 0; constant: one rate, so that more tokens may follow."""
+    """linear, cosine: warm-up, then a decay to 0; constant: one rate, so that more may follow."""
     warmup: float = 0.05
-    """Fraction of the steps in which a linear schedule rises."""
+    """Fraction of the steps in which a linear or cosine schedule rises."""
     clip_norm: float = 1.0
     """Largest norm of the gradient."""
     weight_decay: float = 0.0
@@ -62,7 +63,7 @@ class Lora(Settings):
     targets: tuple[str, ...] = ("q", "v")
     """Matrices of every block: q k v o gate up down, or all."""
     rules: tuple[str, ...] = ()
-    """Other ranks for some matrices, as in --lora.rules "layers\\.0\\. rank=16 alpha=32" "gate skip";
+    """Other ranks for some matrices: --lora.rules "layers\\.0\\. rank=16 alpha=32" "gate skip";
     a matrix that a rule gives a rank has an update, be it a target or not."""
     rank_stabilized: bool = False
     """The update is alpha / sqrt(rank) times A B (rsLoRA)."""
@@ -228,6 +229,13 @@ class Tracking(Settings):
     """Where a run's numbers go beside metrics.jsonl."""
 
     sinks: tuple[SinkName, ...] = ("tensorboard",)
-    """tensorboard (left out where it is not installed), wandb, trackio."""
+    """tensorboard (left out where tensorboardX is not installed), wandb, trackio."""
     project: str = "idp-jax"
     """The project of wandb and trackio."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in self.sinks:
+            one_of("tracking.sinks", name, get_args(SinkName))
+        if len(set(self.sinks)) < len(self.sinks):
+            raise ConfigError(f"--tracking.sinks names one twice: {' '.join(self.sinks)}")

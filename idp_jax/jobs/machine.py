@@ -63,6 +63,20 @@ def available_memory() -> int | None:
         return None
 
 
+def shares_host() -> bool:
+    """Whether the devices are the host itself, and their memory its own."""
+    return jax.local_devices()[0].platform == "cpu"
+
+
+def free_memory() -> int | None:
+    """Bytes that the first device can still take, where that is known; on a CPU the host's."""
+    if shares_host():
+        return available_memory()
+    stats = jax.local_devices()[0].memory_stats() or {}
+    limit = stats.get("bytes_limit")
+    return None if limit is None else limit - stats.get("bytes_in_use", 0)
+
+
 def release_memory() -> None:
     """Gives freed host memory back to the system, where the C library would keep it (glibc).
 

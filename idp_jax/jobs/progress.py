@@ -119,9 +119,10 @@ class _Lines:
         self.written, elapsed = now, now - self.started
         left = "?"
         if done > self.first:
-            left = _clock(elapsed / (done - self.first) * (total - done))
+            left = clock(elapsed / (done - self.first) * (total - done))
         print(
-            f"{self.description}: {done}/{total}, {_clock(elapsed)} elapsed, {left} left",
+            f"{self.description}: {done}/{total}, {clock(elapsed)} elapsed, {left} left"
+            f"{', ' + note if note else ''}",
             file=sys.stderr,
             flush=True,
         )
@@ -142,13 +143,14 @@ def expecting(
             if len(seen) == 4:
                 (first, began), (last, now) = seen[1], seen[3]
                 left = (now - began) / (last - first) * (total - done)
-                say(f"{doing}: about {_clock(left)} left for {total - done:,} {unit}")
+                say(f"{doing}: about {clock(left)} left for {total - done:,} {unit}")
         update(done, total, note)
 
     return timed
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A time as hours, minutes and seconds."""
     return str(datetime.timedelta(seconds=round(seconds)))
 
 

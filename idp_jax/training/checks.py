@@ -13,9 +13,10 @@ from idp_jax.formats.source import open_config
 from idp_jax.models.abstract import abstract
 from idp_jax.models.config import from_hf
 from idp_jax.models.decoder import Decoder
-from idp_jax.recover.methods import METHODS, Adapter, parameter_count
+from idp_jax.recover.methods import METHODS, Adapter, Run, parameter_count
 from idp_jax.recover.selection import find_selector
 from idp_jax.sharding import parts
+from idp_jax.training.sinks import check_sinks
 from idp_jax.training.starts import abstract_start, resolved
 from idp_jax.training.teacher import check_teacher
 
@@ -30,6 +31,7 @@ def check(config: Train, mesh: jax.sharding.Mesh | None) -> int:
         ValueError: a source, selector, size or mesh that cannot be used.
     """
     find_selector(config.selector)
+    check_sinks(config)
     _check_sources(config)
     check_teacher(config)
     rows = 1 if mesh is None else parts("batch", mesh.shape)
@@ -41,10 +43,15 @@ def check(config: Train, mesh: jax.sharding.Mesh | None) -> int:
     decoder = abstract(from_hf(open_config(config.model)))
     count = 0
     for run in METHODS[config.method].runs(resolved(config)):
-        adapter = jax.eval_shape(run.init, decoder, abstract_start(config, run))
+        adapter = abstract_adapter(config, run, decoder)
         check_positions(adapter, decoder, config.data.sequence_length)
         count += parameter_count(adapter)
     return count
+
+
+def abstract_adapter(config: Train, run: Run, decoder: Decoder) -> Adapter:
+    """The shapes of a training's start; raises ValueError where the model cannot take it."""
+    return jax.eval_shape(run.init, decoder, abstract_start(config, run))
 
 
 def check_windows(adapter: Adapter, decoder: Decoder, windows: Sequence[Batch]) -> None:

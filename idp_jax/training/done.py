@@ -10,6 +10,9 @@ from idp_jax.data.sources import SELF
 from idp_jax.jobs.files import contents, fingerprint, read_json
 from idp_jax.training.starts import report_file
 
+ADAPTERS = ("adapter", "last")
+"""Folders of a run: the adapter of the best validation, and that of the last step."""
+
 _TOKEN_BYTES = 3  # of a token's text, at least in English
 
 
@@ -42,24 +45,32 @@ def finished(config: Train, free: tuple[str, ...]) -> dict[str, Any] | None:
     Raises:
         ConfigError: the result or its adapter is damaged, or another's.
     """
-    file, adapter = Path(config.out) / "result.json", Path(config.out) / "adapter"
+    file = Path(config.out) / "result.json"
     if not file.is_file():
         return None
     remedy = f"remove it, and the same command goes on from the last checkpoint in {config.out}"
     result, asked = read_json(file, remedy), to_dict(config)
-    known, files = result.get("config"), result.get("adapter")
+    known = result.get("config")
+    files: dict[str, Any] = {name: result.get(name) for name in ADAPTERS}
     fixed = set(asked) - set(free)
     known = known if isinstance(known, dict) else {}
-    if any(known.get(key) != asked[key] for key in fixed) or not isinstance(files, dict):
+    if any(known.get(key) != asked[key] for key in fixed) or not _are_files(files):
         raise ConfigError(f"{file} is not what this run found; {remedy}")
-    # An adapter that is gone is written again, from the last checkpoint.
-    if not adapter.exists() or known.get("tokens") != config.tokens:
+    # One that is gone is written again, from the last checkpoint.
+    folders = {name: Path(config.out) / name for name in ADAPTERS}
+    gone = any(not folder.exists() for folder in folders.values())
+    if gone or known.get("tokens") != config.tokens:
         return None
-    found = contents(adapter)
-    wrong = next((name for name, value in files.items() if found.get(name) != value), None)
-    if wrong is not None:
-        raise ConfigError(
-            f"{adapter / wrong} is not as this run wrote it; remove {adapter}, and the same "
-            "command writes it again"
-        )
+    for name, folder in folders.items():
+        found = contents(folder)
+        wrong = next((key for key, value in files[name].items() if found.get(key) != value), None)
+        if wrong is not None:
+            raise ConfigError(
+                f"{folder / wrong} is not as this run wrote it; remove {folder}, and the same "
+                "command writes it again"
+            )
     return result
+
+
+def _are_files(files: dict[str, Any]) -> bool:
+    return all(isinstance(found, dict) for found in files.values())

@@ -5,6 +5,7 @@ the same metrics, bit for bit, as one that was not.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -53,12 +54,16 @@ def fit(
     steps: int,
     evaluate_every: int,
     checkpoint_every: int | None = None,
+    patience: int | None = None,
     sinks: Sequence[Sink] = (),
     checkpointer: Checkpointer | None = None,
+    schedule: optax.Schedule | None = None,
     attach: Callable[[Batch], Batch] = lambda batch: batch,
     key: jax.Array | None = None,
     mesh: jax.sharding.Mesh | None = None,
     progress: Callable[[int, int, str], None] = lambda step, steps, note: None,
+    begin: Callable[[jax.stages.Compiled, int], None] = lambda program, steps: None,
+    keep_last: Callable[[Adapter], None] = lambda adapter: None,
 ) -> tuple[Adapter, dict[str, float]]:
     """Trains an adapter and returns the best one by validation loss.
 
@@ -66,20 +71,27 @@ def fit(
         batches: training batches; host arrays, which are placed on the mesh here.
         validation: batches of one size, whose mean next-token loss chooses the best adapter,
             whatever the objective: another one's value is no perplexity.
-        steps: the number of the last step.
+        steps: the number of the last step; at 0 the start is validated, and nothing is trained.
         evaluate_every: steps between two validations.
         checkpoint_every: steps between two checkpoints; by default as between validations.
-        sinks: take the objective's loss and metrics of every step and the validation losses.
+        patience: validations without a better adapter after which training ends; None for no end.
+        sinks: take the objective's loss and metrics of every step, its tokens a second, and the
+            validation losses.
         checkpointer: a run found there goes on. None keeps nothing.
+        schedule: the optimizer's learning rates, for the sinks.
         attach: puts what the objective needs beside the tokens into a batch, such as a teacher's
             word; it is given batches as they are placed on the mesh.
         key: of what is drawn at random in training.
         progress: called after every step and every batch of a validation. Where it raises
             Interrupted, the state is saved before that goes on.
+        begin: told the compiled step, and the number of steps to do, before the first validation;
+            not called where no step is left.
+        keep_last: takes the adapter as it is at the end.
 
     Returns:
         The adapter with the lowest validation loss, and "validation_loss", "validation_perplexity"
-        and "best_step" of it.
+        and "best_step" of it; "last_step", and whether patience ended the training
+        ("stopped_early").
 
     Raises:
         ValueError: a loss is not finite, training has only made the loss larger, the text has ids
@@ -87,27 +99,68 @@ def fit(
             damaged, or of a longer run.
     """
     check_windows(adapter, decoder, validation)
-    step_function = make_train_step(optimizer, objective, steps=steps, key=key)
+    train_step = make_train_step(optimizer, objective, steps=steps, key=key, schedule=schedule)
     state = TrainState.start(shard(adapter, mesh), optimizer)
-    run = _Run(state, decoder, batches, validation, steps, sinks, checkpointer, progress)
+    # Counters are placed, too, so that a step's outcome has the form of what it was given.
+    state = jax.tree.map(lambda leaf: leaf if leaf.committed else shard(leaf, mesh), state)
+
+    def prepare(batch: Batch) -> Batch:
+        decoder.check(batch.tokens)  # inside the step, an id that is none is clamped
+        return attach(shard_batch(batch, mesh))
+
+    feed = _Feed(batches, prepare)
+    run = _Run(state, decoder, feed, validation, steps, patience, sinks, checkpointer, progress)
     run.restore()
     save_every = checkpoint_every or evaluate_every
     try:
         progress(run.step, steps, "")
+        if not run.done:
+            begin(train_step.compiled(run.state, decoder, feed.look()), steps - run.step)
         if run.unvalidated is not None:
             run.validate()
-        for number in range(run.step + 1, steps + 1):
-            batch = next(batches)
-            decoder.check(batch.tokens)  # inside the step, an id that is none is clamped
-            batch = attach(shard_batch(batch, mesh))
-            run.state, values = step_function(run.state, decoder, batch)
+        while not run.done:
+            started = time.perf_counter()
+            batch = feed.take()
+            run.state, values = train_step(run.state, decoder, batch)
             values = {name: float(value) for name, value in values.items()}
-            run.take(values, evaluate_every, save_every)
-            progress(number, steps, f"loss {values['loss']:.3f}")
+            speed = batch.tokens.size / (time.perf_counter() - started)
+            run.take(values | {"tokens_per_second": speed}, evaluate_every, save_every)
+            progress(run.step, steps, f"loss {values['loss']:.3f}, {speed:,.0f} tokens/s")
     except Interrupted as stop:
         run.keep(stop)
         raise
-    return run.state.best_adapter, _summary(run.state)
+    keep_last(run.state.adapter)
+    return run.state.best_adapter, _summary(run)
+
+
+@dataclass
+class _Feed:
+    """Batches made ready, the next of which can be looked at; its place is the same until taken."""
+
+    batches: BatchIterator
+    prepare: Callable[[Batch], Batch]
+    ahead: tuple[dict[str, Any], Batch] | None = None
+
+    def look(self) -> Batch:
+        """The next batch, which stays the next."""
+        if self.ahead is None:
+            place = self.batches.state()
+            self.ahead = place, self.prepare(next(self.batches))
+        return self.ahead[1]
+
+    def take(self) -> Batch:
+        """The next batch."""
+        batch, self.ahead = self.look(), None
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        """The place of the next batch, as plain JSON."""
+        return self.batches.state() if self.ahead is None else self.ahead[0]
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes to the place of a `state`."""
+        self.batches.restore(state)
+        self.ahead = None
 
 
 @dataclass
@@ -121,9 +174,10 @@ class _Run:
 
     state: TrainState
     decoder: Decoder
-    batches: BatchIterator
+    batches: _Feed
     validation: Sequence[Batch]
     steps: int
+    patience: int | None
     sinks: Sequence[Sink]
     checkpointer: Checkpointer | None
     progress: Callable[[int, int, str], None]
@@ -133,6 +187,16 @@ class _Run:
     def step(self) -> int:
         """The last step that was done."""
         return int(self.state.step)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether patience has ended it."""
+        return self.patience is not None and int(self.state.waited) >= self.patience
+
+    @property
+    def done(self) -> bool:
+        """Whether there is no step left to do."""
+        return self.step >= self.steps or self.stopped
 
     def restore(self) -> None:
         """Goes to the last checkpoint, or to the start where there is none."""
@@ -158,11 +222,11 @@ class _Run:
     def take(self, values: dict[str, float], evaluate_every: int, save_every: int) -> None:
         """Writes a step's numbers, and validates and saves where it is time to."""
         self.write(values)
-        number, last = self.step, self.step == self.steps
-        if number % evaluate_every == 0 or last:
+        number = self.step
+        if number % evaluate_every == 0 or self.done:
             self.unvalidated = values
             self.validate()
-        if number % save_every == 0 or last:
+        if number % save_every == 0 or self.done:
             self.save()
 
     def validate(self) -> None:
@@ -176,7 +240,7 @@ class _Run:
         self.write({"validation_loss": float(loss)})
         self.state = keep_best(self.state, loss)
         best = float(self.state.best_loss)
-        never_better = self.step == self.steps and int(self.state.best_step) == 0
+        never_better = self.done and int(self.state.best_step) == 0
         if never_better and float(loss) > best + _DIVERGED:
             raise ValueError(
                 f"training diverged: the validation loss rose from {best:.3f} before the first "
@@ -221,12 +285,14 @@ def _not_finite(name: str, value: float, step: int) -> str:
     return f"the {name} is {value} at step {step}: training diverged; {_LOWER}"
 
 
-def _summary(state: TrainState) -> dict[str, float]:
-    loss = float(state.best_loss)
+def _summary(run: _Run) -> dict[str, float]:
+    loss = float(run.state.best_loss)
     return {
         "validation_loss": loss,
         "validation_perplexity": perplexity_of(loss),
-        "best_step": int(state.best_step),
+        "best_step": int(run.state.best_step),
+        "last_step": run.step,
+        "stopped_early": run.step < run.steps,
     }
 
 

@@ -8,6 +8,9 @@ from typing import Protocol, TextIO
 
 from idp_jax.jobs.files import write_text
 
+TIMINGS = ("tokens_per_second",)
+"""What depends on the clock: two equal runs differ in it."""
+
 
 class Sink(Protocol):
     """Takes the numbers of every step, in order; used by process 0 alone."""
@@ -28,15 +31,22 @@ class Sink(Protocol):
 class JsonLines:
     """A file with one JSON object a line: the step and its values; null where one is not finite.
 
-    A line is in the file when `write` returns, so that a run that is killed loses none.
+    A line is in the file when `write` returns, so that a run that is killed loses none. What the
+    clock says is left to a file of its own, so that equal runs write equal metrics.
+
+    Args:
+        timings: take what the clock says, and nothing else.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, *, timings: bool = False):
+        self.path, self._timings = Path(path), timings
         self._file: TextIO | None = None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds one line."""
+        """Adds one line, where something is to be written."""
+        values = {name: x for name, x in values.items() if (name in TIMINGS) == self._timings}
+        if not values:
+            return
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a", buffering=1, encoding="utf-8")

@@ -1,45 +1,46 @@
 """A training run: from a configuration to an adapter folder, or on from where it was interrupted.
 
-The run's folder holds config.yaml (resolved), metrics.jsonl, checkpoints/, self_text.jsonl and its
-digest where the model wrote its own text, and at the end adapter/ and result.json. A pool trains
-its prompts one after the other, each in a folder below.
+The run's folder holds config.yaml (resolved), metrics.jsonl, timing.jsonl, checkpoints/,
+self_text.jsonl and its digest where the model wrote its own text, and at the end adapter/ (of the
+best validation), last/ (of the last step) and result.json. A pool trains its prompts one after the
+other, each in a folder below.
 """
 
-import hashlib
-import json
 from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from idp_jax import formats
-from idp_jax.config import ConfigError, Train
+from idp_jax.config import Train
 from idp_jax.config.files import to_dict
-from idp_jax.data.self_text import sample_documents
 from idp_jax.data.sources import SELF
 from idp_jax.data.stream import TrainingText
 from idp_jax.formats import save_adapter
-from idp_jax.jobs.files import contents, digest, read_json, write_json, write_text
+from idp_jax.jobs.files import contents, write_json
 from idp_jax.jobs.folder import check_absent, check_writable, run_folder
 from idp_jax.jobs.machine import describe
 from idp_jax.jobs.progress import SILENT, Progress, expecting
 from idp_jax.models.decoder import Decoder
 from idp_jax.processes import first_process, gather, mesh_of
-from idp_jax.recover.methods import METHODS, Adapter, parameter_count
+from idp_jax.recover.methods import METHODS, Adapter, Run, parameter_count
 from idp_jax.training.checkpoint import Checkpointer
-from idp_jax.training.checks import check, check_tokens
-from idp_jax.training.done import finished, inputs, needed
+from idp_jax.training.checks import check
+from idp_jax.training.done import ADAPTERS, finished, inputs, needed
 from idp_jax.training.loop import fit
-from idp_jax.training.metrics import JsonLines
 from idp_jax.training.objectives import make_objective
+from idp_jax.training.plan import measured_rate, planned
+from idp_jax.training.sinks import make_sinks, where
 from idp_jax.training.starts import resolved, starts
-from idp_jax.training.step import make_optimizer
+from idp_jax.training.step import make_optimizer, make_schedule
 from idp_jax.training.teacher import Teacher
+from idp_jax.training.text import open_text, self_text
 
 # What may change between two calls that work on the same run: it does not change what is trained.
-_FREE = ("out", "mesh", "evaluate_every", "checkpoint_every")
+_FREE = ("out", "mesh", "evaluate_every", "checkpoint_every", "tracking", "plan")
 
 
 def train(
@@ -51,11 +52,12 @@ def train(
     """Trains what the configuration asks for.
 
     Args:
-        say: told the budget before the work, and how long it will take after its first steps.
+        say: told the budget before the work, the memory and the time that it will take before the
+            first step, and how long it will take after its first steps.
 
     Returns:
-        The contents of result.json: validation loss and perplexity, best step, extra parameters,
-        tokens, device and versions.
+        The contents of result.json: validation loss and perplexity, best and last step, whether
+        patience ended it, extra parameters, tokens, device and versions.
 
     Raises:
         ConfigError: the folder holds a run with another configuration.
@@ -75,20 +77,26 @@ def train(
         result = finished(config, conditions["free"])
         if result is not None:
             return result
-        first_process(lambda: check_absent(out / "adapter", overwrite=True), "adapter's folder")
+        for name in ADAPTERS:
+            first_process(partial(check_absent, out / name, overwrite=True), f"{name}'s folder")
         return _train(config, out, mesh, parameters, progress, say)
 
 
 def _extensions(config: Train) -> dict[str, Any]:
-    """What may differ from the run in the folder, and why more tokens may not, as `claim` asks."""
+    """What may differ from the run in the folder, and why others may not, as `claim` asks."""
+    free, why = set(_FREE), {}
+    if config.patience is not None:  # it counts validations
+        free -= {"evaluate_every"}
+        why["evaluate_every"] = "--patience counts validations"
     if config.data.train == SELF:
-        return {"free": _FREE, "why": {"tokens": "a longer run is written another text"}}
-    if config.optimizer.schedule == "linear":
-        why = (
+        why["tokens"] = "a longer run is written another text"
+    elif config.optimizer.schedule != "constant":
+        why["tokens"] = (
             "the learning rate falls over the whole budget; --optimizer.schedule constant does not"
         )
-        return {"free": _FREE, "why": {"tokens": why}}
-    return {"free": (*_FREE, "tokens")}
+    else:
+        free |= {"tokens"}
+    return {"free": tuple(sorted(free)), "why": why}
 
 
 def _train(
@@ -97,11 +105,12 @@ def _train(
     tokenizer = formats.load_tokenizer(config.model)
     text = None
     if config.data.train != SELF:
-        text = _text(config, out, str(config.data.train), tokenizer)
+        text = open_text(config, out, str(config.data.train), tokenizer)
     teacher = Teacher(config, tokenizer, mesh=mesh, progress=progress)
     method = METHODS[config.method]
     runs = method.runs(resolved(config))
     say(_budget(config, [run.label for run in runs], parameters))
+    say(where(config))
     decoder = formats.load_model(
         config.model,
         **config.held,
@@ -110,40 +119,42 @@ def _train(
         progress=progress.tracker("loading"),
     )
     if text is None:
-        source = _self_text(config, out, decoder, teacher, tokenizer, progress, say)
-        text = _text(config, out, source, tokenizer)
+        source = self_text(config, out, decoder, teacher, tokenizer, progress, say)
+        text = open_text(config, out, source, tokenizer)
     keys = [jax.random.fold_in(jax.random.key(config.seed), n) for n in range(len(runs))]
     begun = starts(config, runs, keys, tokenizer, text, lambda: teacher.decoder)
     adapters = [run.init(decoder, start) for run, start in zip(runs, begun, strict=True)]
     del begun  # and with it the teacher, unless the objective asks for it
     teacher.release()
-    trained, summaries = [], []
+    trained, lasts, summaries = [], [], []
+    expect = _Expectation(config, decoder, mesh, say)
     for run, key, start in zip(runs, keys, adapters, strict=True):
         with progress.bar(f"training {run.label}", "steps") as update:
             update = expecting(update, f"training {run.label}", "steps", say)
             folder = out / run.folder
+            begin = partial(expect, run, start)
             adapter, summary = _fit(
-                config, start, decoder, teacher, text, folder, key, mesh, update
+                *(config, start, decoder, teacher, text, folder, key, mesh, update),
+                *(begin, lasts.append),
             )
         trained.append(adapter)
         summaries.append(summary)
-    adapter = method.combine(config, trained)
+    adapters = [method.combine(config, parts) for parts in (trained, lasts)]
+    steps = sum(summary["last_step"] for summary in summaries)
     result = {
         "method": config.method,
-        "extra_parameters": parameter_count(adapter),
-        "training_tokens": config.steps
-        * config.batch_size
-        * config.data.sequence_length
-        * len(trained),
+        "extra_parameters": parameter_count(adapters[0]),
+        "training_tokens": steps * config.batch_size * config.data.sequence_length,
         **(summaries[0] if len(summaries) == 1 else {"prompts": summaries}),
         "config": to_dict(config),
         "environment": describe(),
     }
-    whole = gather(adapter)
+    whole = {name: gather(adapter) for name, adapter in zip(ADAPTERS, adapters, strict=True)}
 
     def write() -> None:
-        save_adapter(whole, out / "adapter", decoder=decoder, base=config.model, overwrite=True)
-        result["adapter"] = contents(out / "adapter")
+        for name, adapter in whole.items():
+            save_adapter(adapter, out / name, decoder=decoder, base=config.model, overwrite=True)
+            result[name] = contents(out / name)
         write_json(out / "result.json", result)
 
     first_process(write, "result")
@@ -157,6 +168,9 @@ def _budget(config: Train, labels: list[str], parameters: int) -> str:
     each = " each" if len(labels) > 1 else ""
     writer = config.teacher.model or f"{config.model} itself"
     source = f"text that {writer} writes" if data.train == SELF else data.train
+    if not steps:
+        start = f"the start of {' and '.join(labels)} ({parameters:,} parameters)"
+        return f"{start} is kept as it is: no tokens are trained on, {source} is measured on"
     return (
         f"training {' and '.join(labels)} ({parameters:,} parameters): {steps:,} steps of "
         f"{config.batch_size} x {data.sequence_length:,} tokens{each}, "
@@ -164,19 +178,24 @@ def _budget(config: Train, labels: list[str], parameters: int) -> str:
     )
 
 
-def _text(config: Train, out: Path, source: str, tokenizer) -> TrainingText:
-    text = TrainingText.open(
-        source,
-        tokenizer,
-        config.data.sequence_length,
-        validation=config.data.validation,
-        validation_windows=config.data.validation_windows,
-        seed=config.seed,
-        folder=out,
-        apart=config.data.documents == "apart",
-    )
-    check_tokens(config, text)
-    return text
+class _Expectation:
+    """Says of each training what it will take, once its step is compiled."""
+
+    def __init__(self, config: Train, decoder: Decoder, mesh, say: Callable[[str], None]):
+        self._config, self._decoder, self._mesh, self._say = config, decoder, mesh, say
+        self._rate: float | None = None
+
+    def __call__(self, run: Run, adapter: Adapter, program: jax.stages.Compiled, steps: int):
+        config, model = self._config, self._decoder.config
+        if self._rate is None:
+            tokens = config.batch_size * config.data.sequence_length
+            self._rate = measured_rate(model, self._decoder.embedding.dtype, tokens)
+        loaded = self._decoder
+        found = planned(config, run, model, adapter, program, steps, self._mesh, loaded)
+        self._say(found.line(self._rate))
+        warning = found.warning(config)
+        if warning is not None:
+            self._say(warning)
 
 
 def _fit(
@@ -184,17 +203,18 @@ def _fit(
     start: Adapter,
     decoder: Decoder,
     teacher: Teacher,
-    text,
+    text: TrainingText,
     folder: Path,
-    key,
-    mesh,
-    update,
-):
+    key: jax.Array,
+    mesh: jax.sharding.Mesh | None,
+    update: Callable[..., None],
+    begin: Callable[..., None],
+    keep_last: Callable[[Adapter], None],
+) -> tuple[Adapter, dict[str, float]]:
     """One training with the parts that the configuration names; as `fit`."""
-    with (
-        closing(JsonLines(folder / "metrics.jsonl")) as metrics,
-        Checkpointer(folder / "checkpoints") as checkpointer,
-    ):
+    with ExitStack() as held:
+        sinks = [held.enter_context(closing(sink)) for sink in make_sinks(config, folder)]
+        checkpointer = held.enter_context(Checkpointer(folder / "checkpoints"))
         return fit(
             start,
             decoder,
@@ -205,52 +225,14 @@ def _fit(
             steps=config.steps,
             evaluate_every=config.evaluate_every,
             checkpoint_every=config.checkpoint_every,
-            sinks=[metrics],
+            patience=config.patience,
+            sinks=sinks,
+            schedule=make_schedule(config.optimizer, config.learning_rate, config.steps),
             checkpointer=checkpointer,
             attach=teacher.attach,
             key=key,
             mesh=mesh,
             progress=update,
+            begin=begin,
+            keep_last=keep_last,
         )
-
-
-def _self_text(
-    config: Train,
-    out: Path,
-    decoder: Decoder,
-    teacher: Teacher,
-    tokenizer,
-    progress: Progress,
-    say: Callable,
-) -> str:
-    """Text of the model's own, written once into a file that is then read like any other."""
-    file, kept = out / "self_text.jsonl", out / "self_text.partial.jsonl"
-    written = out / "self_text.digest.json"
-    remedy = f"remove {file}, and the same command writes it again"
-    if file.is_file() and read_json(written, remedy).get(file.name) != digest(file):
-        raise ConfigError(f"{file} is not as this run wrote it; {remedy}")
-    if not file.is_file():
-        writer = decoder if config.teacher.model is None else teacher.decoder
-        held_out = 0 if config.data.validation else config.data.validation_windows
-        wanted = config.tokens + (held_out + 1) * config.data.sequence_length
-        doing = "sampling text from the model"
-        with progress.bar(doing, "tokens") as update:
-            texts = sample_documents(
-                writer,
-                tokenizer,
-                wanted,
-                document_tokens=min(config.data.sequence_length, 512),
-                seed=config.seed,
-                progress=expecting(update, doing, "tokens", say),
-                kept=kept,
-            )
-        teacher.release()
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-
-        def write() -> None:  # its digest first: a text without one is not this run's
-            write_json(written, {file.name: hashlib.sha256(lines.encode()).hexdigest()})
-            write_text(file, lines)
-
-        first_process(write, "text")
-    first_process(lambda: kept.unlink(missing_ok=True), "text: sampled")
-    return str(file)

@@ -21,7 +21,11 @@ from idp_jax.training.objectives import Objective, next_token
 
 
 class TrainState(struct.PyTreeNode):
-    """Everything that a run needs to go on, and the best adapter so far."""
+    """Everything that a run needs to go on, and the best adapter so far.
+
+    Attributes:
+        waited: int32 scalar, validations since that of the best adapter.
+    """
 
     adapter: Any
     optimizer: Any
@@ -29,6 +33,7 @@ class TrainState(struct.PyTreeNode):
     best_adapter: Any
     best_loss: jax.Array
     best_step: jax.Array
+    waited: jax.Array
 
     @classmethod
     def start(cls, adapter: Any, optimizer: optax.GradientTransformation) -> "TrainState":
@@ -41,28 +46,69 @@ class TrainState(struct.PyTreeNode):
             best_adapter=jax.tree.map(jnp.copy, adapter),
             best_loss=jnp.full((), jnp.inf, jnp.float32),
             best_step=jnp.zeros((), jnp.int32),
+            waited=jnp.zeros((), jnp.int32),
         )
+
+
+def make_schedule(settings: Optimizer, learning_rate: float, steps: int) -> optax.Schedule:
+    """The learning rate of a step, counted from 0: a linear rise, then a decay to 0; or constant.
+
+    The decay is a line, or half a wave of the cosine (Loshchilov & Hutter 2017, one cycle).
+    """
+    if settings.schedule == "constant":
+        return optax.constant_schedule(learning_rate)
+    warmup = max(1, min(round(settings.warmup * steps), steps))
+    left = max(1, steps - warmup)
+    if settings.schedule == "cosine":
+        decay = optax.cosine_decay_schedule(learning_rate, left)
+    else:
+        decay = optax.linear_schedule(learning_rate, 0.0, left)
+    rise = optax.linear_schedule(learning_rate / warmup, learning_rate, warmup - 1 or 1)
+    return optax.join_schedules([rise, decay], [warmup])
 
 
 def make_optimizer(
     settings: Optimizer, learning_rate: float, steps: int
 ) -> optax.GradientTransformation:
-    """AdamW behind a global-norm clip, with linear warm-up and linear decay to 0, or neither."""
-    if settings.schedule == "constant":
-        rate = optax.constant_schedule(learning_rate)
-    else:
-        warmup = max(1, min(round(settings.warmup * steps), steps))  # 1 also of no steps
-        rate = optax.join_schedules(
-            [
-                optax.linear_schedule(learning_rate / warmup, learning_rate, warmup - 1 or 1),
-                optax.linear_schedule(learning_rate, 0.0, max(1, steps - warmup)),
-            ],
-            [warmup],
-        )
+    """AdamW behind a global-norm clip, at the rates of `make_schedule`."""
     return optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),
-        optax.adamw(rate, weight_decay=settings.weight_decay),
+        optax.adamw(
+            make_schedule(settings, learning_rate, steps), weight_decay=settings.weight_decay
+        ),
     )
+
+
+class TrainStep:
+    """A compiled step: (state, decoder, batch) -> (state, metrics); the state is donated.
+
+    It is compiled ahead, once for each form of its arguments, so that what it will take is known
+    before it runs. A state leaves it where it came in: placed as it was.
+    """
+
+    def __init__(self, step: Callable):
+        self._step = step
+        self.programs: dict[Any, jax.stages.Compiled] = {}
+
+    def compiled(self, state: TrainState, decoder: Decoder, batch: Batch) -> jax.stages.Compiled:
+        """The program for arguments of this form, which may be shapes alone."""
+        arguments = (state, decoder, batch)
+        leaves, tree = jax.tree.flatten(arguments)
+        form = (tree, *((x.shape, str(x.dtype), _placement(x)) for x in leaves))
+        if form not in self.programs:
+            places = jax.tree.map(_placement, state)
+            fixed = {"out_shardings": (places, None)} if jax.tree.leaves(places) else {}
+            jitted = jax.jit(self._step, donate_argnums=0, **fixed)
+            self.programs[form] = jitted.lower(*arguments).compile()
+        return self.programs[form]
+
+    def __call__(self, state: TrainState, decoder: Decoder, batch: Batch):
+        return self.compiled(state, decoder, batch)(state, decoder, batch)
+
+
+def _placement(leaf: Any) -> jax.sharding.Sharding | None:
+    """Where an array was put, or None where that is left open."""
+    return leaf.sharding if getattr(leaf, "committed", False) else None
 
 
 def make_train_step(
@@ -71,12 +117,14 @@ def make_train_step(
     *,
     steps: int = 1,
     key: jax.Array | None = None,
-) -> Callable:
-    """A compiled step: (state, decoder, batch) -> (state, metrics); the state is donated.
+    schedule: optax.Schedule | None = None,
+) -> TrainStep:
+    """The step of a training.
 
     Args:
         steps: of the whole training, which a schedule of the adapter's own goes by.
         key: of what is drawn at random in training, folded with the number of the step.
+        schedule: the optimizer's learning rates, to be among the metrics.
     """
     key = jax.random.key(0) if key is None else key
 
@@ -98,11 +146,13 @@ def make_train_step(
         adapter = optax.apply_updates(state.adapter, updates)
         adapter = jax.tree.map(pick, learns, adapter, state.adapter)
         metrics = {"loss": value, **parts, "gradient_norm": optax.tree.norm(gradient)}
+        if schedule is not None:
+            metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
         return state.replace(
             adapter=adapter, optimizer=optimizer_state, step=state.step + 1
         ), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return TrainStep(step)
 
 
 @jax.jit
@@ -136,4 +186,5 @@ def keep_best(state: TrainState, loss: jax.Array) -> TrainState:
         best_adapter=jax.tree.map(pick, state.adapter, state.best_adapter),
         best_loss=pick(loss, state.best_loss),
         best_step=pick(state.step, state.best_step),
+        waited=pick(jnp.zeros_like(state.waited), state.waited + 1),
     )

@@ -22,7 +22,12 @@ from idp_jax.config.files import from_dict, from_yaml, to_dict
 
 ROOT = Path(__file__).parents[2]
 KINDS = {"compress": Compress, "train": Train, "configs": Demo, "eval": Evaluate}
-FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
+PRESETS = ROOT / "configs" / "presets"  # settings of a recipe alone, see test_presets.py
+FILES = sorted(
+    str(path.relative_to(ROOT))
+    for path in (ROOT / "configs").rglob("*.yaml")
+    if path.parent != PRESETS
+)
 TRAIN = {"model": "m", "out": "o"}
 EVALUATE = {"model": "m", "out": "o", "tasks": "sciq"}
 

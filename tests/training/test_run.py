@@ -236,14 +236,24 @@ def test_text_of_its_own_that_was_changed_is_not_trained_on(files, tmp_path, cha
 
 
 def test_a_result_is_json_whatever_the_loss(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "fit", lambda start, *args, **options: (start, dict(SUMMARY)))
+    def fit(start, *args, keep_last, **options):
+        keep_last(start)
+        return start, dict(SUMMARY)
+
+    monkeypatch.setattr(run, "fit", fit)
     result = train(run_settings(files, tmp_path / "run"))
     assert result["validation_perplexity"] == float("inf")
     text = (tmp_path / "run" / "result.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail)["validation_perplexity"] is None
 
 
-SUMMARY = {"validation_loss": 900.0, "validation_perplexity": float("inf"), "best_step": 0}
+SUMMARY = {
+    "validation_loss": 900.0,
+    "validation_perplexity": float("inf"),
+    "best_step": 0,
+    "last_step": 2,
+    "stopped_early": False,
+}
 
 
 def test_a_text_that_is_too_short(files, tmp_path):
