@@ -19,6 +19,10 @@ class TrainingText:
 
     A local text is kept whole, in a file, and shuffled anew every epoch; a hub dataset is streamed
     through a shuffle buffer.
+
+    Attributes:
+        order: which of the orders of a local text's windows that follow from the seed.
+        chosen: int [W], numbers of the local windows that are trained on; None for all.
     """
 
     source: str
@@ -28,6 +32,8 @@ class TrainingText:
     local: np.ndarray | None
     held_out: int
     seed: int
+    order: int = 0
+    chosen: np.ndarray | None = None
 
     @classmethod
     def open(
@@ -92,11 +98,18 @@ class TrainingText:
         if self.local is None:
             yield from islice(self._streamed(), start, None)
             return
-        epoch, place = divmod(start, len(self.local))
+        places = np.arange(len(self.local)) if self.chosen is None else self.chosen
+        epoch, place = divmod(start, len(places))
         while True:
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.local))
-            yield from (self.local[index] for index in order[place:])
+            seeds = [self.seed, epoch, *([self.order] if self.order else [])]
+            order = np.random.default_rng(seeds).permutation(len(places))
+            yield from (self.local[index] for index in places[order[place:]])
             epoch, place = epoch + 1, 0
+
+    def first(self, count: int) -> np.ndarray:
+        """The first training windows, int32 [N, length]: `count`, or all of a local text."""
+        count = count if self.local is None else min(count, len(self.local))
+        return np.stack(list(islice(self.windows(), count)))
 
     def _streamed(self) -> Iterator[np.ndarray]:
         """Pass after pass over a stream, all in the same order: what is held out stays so."""

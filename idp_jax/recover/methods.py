@@ -5,18 +5,20 @@ an adapter is written to a file is told by its class, in `formats.adapters`.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
 from idp_jax.config import Train
 from idp_jax.models.decoder import Decoder
+from idp_jax.recover.joint import Joint
 from idp_jax.recover.lora import LoraAdapter
-from idp_jax.recover.pool import Pool
+from idp_jax.recover.pool import Pool, check_prefixes
 from idp_jax.recover.prefix import PrefixAdapter
 from idp_jax.recover.prompt import SoftPrompt
 from idp_jax.recover.repaired import Repaired
+from idp_jax.recover.selection import find_selector
 from idp_jax.recover.starts import Start
 
 
@@ -35,11 +37,15 @@ class Run(NamedTuple):
         label: what a progress bar calls it.
         folder: where its checkpoints and metrics lie, below the job's folder; "" for that itself.
         init: (decoder, start) -> the adapter before training.
+        order: which of the training windows' orders; runs of one pool take different ones.
+        cluster: (number, of how many) clusters of the text that it is trained on; None for all.
     """
 
     label: str
     folder: str
     init: Callable[[Decoder, Start], Adapter]
+    order: int = 0
+    cluster: tuple[int, int] | None = None
 
 
 class Method(NamedTuple):
@@ -47,11 +53,14 @@ class Method(NamedTuple):
 
     Attributes:
         runs: the trainings that the settings ask for, done one after the other.
-        combine: (settings, their adapters) -> the adapter that is kept.
+        combine: (settings, their adapters, model, text) -> the adapter that is kept; text is a
+            number -> at most so many training windows int32 [N, T].
     """
 
     runs: Callable[[Train], list[Run]]
-    combine: Callable[[Train, list], Adapter] = lambda settings, trained: trained[0]
+    combine: Callable[[Train, list, Decoder, Callable[[int], np.ndarray]], Adapter] = (
+        lambda settings, trained, decoder, text: trained[0]
+    )
 
 
 def _prompt_of(length: int, folder: str) -> Run:
@@ -65,11 +74,15 @@ def _prompt(settings: Train) -> list[Run]:
     return [_prompt_of(settings.prompt_length, "")]
 
 
-def _prefix(settings: Train) -> list[Run]:
+def _prefix_of(length: int, folder: str) -> Run:
     def init(decoder: Decoder, start: Start) -> PrefixAdapter:
-        return PrefixAdapter.init(decoder, settings.prompt_length, start.key)
+        return PrefixAdapter.init(decoder, length, start.key)
 
-    return [Run("prefix", "", init)]
+    return Run("prefix", folder, init)
+
+
+def _prefix(settings: Train) -> list[Run]:
+    return [_prefix_of(settings.prompt_length, "")]
 
 
 def _lora(settings: Train) -> list[Run]:
@@ -84,18 +97,48 @@ def _lora(settings: Train) -> list[Run]:
 
 
 def _pool(settings: Train) -> list[Run]:
-    """The prompts of a pool are trained apart, each as if it stood by itself."""
-    return [
-        _prompt_of(length, f"prompt_{number}")
-        for number, length in enumerate(settings.pool_lengths)
-    ]
+    """One run for each prompt, as if it stood by itself, or one for all of them and the selector.
+
+    Raises:
+        ValueError: the settings do not fit the prompts' lengths.
+    """
+    of = _prefix_of if settings.pool.of == "prefixes" else _prompt_of
+    if settings.pool.of == "prefixes":
+        check_prefixes(settings.pool_lengths)
+    apart = [of(n, f"prompt_{number}") for number, n in enumerate(settings.pool_lengths)]
+    if settings.pool.training == "apart":
+        return [run._replace(order=number) for number, run in enumerate(apart)]
+    if settings.pool.training == "clusters":
+        return [run._replace(cluster=(number, len(apart))) for number, run in enumerate(apart)]
+    joint = Joint(
+        settings.pool.mixture,
+        settings.pool.temperature,
+        settings.pool.balance,
+        settings.pool.distractors,
+    )
+
+    def init(decoder: Decoder, start: Start) -> Pool:
+        own, *keys = jax.random.split(start.key, len(apart) + 1)
+        each = zip(apart, keys, strict=True)
+        prompts: list[Any] = [run.init(decoder, start._replace(key=key)) for run, key in each]
+        selector = find_selector(settings.selector, (decoder, len(apart), own))
+        return Pool(prompts, selector, joint)
+
+    return [Run(f"pool of {len(apart)} {settings.pool.of}", "", init)]
+
+
+def _pool_of(settings: Train, trained: list, decoder: Decoder, text: Callable) -> Pool:
+    if settings.pool.training == "joint":  # how it was trained is no part of a pool in use
+        return Pool(list(trained[0].prompts), trained[0].selector)
+    start = (decoder, len(trained), jax.random.key(settings.seed))
+    return Pool(trained, find_selector(settings.selector, start)).fitted(decoder, text)
 
 
 METHODS: dict[str, Method] = {
     "prompt": Method(_prompt),
     "prefix": Method(_prefix),
     "lora": Method(_lora),
-    "idp": Method(_pool, lambda settings, trained: Pool(trained, settings.selector)),
+    "idp": Method(_pool, _pool_of),
 }
 
 

@@ -35,6 +35,11 @@ class PrefixAdapter(nnx.Module):
         kv = encode_prompts(decoder, [prompt.embeddings[...]])
         return cls(kv.k[:, 0].astype(jnp.float32), kv.v[:, 0].astype(jnp.float32))
 
+    @property
+    def length(self) -> int:
+        """The number of prefix tokens P."""
+        return self.k.shape[1]
+
     def repair(self, decoder: Decoder) -> Repaired:
         """The model with this prefix before every input; the input starts at position P."""
         length = self.k.shape[1]

@@ -14,7 +14,7 @@ from idp_jax.models.abstract import abstract
 from idp_jax.models.config import from_hf
 from idp_jax.models.decoder import Decoder
 from idp_jax.recover.methods import METHODS, Adapter, parameter_count
-from idp_jax.recover.selection import find_selector
+from idp_jax.recover.selection import check_selector
 from idp_jax.recover.starts import Start
 from idp_jax.sharding import parts
 
@@ -28,7 +28,7 @@ def check(config: Train, mesh: jax.sharding.Mesh | None) -> int:
     Raises:
         ValueError: a source, selector, size or mesh that cannot be used.
     """
-    find_selector(config.selector)
+    check_selector(config.selector, joint=config.pool.training == "joint")
     _check_sources(config)
     rows = 1 if mesh is None else parts("batch", mesh.shape)
     if config.batch_size % rows:

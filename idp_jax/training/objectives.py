@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from idp_jax.data.batch import Batch
-from idp_jax.recover.repaired import Repaired
+from idp_jax.recover.repaired import Repaired, with_penalties
 
 
 class Objective(Protocol):
@@ -49,7 +49,7 @@ def next_token(
 
 
 def _with(penalties: dict[str, jax.Array], loss: jax.Array):
-    return sum(penalties.values(), loss), penalties
+    return with_penalties(loss, penalties), penalties
 
 
 OBJECTIVES: dict[str, Callable] = {"ce": next_token}

@@ -32,6 +32,7 @@ from idp_jax.recover.methods import METHODS, Adapter, parameter_count
 from idp_jax.recover.starts import Start
 from idp_jax.training.checkpoint import Checkpointer
 from idp_jax.training.checks import check, check_tokens
+from idp_jax.training.clusters import part_of
 from idp_jax.training.done import finished, inputs, needed
 from idp_jax.training.loop import fit
 from idp_jax.training.metrics import JsonLines
@@ -118,10 +119,11 @@ def _train(
         with progress.bar(f"training {run.label}", "steps") as update:
             update = expecting(update, f"training {run.label}", "steps", say)
             folder = out / run.folder
-            adapter, summary = _fit(config, start, decoder, text, folder, key, mesh, update)
+            part = part_of(text, decoder, run.cluster, run.order)
+            adapter, summary = _fit(config, start, decoder, part, folder, key, mesh, update)
         trained.append(adapter)
         summaries.append(summary)
-    adapter = method.combine(config, trained)
+    adapter = method.combine(config, trained, decoder, text.first)
     result = {
         "method": config.method,
         "extra_parameters": parameter_count(adapter),

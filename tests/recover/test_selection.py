@@ -104,7 +104,7 @@ NAMES = {
     "arguments": ("MINE:two", r"two must be called as \(inputs\) .*missing .*'other'"),
     "option": ("fixed(place=2)", "must be called .*unexpected keyword argument 'place'"),
     "bad-option": ("fixed(index=x)", "cannot read the options .*name\\(option=1"),
-    "parameters": ("linear_router", "linear_router has parameters.*train a Pool"),
+    "parameters": ("linear_router", "linear_router has parameters.*train a pool .*joint"),
 }
 
 
