@@ -1,6 +1,8 @@
 """Whole runs of pools: jointly, by clusters, of prefixes; routers from the command line."""
 
 import json
+from dataclasses import replace
+from itertools import islice
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +12,13 @@ import pytest
 from idp_jax import load_adapter, load_model
 from idp_jax.cli import main
 from idp_jax.config import ConfigError, Data, Optimizer, Pool, Train
+from idp_jax.data.stream import TrainingText
 from idp_jax.evaluation import read
 from idp_jax.evaluation.perplexity import perplexity
-from idp_jax.formats.adapters import read_adapter
+from idp_jax.recover.methods import METHODS
+from idp_jax.recover.starts import Start
 from idp_jax.training import train
-from tests.helpers import tiny_folder, tiny_tokenizer
+from tests.helpers import tiny_decoder, tiny_folder, tiny_tokenizer
 
 LENGTH = 16  # tokens of a window
 ALPHABETS = ("aeio", "stkz")
@@ -147,12 +151,28 @@ def test_a_joint_run_is_one_run(files, tmp_path):
 
 
 @pytest.mark.parametrize("training", ["apart", "joint", "clusters"])
-def test_prompts_of_one_length_begin_and_end_differently(files, tmp_path, training):
-    config = run_settings(files, tmp_path / "run", pool=Pool(training=training), steps=1)
-    train(config)
-    pool = read_adapter(load_model(files / "model"), tmp_path / "run" / "adapter")
-    first, second = (np.asarray(prompt.embeddings[...]) for prompt in pool.prompts)
+def test_prompts_of_one_length_begin_differently(files, tmp_path, training):
+    config = run_settings(files, tmp_path / "run", pool=Pool(training=training))
+    runs = METHODS["idp"].runs(config)
+    keys = [jax.random.fold_in(jax.random.key(0), number) for number in range(len(runs))]
+    made = [run.init(tiny_decoder(), Start(key)) for run, key in zip(runs, keys, strict=True)]
+    prompts = made[0].prompts if training == "joint" else made
+    first, second = (np.asarray(prompt.embeddings[...]) for prompt in prompts)
     assert not (first == second).all(-1).any()
+    orders, clusters = [run.order for run in runs], [run.cluster for run in runs]
+    assert (orders == [0, 1]) == (training == "apart")
+    assert (clusters == [(0, 2), (1, 2)]) == (training == "clusters")
+
+
+def test_a_text_has_several_orders_and_parts():
+    windows = np.arange(40, dtype=np.int32).reshape(10, 4)
+    text = TrainingText("", None, 4, windows[-2:], windows[:-2], 0, 0)
+    epoch = lambda text, number: [int(row[0]) for row in islice(text.windows(), number)]
+    assert epoch(text, 8) != epoch(replace(text, order=1), 8)
+    assert sorted(epoch(replace(text, order=1), 8)) == sorted(epoch(text, 8))
+    part = replace(text, chosen=np.array([1, 4, 6]))
+    assert sorted(epoch(part, 3)) == [4, 16, 24] and sorted(epoch(part, 6)[3:]) == [4, 16, 24]
+    assert len(text.first(100)) == 8
 
 
 def test_clusters_of_the_text_are_the_sources(files, tmp_path):
