@@ -86,12 +86,16 @@ def test_the_temperature_falls_geometrically():
     np.testing.assert_allclose(found, [2.0, 0.2], rtol=1e-6)
 
 
-@pytest.mark.parametrize("selector", ["mean_attention", "linear_router", "free_energy"])
+PARAMETERS = {"mean_attention": 0, "contribution(layer=1)": 0, "linear_router": 2}
+PARAMETERS |= {"mlp_router(layer=1, width=8)": 4, "cosine_keys": 1}
+
+
+@pytest.mark.parametrize("selector", PARAMETERS)
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_reach_prompts_and_router(name, selector):
     found = gradient(pool(name, selector, (3, 7, 5)), model(name), batch(name), START)
     leaves = jax.tree.leaves(found)
-    assert len(leaves) == (5 if selector == "linear_router" else 3)
+    assert len(leaves) == 3 + PARAMETERS[selector]
     for leaf in leaves:
         assert np.isfinite(leaf).all() and np.abs(leaf).max() > 1e-6
 

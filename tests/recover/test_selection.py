@@ -215,7 +215,10 @@ def mixture(repaired, batch: Batch):
     return (weights * jnp.stack(losses, -1)).sum(-1).mean(), {"largest_share": usage.max()}
 
 
-@pytest.mark.parametrize("name", ["linear_router", "MINE:Router(width=3)"])
+ROUTERS = ("linear_router", "mlp_router(width=3)", "cosine_keys(pull=0.1)", "MINE:Router(width=3)")
+
+
+@pytest.mark.parametrize("name", ROUTERS)
 def test_a_router_trains_with_its_pool_and_is_saved_with_it(tmp_path, mine, name):
     selector = find_selector(name.replace("MINE", str(mine)), (model(), 3, KEY))
     before = pool(selector)
