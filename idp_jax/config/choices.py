@@ -38,6 +38,7 @@ LoraStart = Literal["zero", "eora"]
 InitTokens = Literal["vocabulary", "text", "random", "zeros"]
 InitFrom = Literal["compressed", "teacher"]
 PoolTraining = Literal["apart", "joint", "clusters"]
+PoolKind = Literal["prompts", "prefixes"]
 PoolMixture = Literal["gumbel", "soft"]
 SinkName = Literal["tensorboard", "wandb", "trackio"]
 # Each is a file of configs/presets.

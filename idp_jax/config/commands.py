@@ -122,7 +122,8 @@ class Train(Loading):
         """Refuses a start that the method does not have."""
         if self.method == "lora" and self.lora.start == "eora" and self.teacher.model is None:
             raise ConfigError("--lora.start eora needs the uncompressed model: --teacher.model")
-        if self.init.model == "teacher" and self.method != "prefix":
+        of_prefixes = self.method == "idp" and self.pool.of == "prefixes"
+        if self.init.model == "teacher" and self.method != "prefix" and not of_prefixes:
             raise ConfigError(
                 f"--init.model teacher is a start of --method prefix; {self.method} has no keys "
                 "and values"

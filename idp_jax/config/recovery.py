@@ -14,6 +14,7 @@ from idp_jax.config.choices import (
     InitFrom,
     InitTokens,
     LoraStart,
+    PoolKind,
     PoolMixture,
     PoolTraining,
     Schedule,
@@ -203,10 +204,12 @@ class Prefix(Settings):
 
 @dataclass(frozen=True)
 class Pool(Settings):
-    """How the prompts of a pool are trained."""
+    """What a pool holds, and how it is trained."""
 
+    of: PoolKind = "prompts"
+    """Soft prompts of any lengths, or prefixes (keys and values of every layer) of one length."""
     training: PoolTraining = "apart"
-    """Each by itself (the paper), jointly behind the selector, or each on a cluster of the text."""
+    """Each by itself (the paper), jointly with the selector, or each on a cluster of the text."""
     mixture: PoolMixture = "gumbel"
     """Of joint training: one prompt by Gumbel noise, straight through, or a soft mixture."""
     temperature: tuple[float, float] = (1.0, 0.1)
@@ -220,8 +223,8 @@ class Pool(Settings):
         super().__post_init__()
         at_least("pool.distractors", self.distractors, 0)
         at_least("pool.balance", self.balance, 0)
-        if min(self.temperature) <= 0:
-            raise ConfigError(f"--pool.temperature {self.temperature} must be above 0")
+        if not all(0 < temperature < math.inf for temperature in self.temperature):
+            raise ConfigError(f"--pool.temperature {self.temperature} must be above 0, and finite")
 
 
 @dataclass(frozen=True)

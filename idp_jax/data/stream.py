@@ -24,6 +24,8 @@ class TrainingText:
         validation, local: int32 [W, length]; `local` is None for a stream.
         validation_segments, local_segments: the document of each of their tokens where documents
             are kept apart, else None.
+        order: which of the orders of a local text's windows that follow from the seed.
+        chosen: int [W], numbers of the local windows that are trained on; None for all.
     """
 
     source: str
@@ -35,6 +37,8 @@ class TrainingText:
     seed: int
     validation_segments: np.ndarray | None = None
     local_segments: np.ndarray | None = None
+    order: int = 0
+    chosen: np.ndarray | None = None
 
     @classmethod
     def open(
@@ -118,10 +122,12 @@ class TrainingText:
         if self.local is None:
             yield from islice(self._streamed(), start, None)
             return
-        epoch, place = divmod(start, len(self.local))
+        places = np.arange(len(self.local)) if self.chosen is None else self.chosen
+        epoch, place = divmod(start, len(places))
         while True:
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.local))
-            yield from (self._local_window(index) for index in order[place:])
+            seeds = [self.seed, epoch, *([self.order] if self.order else [])]
+            order = np.random.default_rng(seeds).permutation(len(places))
+            yield from (self._local_window(index) for index in places[order[place:]])
             epoch, place = epoch + 1, 0
 
     def _local_window(self, index: int) -> np.ndarray:
@@ -130,6 +136,12 @@ class TrainingText:
         if self.local_segments is None:
             return tokens
         return np.stack([tokens, self.local_segments[index]])
+
+    def first(self, count: int) -> np.ndarray:
+        """The first training windows, int32 [N, length]: `count`, or all of a local text."""
+        count = count if self.local is None else min(count, len(self.local))
+        found = np.stack(list(islice(self.windows(), count)))
+        return found if found.ndim == 2 else found[:, 0]
 
     def _streamed(self) -> Iterator[np.ndarray]:
         """Pass after pass over a stream, all in the same order: what is held out stays so."""

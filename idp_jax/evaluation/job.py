@@ -37,10 +37,10 @@ from idp_jax.jobs.machine import describe
 from idp_jax.jobs.progress import SILENT, Progress
 from idp_jax.models.abstract import abstract
 from idp_jax.models.config import from_hf
+from idp_jax.models.decoder import Decoder
 from idp_jax.processes import first_process, mesh_of
 from idp_jax.recover import Pool, Repaired
 from idp_jax.recover.methods import Adapter, parameter_count
-from idp_jax.recover.selection import find_selector
 from idp_jax.sharding import shard
 
 
@@ -51,8 +51,6 @@ def score(settings: Evaluate, *, progress: Progress = SILENT) -> Results:
         ConfigError: settings that do not fit the model or its adapter.
         ValueError: the model, the adapter, a task or the text cannot be used.
     """
-    for name in settings.selector:
-        find_selector(name)
     mesh = mesh_of(settings.mesh)
     with ExitStack() as held, jax.set_mesh(mesh) if mesh is not None else nullcontext():
 
@@ -138,6 +136,8 @@ def _adapter(settings: Evaluate, inputs: Inputs) -> Adapter | None:
             f"--selector {settings.selector[0]} chooses among the prompts of a pool, which "
             f"{settings.adapter} is not"
         )
+    for name in settings.selector:
+        _pool(model, settings, name)
     if inputs.windows is not None:
         repair = Repaired.of if adapter is None else adapter.repair
         model.check(inputs.windows, jax.eval_shape(repair, model).prefix)
@@ -184,7 +184,7 @@ def _variants(
         chosen = {} if selector is None else {"selector": selector}
         found.append(
             measure(
-                repaired if selector is None else repaired.with_selector(selector),
+                repaired if selector is None else _chosen_by(selector, repaired, settings),
                 tokenizer,
                 settings,
                 name=name if selector is None else f"{name}, {selector}",
@@ -196,6 +196,23 @@ def _variants(
             )
         )
     return found
+
+
+def _chosen_by(name: str, repaired: Repaired, settings: Evaluate) -> Repaired:
+    """The pool with another selector, whose parameters, if it has any, lie in the pool's folder."""
+    return repaired.replace(selector=_pool(repaired.decoder, settings, name).selector)
+
+
+def _pool(decoder: Decoder, settings: Evaluate, selector: str) -> Pool:
+    """The settings' pool with a selector.
+
+    Raises:
+        ValueError: there is no such selector, or the folder does not hold its parameters.
+    """
+    assert settings.adapter is not None
+    pool = read_adapter(decoder, settings.adapter, selector)
+    assert isinstance(pool, Pool)
+    return pool
 
 
 def measure(

@@ -16,6 +16,7 @@ from idp_jax.formats.peft import read_peft, write_peft
 from idp_jax.formats.peft_files import other_model, read_json, read_tensors, short
 from idp_jax.models.decoder import Decoder
 from idp_jax.recover.pool import Pool
+from idp_jax.recover.prefix import PrefixAdapter
 from idp_jax.recover.prompt import SoftPrompt
 from idp_jax.recover.selection import Selection, as_selection, find_selector
 from idp_jax.recover.selectors import Selector
@@ -67,13 +68,17 @@ def read_pool(decoder: Decoder, folder: Path, given: str | Selector | None) -> P
     prompts = []
     for name in settings["prompts"]:
         prompt = read_peft(decoder, folder / name)
-        if not isinstance(prompt, SoftPrompt):
+        if not isinstance(prompt, SoftPrompt | PrefixAdapter):
             raise ValueError(
-                f"{folder / name} is not a PROMPT_TUNING adapter; a pool has no others"
+                f"{folder / name} is no PROMPT_TUNING or PREFIX_TUNING adapter; a "
+                "pool has no others"
             )
         prompts.append(prompt)
     selector = _read_selector(decoder, folder, settings["selector"], given, len(prompts))
-    pool = Pool(prompts, selector)
+    try:
+        pool = Pool(prompts, selector)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'pool.json'}: {error}") from error
     if settings.get("lengths") not in (None, pool.lengths):
         raise ValueError(
             f"{folder / 'pool.json'}: lengths {short(settings['lengths'])} are not those of the "

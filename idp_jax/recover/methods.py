@@ -5,6 +5,7 @@ an adapter is written to a file is told by its class, in `formats.adapters`.
 """
 
 from collections.abc import Callable
+from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -13,12 +14,14 @@ import numpy as np
 from idp_jax.config import Train
 from idp_jax.models.decoder import Decoder
 from idp_jax.recover.eora import with_eora
+from idp_jax.recover.joint import Joint
 from idp_jax.recover.lora import LoraAdapter, MaskedLora
 from idp_jax.recover.norms import NormsAndBiases
-from idp_jax.recover.pool import Pool
+from idp_jax.recover.pool import Pool, check_prefixes
 from idp_jax.recover.prefix import PrefixAdapter, ProjectedPrefix
 from idp_jax.recover.prompt import SoftPrompt
 from idp_jax.recover.repaired import Repaired
+from idp_jax.recover.selection import find_selector
 from idp_jax.recover.starts import Start, first_embeddings
 
 
@@ -40,6 +43,8 @@ class Run(NamedTuple):
         text: lengths of the texts that `Start.text` is to bring, in tokens.
         windows: how many windows of training text `Start.windows` is to bring; 0 for None.
         teacher: whether `Start.teacher` is to bring the uncompressed model.
+        order: which of the training windows' orders; runs of one pool take different ones.
+        cluster: (number, of how many) clusters of the text that it is trained on; None for all.
     """
 
     label: str
@@ -48,6 +53,8 @@ class Run(NamedTuple):
     text: tuple[int, ...] = ()
     windows: int = 0
     teacher: bool = False
+    order: int = 0
+    cluster: tuple[int, int] | None = None
 
 
 class Method(NamedTuple):
@@ -55,11 +62,14 @@ class Method(NamedTuple):
 
     Attributes:
         runs: the trainings that the settings ask for, done one after the other.
-        combine: (settings, their adapters) -> the adapter that is kept.
+        combine: (settings, their adapters, model, text) -> the adapter that is kept; text is a
+            number -> at most so many training windows int32 [N, T].
     """
 
     runs: Callable[[Train], list[Run]]
-    combine: Callable[[Train, list], Adapter] = lambda settings, trained: trained[0]
+    combine: Callable[[Train, list, Decoder, Callable[[int], np.ndarray]], Adapter] = (
+        lambda settings, trained, decoder, text: trained[0]
+    )
 
 
 def _prompt_of(settings: Train, length: int, folder: str) -> Run:
@@ -92,7 +102,7 @@ def _prefix(settings: Train) -> list[Run]:
     return [_prefix_of(settings, max(settings.prefix.lengths or (settings.prompt_length,)), "")]
 
 
-def _plain_prefix(settings: Train, trained: list[PrefixAdapter | ProjectedPrefix]) -> PrefixAdapter:
+def _plain_prefix(settings: Train, trained: list, *beside: Any) -> PrefixAdapter:
     """The prefix alone, without the MLP that it may have been trained through."""
     (found,) = trained
     return found.prefix() if isinstance(found, ProjectedPrefix) else found
@@ -150,11 +160,51 @@ def _norms(settings: Train) -> list[Run]:
 
 
 def _pool(settings: Train) -> list[Run]:
-    """The prompts of a pool are trained apart, each as if it stood by itself."""
-    return [
-        _prompt_of(settings, length, f"prompt_{number}")
-        for number, length in enumerate(settings.pool_lengths)
-    ]
+    """One run for each prompt, as if it stood by itself, or one for all of them and the selector.
+
+    Raises:
+        ValueError: the settings do not fit the prompts' lengths.
+    """
+    of = _prefix_of if settings.pool.of == "prefixes" else _prompt_of
+    if settings.pool.of == "prefixes":
+        check_prefixes(settings.pool_lengths)
+    lengths = enumerate(settings.pool_lengths)
+    apart = [of(settings, length, f"prompt_{number}") for number, length in lengths]
+    if settings.pool.training == "apart":
+        return [run._replace(order=number) for number, run in enumerate(apart)]
+    if settings.pool.training == "clusters":
+        return [run._replace(cluster=(number, len(apart))) for number, run in enumerate(apart)]
+    return [_together(settings, apart)]
+
+
+def _together(settings: Train, apart: list[Run]) -> Run:
+    """One run over all prompts of a pool and its selector."""
+    joint = Joint(
+        settings.pool.mixture,
+        settings.pool.temperature,
+        settings.pool.balance,
+        settings.pool.distractors,
+    )
+
+    def init(decoder: Decoder, start: Start) -> Pool:
+        own, *keys = jax.random.split(start.key, len(apart) + 1)
+        texts, prompts = iter(start.text), []
+        for run, key in zip(apart, keys, strict=True):
+            text = tuple(islice(texts, len(run.text)))
+            prompts.append(run.init(decoder, start._replace(key=key, text=text)))
+        selector = find_selector(settings.selector, (decoder, len(apart), own))
+        return Pool(prompts, selector, joint)
+
+    text = tuple(length for run in apart for length in run.text)
+    label = f"pool of {len(apart)} {settings.pool.of}"
+    return Run(label, "", init, text=text, teacher=any(run.teacher for run in apart))
+
+
+def _pool_of(settings: Train, trained: list, decoder: Decoder, text: Callable) -> Pool:
+    if settings.pool.training == "joint":  # how it was trained is no part of a pool in use
+        return Pool(list(trained[0].prompts), trained[0].selector)
+    start = (decoder, len(trained), jax.random.key(settings.seed))
+    return Pool(trained, find_selector(settings.selector, start)).fitted(decoder, text)
 
 
 METHODS: dict[str, Method] = {
@@ -162,7 +212,7 @@ METHODS: dict[str, Method] = {
     "prefix": Method(_prefix, _plain_prefix),
     "lora": Method(_lora),
     "norms": Method(_norms),
-    "idp": Method(_pool, lambda settings, trained: Pool(trained, settings.selector)),
+    "idp": Method(_pool, _pool_of),
 }
 
 

@@ -13,7 +13,7 @@ from idp_jax.models.cache import KV
 from idp_jax.models.decoder import Decoder
 from idp_jax.models.inputs import token_arrays
 from idp_jax.recover.selection import Selection, as_selection
-from idp_jax.recover.selectors import Selector, layer0_inputs
+from idp_jax.recover.selectors import ScoreInputs, Selector, layer0_inputs
 
 
 class Repaired(struct.PyTreeNode):
@@ -51,14 +51,21 @@ class Repaired(struct.PyTreeNode):
         Only tokens whose mask is 1 count, so that answers under test, marked as branches, do not
         choose their own prompt.
         """
+        inputs = self.selector_inputs(input_ids, attention_mask)
+        return None if inputs is None or self.selector is None else self.selector(inputs)
+
+    def selector_inputs(self, input_ids, attention_mask=None) -> ScoreInputs | None:
+        """What the selector may look at; None as in `scores`.
+
+        Raises:
+            ValueError: there is something to choose, and no selector.
+        """
         if self.prefix is None or self.prefix.batch == 1:
             return None
         if self.selector is None:
             raise ValueError(f"a pool of {self.prefix.batch} prompts needs a selector")
         mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
-        return self.selector(
-            layer0_inputs(self.decoder, self.prefix, input_ids, mask, self.prompt_embeddings)
-        )
+        return layer0_inputs(self.decoder, self.prefix, input_ids, mask, self.prompt_embeddings)
 
     def choose(self, input_ids, attention_mask=None) -> jax.Array | None:
         """The prompt with the largest score for every row, int32 [B]; None as in `scores`."""
@@ -74,7 +81,7 @@ class Repaired(struct.PyTreeNode):
         """What stands before every row in training, and what its choice adds to the loss.
 
         Returns:
-            As `past`, and float32 scalars by name, each of which is added to the loss.
+            As `past`, and float32 scalars by name, which `with_penalties` adds to the loss.
         """
         return self.past(input_ids, attention_mask), {}
 
@@ -83,6 +90,14 @@ class Repaired(struct.PyTreeNode):
         input_ids, mask = token_arrays(input_ids, attention_mask)
         self.decoder.check(input_ids, self.prefix)
         return _logits(self, input_ids, mask)
+
+
+_NOTES = ("usage_entropy",)
+
+
+def with_penalties(loss: jax.Array, penalties: dict[str, jax.Array]) -> jax.Array:
+    """A loss and what `Repaired.serve` adds to it; a note among that is told, not added."""
+    return sum((value for name, value in penalties.items() if name not in _NOTES), loss)
 
 
 @jax.jit

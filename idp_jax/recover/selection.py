@@ -68,10 +68,37 @@ def find_selector(name: str, start: tuple[Decoder, int, jax.Array] | None = None
     _check_call(found, 3)
     if start is None:
         raise ValueError(
-            f"selector {name} has parameters, which a name alone does not give; train a Pool with "
-            "it and load that pool's folder"
+            f"selector {name} has parameters, which a name alone does not give; train a pool with "
+            "it (--pool.training joint), and load that pool's folder"
         )
     return Selection(found.target(*start, **found.options), {}, found.name)
+
+
+def check_selector(name: str, *, joint: bool) -> None:
+    """Refuses a name that a pool cannot be trained with.
+
+    Args:
+        joint: whether the selector is trained together with the prompts.
+
+    Raises:
+        ValueError: as `find_selector`, or the selector is made in the other way of training.
+    """
+    found = lookup(name, SELECTORS, "selector")
+    if not isinstance(found.target, type):
+        _check_call(found, 1)
+        return
+    _check_call(found, 3)
+    follows = hasattr(found.target, "fitted")
+    if joint and follows:
+        raise ValueError(
+            f"selector {name} follows from prompts that are trained; give --pool.training apart or "
+            "clusters, or another --selector"
+        )
+    if not joint and not follows:
+        raise ValueError(
+            f"selector {name} has parameters, which prompts that are trained apart do not train; "
+            "give --pool.training joint"
+        )
 
 
 def as_selection(given: "str | Selector | Selection") -> Selection:

@@ -14,7 +14,7 @@ from idp_jax.models.abstract import abstract
 from idp_jax.models.config import from_hf
 from idp_jax.models.decoder import Decoder
 from idp_jax.recover.methods import METHODS, Adapter, Run, parameter_count
-from idp_jax.recover.selection import find_selector
+from idp_jax.recover.selection import check_selector
 from idp_jax.sharding import parts
 from idp_jax.training.sinks import check_sinks
 from idp_jax.training.starts import abstract_start, resolved
@@ -30,7 +30,7 @@ def check(config: Train, mesh: jax.sharding.Mesh | None) -> int:
     Raises:
         ValueError: a source, selector, size or mesh that cannot be used.
     """
-    find_selector(config.selector)
+    check_selector(config.selector, joint=config.pool.training == "joint")
     check_sinks(config)
     _check_sources(config)
     check_teacher(config)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from idp_jax.data.batch import Batch
-from idp_jax.recover.repaired import Repaired
+from idp_jax.recover.repaired import Repaired, with_penalties
 from idp_jax.training.chunks import summed
 from idp_jax.training.terms import Positions, Term, parse
 from idp_jax.training.word import Full, Word
@@ -62,7 +62,7 @@ class Mix:
         loss, found = self._of_logits(hidden, weight, repaired, batch)
         of_states = self._of_hidden(hidden, weight, batch.teacher)
         loss = loss + self._sum(of_states)
-        return sum(penalties.values(), loss), found | of_states | penalties
+        return with_penalties(loss, penalties), found | of_states | penalties
 
     def _sum(self, found: dict[str, jax.Array]) -> jax.Array:
         """The weighted sum of some of the terms."""

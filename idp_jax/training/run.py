@@ -29,6 +29,7 @@ from idp_jax.processes import first_process, gather, mesh_of
 from idp_jax.recover.methods import METHODS, Adapter, Run, parameter_count
 from idp_jax.training.checkpoint import Checkpointer
 from idp_jax.training.checks import check
+from idp_jax.training.clusters import part_of
 from idp_jax.training.done import ADAPTERS, finished, inputs, needed
 from idp_jax.training.loop import fit
 from idp_jax.training.objectives import make_objective
@@ -133,13 +134,14 @@ def _train(
             update = expecting(update, f"training {run.label}", "steps", say)
             folder = out / run.folder
             begin = partial(expect, run, start)
+            part = part_of(text, decoder, run.cluster, run.order)
             adapter, summary = _fit(
-                *(config, start, decoder, teacher, text, folder, key, mesh, update),
+                *(config, start, decoder, teacher, part, folder, key, mesh, update),
                 *(begin, lasts.append),
             )
         trained.append(adapter)
         summaries.append(summary)
-    adapters = [method.combine(config, parts) for parts in (trained, lasts)]
+    adapters = [method.combine(config, parts, decoder, text.first) for parts in (trained, lasts)]
     steps = sum(summary["last_step"] for summary in summaries)
     result = {
         "method": config.method,

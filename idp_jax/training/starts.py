@@ -103,7 +103,7 @@ def starts(
     for run, key in zip(runs, keys, strict=True):
         windows = None
         if run.windows:
-            windows = jnp.asarray(np.stack(list(islice(text.windows(), run.windows))))
+            windows = jnp.asarray(text.first(run.windows))
         own = tuple(islice(parts, len(run.text)))
         found.append(Start(key, own, model if run.teacher else None, windows))
     return found

@@ -104,7 +104,7 @@ NAMES = {
     "arguments": ("MINE:two", r"two must be called as \(inputs\) .*missing .*'other'"),
     "option": ("fixed(place=2)", "must be called .*unexpected keyword argument 'place'"),
     "bad-option": ("fixed(index=x)", "cannot read the options .*name\\(option=1"),
-    "parameters": ("linear_router", "linear_router has parameters.*train a Pool"),
+    "parameters": ("linear_router", "linear_router has parameters.*train a pool .*joint"),
 }
 
 
@@ -215,7 +215,10 @@ def mixture(repaired, batch: Batch):
     return (weights * jnp.stack(losses, -1)).sum(-1).mean(), {"largest_share": usage.max()}
 
 
-@pytest.mark.parametrize("name", ["linear_router", "MINE:Router(width=3)"])
+ROUTERS = ("linear_router", "mlp_router(width=3)", "cosine_keys(pull=0.1)", "MINE:Router(width=3)")
+
+
+@pytest.mark.parametrize("name", ROUTERS)
 def test_a_router_trains_with_its_pool_and_is_saved_with_it(tmp_path, mine, name):
     selector = find_selector(name.replace("MINE", str(mine)), (model(), 3, KEY))
     before = pool(selector)
