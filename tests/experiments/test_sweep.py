@@ -2,18 +2,23 @@
 
 import dataclasses
 import json
+import math
+from contextlib import contextmanager
 
 import jax
 import numpy as np
 import pytest
 
-from idp_jax.config import ConfigError, Sweep
+from idp_jax.config import ConfigError, Corpora, Sweep
 from idp_jax.config.files import from_dict
+from idp_jax.data.text import read_documents
 from idp_jax.evaluation.sweep_results import read_sweep
-from idp_jax.experiments import run_sweep
-from idp_jax.jobs.progress import Progress
+from idp_jax.experiments import run_sweep, sweep
+from idp_jax.experiments.sweep_texts import held_out_files, write_held_out
+from idp_jax.experiments.sweep_trainings import Trainings, plan
+from idp_jax.jobs.progress import SILENT, Progress
 from idp_jax.jobs.signals import Interrupted
-from tests.helpers import tiny_folder
+from tests.helpers import tiny_folder, tiny_tokenizer
 
 RECIPES = {
     "prompt": {"method": "prompt", "prompt_length": 2},
@@ -66,8 +71,6 @@ class Stopping(Progress):
         self.stops, self.count = set(stops), 0
 
     def bar(self, description, unit=""):
-        from contextlib import contextmanager
-
         @contextmanager
         def updating():
             yield self.update if description.startswith("training") else lambda *rest: None
@@ -151,3 +154,145 @@ def check_going_on(sources, found, monkeypatch):
     assert grown.recipes[:2] == found.recipes and grown.recipes[2].recipe == "prefix"
     with pytest.raises(ConfigError, match="holds a run with trial_tokens = 64"):
         run_sweep(from_dict(Sweep, tree(sources, trial_tokens=32)))
+
+
+def test_what_chooses_is_not_reported_and_neither_is_trained_on(tmp_path):
+    """By their words: a copy under another spacing is the same document."""
+    train = write_documents(tmp_path / "train.jsonl", 5, 0)
+    held = write_documents(tmp_path / "held.jsonl", 8, 1)
+    copies = [json.loads(line)["text"] for line in train.read_text().splitlines()]
+    rows = [json.loads(line)["text"] for line in held.read_text().splitlines()]
+    mixed = [copies[0].replace(" ", "  "), *rows, rows[0], copies[3]]
+    held.write_text("".join(json.dumps({"text": text}) + "\n" for text in mixed))
+    data = Corpora(str(train), held, None, 16, choosing_windows=6, reported_windows=9)
+    write_held_out(data, tiny_tokenizer(), tmp_path / "out")
+    parts = {
+        part: list(read_documents(file)) for part, file in held_out_files(tmp_path / "out").items()
+    }
+    chosen, reported = set(parts["choosing"]), set(parts["reported"])
+    assert chosen and reported and not chosen & reported
+    assert chosen | reported <= set(rows) and not (chosen | reported) & set(copies)
+    assert sum(map(len, parts["reported"])) >= 9 * 16  # a byte is a token here
+    assert sum(map(len, parts["choosing"])) >= 6 * 16
+    file = held_out_files(tmp_path / "out")["choosing"]
+    file.write_text(file.read_text() + " ")
+    with pytest.raises(ConfigError, match="is not as this experiment wrote it"):
+        write_held_out(data, tiny_tokenizer(), tmp_path / "out")
+
+
+def test_too_little_text_and_second_text_of_the_first_are_refused(tmp_path):
+    train = write_documents(tmp_path / "train.jsonl", 5, 0)
+    held = write_documents(tmp_path / "held.jsonl", 8, 1)
+    few = Corpora(str(train), held, None, 16, choosing_windows=60, reported_windows=2)
+    with pytest.raises(ConfigError, match="tokens for the choosing windows; give more text"):
+        write_held_out(few, tiny_tokenizer(), tmp_path / "out")
+    same = Corpora(str(train), held, train, 16, choosing_windows=2, reported_windows=2)
+    with pytest.raises(ConfigError, match=r"--data.second \S+ has a document of"):
+        write_held_out(same, tiny_tokenizer(), tmp_path / "other")
+
+
+BAD = {
+    "unequal": ({"learning_rates": {"prompt": [0.1, 0.2, 0.3], "lora": [0.1, 0.2]}}, "as many"),
+    "factors": ({"learning_rates": {"prompt": [0.1, 0.2]}}, "prompt is tried at 2, lora at 3"),
+    "twice": ({"learning_rates": {"prompt": [0.1, 0.1], "lora": [1, 2]}}, "different numbers"),
+    "stranger": ({"learning_rates": {"prefix": [0.1, 0.2]}}, "no recipe 'prefix'; there are"),
+    "reference": ({"reference": "best"}, "no recipe 'best'; there are prompt, lora"),
+    "budget": ({"recipes": {"a": {"tokens": 5}}, "learning_rates": {}}, "tokens is the same for"),
+    "name": ({"recipes": {"a/b": {}}, "learning_rates": {}}, "'a/b' cannot name a folder"),
+    "dense": ({"compressions": {"dense": {}}}, "'dense' is the uncompressed model"),
+    "seeds": ({"seeds": [1, 1]}, "must be different numbers"),
+    "setting": ({"recipes": {**RECIPES, "lora": {"rank": 2}}}, "recipes.lora: unknown key 'rank'"),
+    "compress": ({"compressions": {"four": {"bits": 5}}}, r"compressions.four: --bits 5 is not"),
+    "no-text": ({"model": "no/such/folder"}, "no/such/folder"),
+    "task": ({"tasks": "knowlege"}, "there is no task 'knowlege'"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=BAD)
+def test_what_cannot_be_compared_is_said_before_anything_is_done(
+    sources, tmp_path, monkeypatch, changes, message
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        run_sweep(from_dict(Sweep, tree(sources, **changes)))
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_a_plan_is_said_and_nothing_is_written(sources, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = []
+    settings = from_dict(Sweep, tree(sources, plan=True))
+    assert run_sweep(settings, say=said.append) is None and not list(tmp_path.iterdir())
+    assert said == [plan(settings).line] and plan(settings).trainings == 10
+    assert plan(settings).tokens == 10 * 64
+    pool = {"pool": {"method": "idp", "pool_lengths": [2, 2]}}
+    one = from_dict(Sweep, tree(sources, recipes=pool, learning_rates={}, dense_controls=False))
+    assert plan(one).tokens == 2 * (3 + 2) * 64  # each prompt has the whole budget
+
+
+def test_a_recipe_without_rates_has_its_own_times_the_factors(sources):
+    recipes = {"lora": {"method": "lora"}, "own": {"optimizer": {"learning_rate": "2e-2"}}}
+    settings = from_dict(Sweep, tree(sources, recipes=recipes, learning_rates={}))
+    assert settings.rates("lora") == (3e-5, 1e-4, 3e-4)
+    assert settings.rates("own") == (6e-3, 2e-2, 6e-2)
+
+
+def test_the_uncompressed_model_teaches_where_a_recipe_asks_for_it(sources, tmp_path):
+    recipes = {
+        "ce": {},
+        "kl": {"objective": "kl + 0.5*ce"},
+        "start": {"method": "prefix", "init": {"model": "teacher"}},
+        "own": {"objective": "kl", "teacher": {"model": "other", "temperature": 2.0}},
+    }
+    settings = from_dict(Sweep, tree(sources, recipes=recipes, learning_rates={}))
+    made = {name: settings.training(name, 0.1, "m", tmp_path, tokens=4096) for name in recipes}
+    teachers = {name: config.teacher.model for name, config in made.items()}
+    dense = settings.model
+    assert teachers == {"ce": None, "kl": dense, "start": dense, "own": "other"}
+    assert made["own"].teacher.temperature == 2.0 and made["ce"].learning_rate == 0.1
+
+
+def test_a_training_that_diverges_counts_as_a_trial(sources, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = from_dict(Sweep, tree(sources))
+    config = settings.training("prompt", 0.1, settings.model, tmp_path / "lr-0.1", tokens=4096)
+    calls, said = [], []
+
+    def diverge(config, **options):
+        calls.append(config)
+        raise ValueError("the loss is nan at step 3: training diverged; a lower rate may help")
+
+    monkeypatch.setattr("idp_jax.training.train", diverge)
+    found = Trainings(settings, SILENT, said.append).train(config, "one")
+    assert found.result is None and found.trial.loss == math.inf and found.seconds > 0
+    assert "training diverged" in said[-1]
+    again = Trainings(settings, SILENT, said.append).train(config, "one")
+    assert again == found and len(calls) == 1  # it is remembered
+    broken = lambda config, **options: (_ for _ in ()).throw(ValueError("no text"))
+    monkeypatch.setattr("idp_jax.training.train", broken)
+    other = dataclasses.replace(config, seed=9)
+    with pytest.raises(ValueError, match="no text"):
+        Trainings(settings, SILENT, said.append).train(other, "two")
+
+
+def test_what_is_left_is_told_in_hours_once_a_training_was_timed(sources, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings, said = from_dict(Sweep, tree(sources)), []
+    result = {"validation_loss": 1.0, "best_step": 2}
+    monkeypatch.setattr("idp_jax.training.train", lambda config, **options: result)
+    trainings = Trainings(settings, SILENT, said.append)
+    for number in range(2):
+        out = tmp_path / f"lr-{number}"
+        config = settings.training("prompt", 0.1, settings.model, out, tokens=4096)
+        assert trainings.train(config, "one").trial.loss == 1.0
+    assert said == ["[1/10] one", "[2/10] one (about 0.0 hours left)"]
+
+
+def test_an_existing_compressed_model_is_taken_as_it_is(sources):
+    given = {"mine": {"model": str(sources / "model")}}
+    assert sweep.model_of(from_dict(Sweep, tree(sources, compressions=given)), "mine") == str(
+        sources / "model"
+    )
+    both = {"mine": {"model": str(sources / "model"), "bits": 3}}
+    with pytest.raises(ConfigError, match="is compressed already; give it alone"):
+        sweep.check_sweep(from_dict(Sweep, tree(sources, compressions=both)))
