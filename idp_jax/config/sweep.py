@@ -22,7 +22,7 @@ from idp_jax.config.places import check_apart
 # Of `train`, what a recipe may not say.
 _SHARED = (
     *("model", "out", "tokens", "batch_size", "data", "seed"),
-    *("evaluate_every", "checkpoint_every"),
+    *("evaluate_every", "checkpoint_every", "plan"),
 )
 _NAME = re.compile(r"\w[\w.+-]*")  # what may be a folder's name everywhere
 
@@ -203,14 +203,17 @@ class Sweep(Settings):
         }
         optimizer = {**(own.get("optimizer") or {}), "learning_rate": rate}
         tree = {**own, **common, **settings, "optimizer": optimizer}
-        found = from_dict(Train, tree, f"recipes.{recipe}")
-        if found.teacher.model is None and needs_teacher(found):
-            tree["teacher"] = {**(own.get("teacher") or {}), "model": self.model}
-            found = from_dict(Train, tree, f"recipes.{recipe}")
-        return found
+        teacher = own.get("teacher") or {}
+        # Only the whole settings tell whether they need it, and some are none without it.
+        taught = {**tree, "teacher": {"model": self.model, **teacher}}
+        found = from_dict(Train, taught, f"recipes.{recipe}")
+        if needs_teacher(found) or "model" in teacher:
+            return found
+        return from_dict(Train, tree, f"recipes.{recipe}")
 
 
 def needs_teacher(settings: Train) -> bool:
     """Whether the uncompressed model stands beside a training: for its loss, or for its start."""
     terms = set(re.findall(r"\b[a-z_]\w*", settings.objective))
-    return terms != {"ce"} or settings.init.model == "teacher"
+    start = settings.init.model, getattr(settings.lora, "start", None)
+    return terms != {"ce"} or start[0] == "teacher" or start[1] == "eora"

@@ -80,7 +80,7 @@ class Stopping(Progress):
     def update(self, done, total, note=""):
         self.count += 1
         if self.count in self.stops:
-            raise Interrupted("stopped")
+            raise Interrupted(15)
 
 
 def without_times(found) -> dict:
