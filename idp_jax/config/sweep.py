@@ -14,8 +14,7 @@ from tyro.conf import Suppress
 
 from idp_jax.config.choices import LEARNING_RATES
 from idp_jax.config.commands import Train
-from idp_jax.config.experiment import Recipes
-from idp_jax.config.files import from_dict
+from idp_jax.config.experiment import Recipes, taught
 from idp_jax.config.groups import Compression, ConfigError, Settings, at_least
 from idp_jax.config.places import check_apart
 
@@ -203,17 +202,4 @@ class Sweep(Settings):
         }
         optimizer = {**(own.get("optimizer") or {}), "learning_rate": rate}
         tree = {**own, **common, **settings, "optimizer": optimizer}
-        teacher = own.get("teacher") or {}
-        # Only the whole settings tell whether they need it, and some are none without it.
-        taught = {**tree, "teacher": {"model": self.model, **teacher}}
-        found = from_dict(Train, taught, f"recipes.{recipe}")
-        if needs_teacher(found) or "model" in teacher:
-            return found
-        return from_dict(Train, tree, f"recipes.{recipe}")
-
-
-def needs_teacher(settings: Train) -> bool:
-    """Whether the uncompressed model stands beside a training: for its loss, or for its start."""
-    terms = set(re.findall(r"\b[a-z_]\w*", settings.objective))
-    start = settings.init.model, getattr(settings.lora, "start", None)
-    return terms != {"ce"} or start[0] == "teacher" or start[1] == "eora"
+        return taught(tree, self.model, f"recipes.{recipe}")

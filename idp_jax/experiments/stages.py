@@ -19,6 +19,7 @@ from idp_jax.config import (
     Train,
     Variant,
 )
+from idp_jax.config.experiment import taught
 from idp_jax.config.files import from_dict, to_dict
 from idp_jax.data.self_text import sample_documents
 from idp_jax.evaluation.job import measure
@@ -152,7 +153,7 @@ def _train(settings: Experiment, variant: Variant) -> Train:
         "checkpoint_every": settings.evaluate_every,
         "seed": settings.seed,
     }
-    return from_dict(Train, common | settings.adapters[name], f"adapters.{name}")
+    return taught(common | settings.adapters[name], settings.model, f"adapters.{name}")
 
 
 def result_file(settings: Experiment, variant: Variant) -> Path:
