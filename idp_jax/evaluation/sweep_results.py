@@ -37,11 +37,11 @@ class Trial(Part):
 
 @dataclass(frozen=True)
 class Baseline(Part):
-    """A model without repair: `name` is that of its variant."""
+    """A model without repair, named as its variant; a perplexity that no float holds is None."""
 
     name: str
-    perplexity: Number
-    second_perplexity: Number | None = None
+    perplexity: float | None
+    second_perplexity: float | None = None
     accuracy: dict[str, Estimate] = field(default_factory=dict)
 
 
@@ -98,8 +98,8 @@ class RecipeResult(Part):
     share: Estimate | None = None
     share_windows: Estimate | None = None
     against: Estimate | None = None
-    perplexity: Number | None = None
-    second_perplexity: Number | None = None
+    perplexity: float | None = None
+    second_perplexity: float | None = None
     second_ratio: Estimate | None = None
     accuracy: dict[str, Estimate] = field(default_factory=dict)
     accuracy_change: dict[str, Estimate] = field(default_factory=dict)

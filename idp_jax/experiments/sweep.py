@@ -7,6 +7,7 @@ teacher while it is trained beside one), and what is done is not done again.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from idp_jax import formats
@@ -17,7 +18,7 @@ from idp_jax.evaluation.job import read_inputs
 from idp_jax.evaluation.sweep_results import RecipeResult, SweepResults, write_sweep
 from idp_jax.experiments.once import compress_once
 from idp_jax.experiments.sweep_measure import Measurements, Row
-from idp_jax.experiments.sweep_rows import Scores, baseline, control_of, measured_recipe
+from idp_jax.experiments.sweep_rows import Measured, Scores, baseline, control_of, measured_recipe
 from idp_jax.experiments.sweep_table import markdown
 from idp_jax.experiments.sweep_texts import check_corpora, held_out_files, write_held_out
 from idp_jax.experiments.sweep_trainings import Trained, Trainings, plan
@@ -218,7 +219,7 @@ def _repeated(
         "tokens": results[0]["training_tokens"] if results else 0,
         "seconds": sum(each.seconds for each in done.values()) / max(len(done), 1),
     }
-    return RecipeResult(**{**vars(row), **numbers}), [each.folder for each in done.values()]
+    return replace(row, **numbers), [each.folder for each in done.values()]
 
 
 def _controls(
@@ -256,25 +257,17 @@ def _measured(
     reference = settings.reference or next(iter(settings.recipes))
     baselines, recipes = [baseline("dense", dense_scores, seed)], []
     for name in settings.compressions:
-        asked: list[Row] = [(name, "compressed", None)]
-        for recipe in settings.recipes:
-            for run in finals[name, recipe]:
-                asked.append((f"{name} + {recipe}, {run.name}", "repaired", run))
-        bare, *found = measure.all_of(model_of(settings, name), asked)
+        bare, repaired = _compressed_and_repaired(settings, measure, name, finals)
         bare_scores = Scores.of([bare], tasks)
         baselines.append(baseline(name, bare_scores, seed))
-        repaired = iter(found)
-        by_recipe = {
-            recipe: [next(repaired) for _ in finals[name, recipe]] for recipe in settings.recipes
-        }
-        first = by_recipe[reference]
+        first = repaired[reference]
         first_scores = Scores.of(first, tasks) if first else None
-        for recipe, each in by_recipe.items():
+        for recipe, found in repaired.items():
             other = None if recipe == reference else first_scores
-            row = rows[name, recipe]
-            row = measured_recipe(row, each, dense_scores, bare_scores, other, tasks, seed)
-            control = compared.get((recipe, row.chosen))
-            recipes.append(RecipeResult(**{**vars(row), "control": control}))
+            row = measured_recipe(
+                rows[name, recipe], found, dense_scores, bare_scores, other, tasks, seed
+            )
+            recipes.append(replace(row, control=compared.get((recipe, row.chosen))))
     return SweepResults(
         config=to_dict(settings),
         environment=describe(),
@@ -283,3 +276,16 @@ def _measured(
         recipes=recipes,
         variants=measure.variants,
     )
+
+
+def _compressed_and_repaired(
+    settings: Sweep, measure: Measurements, name: str, finals: dict[tuple[str, str], list[Path]]
+) -> tuple[Measured, dict[str, list[Measured]]]:
+    """A compressed model bare, and with every seed of each recipe."""
+    asked: list[Row] = [(name, "compressed", None)]
+    for recipe in settings.recipes:
+        for run in finals[name, recipe]:
+            asked.append((f"{name} + {recipe}, {run.name}", "repaired", run))
+    bare, *found = measure.all_of(model_of(settings, name), asked)
+    each = iter(found)
+    return bare, {recipe: [next(each) for _ in finals[name, recipe]] for recipe in settings.recipes}

@@ -5,7 +5,9 @@ windows or items is of the recipe and not of one lucky seed. The invariant: ever
 differences are of the same windows and items.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -96,9 +98,14 @@ def _check_same(first: Scores, second: Scores) -> None:
 
 def baseline(name: str, scores: Scores, seed: int) -> Baseline:
     """The row of a model without repair."""
-    second = None if scores.second is None else exponential(float(scores.second.mean()))
+    second = None if scores.second is None else _perplexity(scores.second)
     accuracy = {task: _accuracy(rows, seed) for task, rows in scores.items.items()}
-    return Baseline(name, exponential(float(scores.windows.mean())), second, accuracy)
+    return Baseline(name, _perplexity(scores.windows), second, accuracy)
+
+
+def _perplexity(losses: np.ndarray) -> float | None:
+    value = exponential(float(losses.mean()))
+    return value if math.isfinite(value) else None
 
 
 def _accuracy(items: np.ndarray, seed: int) -> Estimate:
@@ -138,26 +145,28 @@ def measured_recipe(
         against = paired_ratio(
             (reference.windows - scores.windows).tolist(), lost.tolist(), seed=seed
         )
-    pair = lambda task: (bare.items[task].tolist(), scores.items[task].tolist())
+    gained = (bare.windows - scores.windows).tolist()
     found = baseline("", scores, seed)
-    return RecipeResult(
-        **{
-            **vars(row),
-            "shares": shares,
-            "share": mean_interval(shares) if shares else None,
-            "share_windows": paired_ratio(
-                (bare.windows - scores.windows).tolist(), lost.tolist(), seed=seed
-            ),
-            "against": against,
-            "perplexity": found.perplexity,
-            "second_perplexity": found.second_perplexity,
-            "second_ratio": _ratio(bare.second, scores.second, seed),
-            "accuracy": found.accuracy,
-            "accuracy_change": {
-                task: paired_difference(*pair(task), seed=seed) for task in scores.items
-            },
-        }
+    return replace(
+        row,
+        shares=shares,
+        share=mean_interval(shares) if shares else None,
+        share_windows=paired_ratio(gained, lost.tolist(), seed=seed),
+        against=against,
+        perplexity=found.perplexity,
+        second_perplexity=found.second_perplexity,
+        second_ratio=_ratio(bare.second, scores.second, seed),
+        accuracy=found.accuracy,
+        accuracy_change=_changes(bare, scores, seed),
     )
+
+
+def _changes(before: Scores, after: Scores, seed: int) -> dict[str, Estimate]:
+    """Differences of accuracy by task, paired over items."""
+    return {
+        task: paired_difference(before.items[task].tolist(), rows.tolist(), seed=seed)
+        for task, rows in after.items.items()
+    }
 
 
 def control_of(measured: Measured, dense: Scores, tasks: Sequence[str], seed: int) -> Control:
@@ -166,11 +175,8 @@ def control_of(measured: Measured, dense: Scores, tasks: Sequence[str], seed: in
     _check_same(scores, dense)
     ratio = _ratio(dense.windows, scores.windows, seed)
     assert ratio is not None
-    changes = {
-        task: paired_difference(dense.items[task].tolist(), rows.tolist(), seed=seed)
-        for task, rows in scores.items.items()
-    }
-    return Control(ratio, _ratio(dense.second, scores.second, seed), changes)
+    second = _ratio(dense.second, scores.second, seed)
+    return Control(ratio, second, _changes(dense, scores, seed))
 
 
 def _ratio(before: np.ndarray | None, after: np.ndarray | None, seed: int) -> Estimate | None:

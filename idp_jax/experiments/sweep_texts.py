@@ -65,20 +65,33 @@ def write_held_out(data: Corpora, tokenizer: Any, out: Path) -> None:
         seen.add(key)  # nor may it choose what it is reported on
     fresh = _fresh(data.held_out, seen)
     counts = {"reported": data.reported_windows, "choosing": data.choosing_windows}
-    for part, windows in counts.items():
-        wanted, lines, found = (windows + _SPARE) * data.sequence_length, [], 0
-        while found < wanted:
-            text = next(fresh, None)
-            if text is None:
-                raise ConfigError(
-                    f"--data.held-out {data.held_out} has too few documents that are not in "
-                    f"{data.train}: {found:,} of {wanted:,} tokens for the {part} windows; give "
-                    f"more text, or fewer --data.{part}-windows"
-                )
-            found += len(tokenizer(text)["input_ids"])
-            lines.append(json.dumps({"text": text}) + "\n")
-        write_text(files[part], "".join(lines))
+    parts = {
+        part: "".join(
+            json.dumps({"text": text}) + "\n"
+            for text in _take(fresh, data, tokenizer, part, windows)
+        )
+        for part, windows in counts.items()
+    }
+    for part, lines in parts.items():
+        write_text(files[part], lines)
     mark(out / "text")
+
+
+def _take(
+    fresh: Iterator[str], data: Corpora, tokenizer: Any, part: str, windows: int
+) -> Iterator[str]:
+    """The next documents, until they fill the windows of a part."""
+    wanted, found = (windows + _SPARE) * data.sequence_length, 0
+    while found < wanted:
+        text = next(fresh, None)
+        if text is None:
+            raise ConfigError(
+                f"--data.held-out {data.held_out} has too few documents that are not in "
+                f"{data.train}: {found:,} of {wanted:,} tokens for the {part} windows; give "
+                f"more text, or fewer --data.{part}-windows"
+            )
+        found += len(tokenizer(text)["input_ids"])
+        yield text
 
 
 def _fresh(file: Path, seen: set[bytes]) -> Iterator[str]:
