@@ -54,7 +54,7 @@ def sources(tmp_path_factory):
 
 def tree(folder, **changes) -> dict:
     """A sweep of seconds, as a file would say it."""
-    data = {"train": folder / "train.jsonl", "held_out": folder / "held.jsonl"}
+    data = {"train": str(folder / "train.jsonl"), "held_out": folder / "held.jsonl"}
     data |= {"second": folder / "second.jsonl", "sequence_length": 16, "calibration_windows": 2}
     data |= {"choosing_windows": 2, "reported_windows": 3}
     common = {"model": str(folder / "model"), "out": "out", "data": data, "items": 1}
