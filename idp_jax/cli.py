@@ -35,10 +35,11 @@ COMMANDS: dict[str, type] = {
     "train": config.Train,
     "merge": config.Merge,
     "eval": config.Evaluate,
+    "sweep": config.Sweep,
 }
 
 # Called again, these go on from what an interrupted call has finished.
-_RESUMING = ("demo", "compress", "train", "eval")
+_RESUMING = ("demo", "compress", "train", "eval", "sweep")
 
 # What libraries print on their own account; our bars and tables say the same.
 _QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}

@@ -1,8 +1,8 @@
 """Every setting of every command: frozen dataclasses, read from YAML files and from options.
 
 `choices` lists the values that options may take, `groups` what several commands share, `recovery`
-what training takes; `commands` and `experiment` hold the commands; `files` reads and writes them.
-The invariant: nothing here imports jax.
+what training takes; `commands`, `experiment` and `sweep` hold the commands; `files` reads and
+writes them. The invariant: nothing here imports jax.
 """
 
 from idp_jax.config.commands import Compress, Convert, Evaluate, Merge, Train
@@ -27,6 +27,7 @@ from idp_jax.config.recovery import (
     Teacher,
     Tracking,
 )
+from idp_jax.config.sweep import Corpora, Sweep
 
 __all__ = [
     "Calibration",
@@ -34,6 +35,7 @@ __all__ = [
     "Compression",
     "ConfigError",
     "Convert",
+    "Corpora",
     "Data",
     "Demo",
     "Evaluate",
@@ -48,6 +50,7 @@ __all__ = [
     "Optimizer",
     "Pool",
     "Prefix",
+    "Sweep",
     "Teacher",
     "Timing",
     "Tracking",

@@ -5,6 +5,7 @@ the variants alone say what is made, so a larger grid is more variants and more 
 code.
 """
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,38 @@ from typing import Any
 from tyro.conf import Suppress
 
 from idp_jax.config.choices import Role
+from idp_jax.config.commands import Train
+from idp_jax.config.files import from_dict
 from idp_jax.config.groups import Compression, ConfigError, Settings, Timing, at_least
 from idp_jax.config.places import check_apart
 
 Recipes = dict[str, dict[str, Any]]
+
+
+def taught(recipe: dict[str, Any], model: str, origin: str) -> Train:
+    """A recipe's training, with the uncompressed model as its teacher where it needs one.
+
+    Args:
+        recipe: settings of `train`; a teacher's model that it names itself stays.
+        model: the uncompressed model.
+        origin: what an error names.
+
+    Raises:
+        ConfigError: a setting that is none, or that is out of range.
+    """
+    own = recipe.get("teacher") or {}
+    # Only the whole settings tell whether they need it, and some are none without it.
+    found = from_dict(Train, {**recipe, "teacher": {"model": model, **own}}, origin)
+    if "model" in own or _needs_teacher(found):
+        return found
+    return from_dict(Train, recipe, origin)
+
+
+def _needs_teacher(settings: Train) -> bool:
+    """Whether the uncompressed model stands beside a training: for its loss, or for its start."""
+    losses = set(re.findall(r"\b[a-z_]\w*", settings.objective))
+    starts = settings.init.model, getattr(settings.lora, "start", None)
+    return losses != {"ce"} or starts[0] == "teacher" or starts[1] == "eora"
 
 
 @dataclass(frozen=True)

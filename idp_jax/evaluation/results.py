@@ -25,14 +25,14 @@ _UNBOUNDED = {"interval", "metrics", "groups", "comparisons"}  # beside a perple
 ACCURACIES = ("acc", "exact_match")  # a task's main metric: the first of these that it has
 
 
-class _Part:
+class Part:
     """The base of everything in the schema: a key that it does not know is refused."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
 
 @dataclass(frozen=True)
-class PerplexityResult(_Part):
+class PerplexityResult(Part):
     """A perplexity, and what is needed to compare it with another on the same windows.
 
     Attributes:
@@ -57,7 +57,7 @@ class PerplexityResult(_Part):
 
 
 @dataclass(frozen=True)
-class LatencyResult(_Part):
+class LatencyResult(Part):
     """Times of greedy generation, and the protocol.
 
     Attributes:
@@ -84,7 +84,7 @@ class LatencyResult(_Part):
 
 
 @dataclass(frozen=True)
-class TaskResult(_Part):
+class TaskResult(Part):
     """The scores of one task.
 
     Attributes:
@@ -119,7 +119,7 @@ class TaskResult(_Part):
 
 
 @dataclass(frozen=True)
-class TaskScores(_Part):
+class TaskScores(Part):
     """The scores of several tasks.
 
     Attributes:
@@ -167,7 +167,7 @@ class VariantResult(TaskScores):
 
 
 @dataclass(frozen=True)
-class Comparison(_Part):
+class Comparison(Part):
     """Two variants on the same items and windows; positive differences are in favour of `second`.
 
     Attributes:
@@ -185,7 +185,7 @@ class Comparison(_Part):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Results(_Part):
+class Results(Part):
     """The whole file.
 
     Attributes:
@@ -222,7 +222,7 @@ def write(results: Results, path: str | Path) -> None:
         ConfigError: a number is not finite, where it is none that may be infinite (`Number`).
     """
     tree = asdict(results)
-    for place, value in _numbers(tree):
+    for place, value in numbers(tree):
         unbounded = place[-1] == "perplexity" or not _UNBOUNDED.isdisjoint(place)
         if math.isnan(value) or (math.isinf(value) and not unbounded):
             raise ConfigError(f"{path} was not written: {'.'.join(place)} is {value}; {NOT_FINITE}")
@@ -268,13 +268,13 @@ def _refused(constant: str) -> None:
     raise ValueError(f"{constant} is no number")
 
 
-def _numbers(tree: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:
+def numbers(tree: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:
     """Every float of a tree, with the keys on the way to it."""
     if isinstance(tree, float):
         yield place, tree
     elif isinstance(tree, dict):
         for key, value in tree.items():
-            yield from _numbers(value, (*place, str(key)))
+            yield from numbers(value, (*place, str(key)))
     elif isinstance(tree, list | tuple):
         for index, value in enumerate(tree):
-            yield from _numbers(value, (*place, str(index)))
+            yield from numbers(value, (*place, str(index)))

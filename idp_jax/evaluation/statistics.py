@@ -69,7 +69,48 @@ def paired_difference(
         ValueError: no items, or a different number of them.
     """
     difference = _same_items(first, second)
-    return _bootstrap(difference, np.mean, seed, confidence)
+    return _bootstrap((difference,), np.mean, seed, confidence)
+
+
+def paired_ratio(
+    numerators: Sequence[float],
+    denominators: Sequence[float],
+    *,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> Estimate | None:
+    """mean(numerators) / mean(denominators) over the same items, with a paired bootstrap interval.
+
+    Returns:
+        None where the denominators' mean is not above 0: there is nothing to have a share of.
+
+    Raises:
+        ValueError: no items, or a different number of them.
+    """
+    _same_items(numerators, denominators)
+    parts, wholes = _items(numerators), _items(denominators)
+    if wholes.mean() <= 0:
+        return None
+    return _bootstrap((parts, wholes), _ratio_of_means, seed, confidence)
+
+
+def _ratio_of_means(parts: np.ndarray, wholes: np.ndarray, axis: int = -1) -> np.ndarray:
+    return np.mean(parts, axis) / np.mean(wholes, axis)
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Estimate:
+    """A mean with Student's interval, as of a few seeds; without bounds for a single value.
+
+    Raises:
+        ValueError: no values.
+    """
+    numbers = _items(values)
+    mean = float(numbers.mean())
+    if len(numbers) < 2:
+        return Estimate(mean, -math.inf, math.inf, confidence)
+    reach = float(stats.t.ppf((1 + confidence) / 2, len(numbers) - 1))
+    reach *= float(numbers.std(ddof=1)) / math.sqrt(len(numbers))
+    return Estimate(mean, mean - reach, mean + reach, confidence)
 
 
 def exponential(value: float) -> float:
@@ -86,14 +127,11 @@ def perplexity_interval(losses: Sequence[float], confidence: float = 0.95) -> Es
     Raises:
         ValueError: no windows.
     """
-    values = _items(losses)
-    if len(values) < 2:
+    if len(_items(losses)) < 2:
         return None
-    mean, deviation = float(values.mean()), float(values.std(ddof=1))
-    reach = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1))
-    reach *= deviation / math.sqrt(len(values))
-    low, high = exponential(mean - reach), exponential(mean + reach)
-    return Estimate(exponential(mean), low, high, confidence)
+    found = mean_interval(losses, confidence)
+    low, high = exponential(found.low), exponential(found.high)
+    return Estimate(exponential(found.value), low, high, confidence)
 
 
 def perplexity_ratio(
@@ -108,7 +146,7 @@ def perplexity_ratio(
         ValueError: no windows, or a different number of them.
     """
     difference = _same_items(first, second)
-    found = _bootstrap(difference, _exponential_of_mean, seed, confidence)
+    found = _bootstrap((difference,), _exponential_of_mean, seed, confidence)
     return replace(found, low=max(found.low, 0.0))
 
 
@@ -130,18 +168,24 @@ def _same_items(first: Sequence[float], second: Sequence[float]) -> np.ndarray:
     return after - before
 
 
-def _bootstrap(values: np.ndarray, statistic, seed: int, confidence: float) -> Estimate:
-    value = float(statistic(values, axis=-1))
-    if len(values) == 1:  # one item says nothing of how much others would differ
+def _bootstrap(
+    samples: tuple[np.ndarray, ...], statistic, seed: int, confidence: float
+) -> Estimate:
+    """A statistic of one or several numbers of every item; whole items are drawn again."""
+    value = float(statistic(*samples, axis=-1))
+    if len(samples[0]) == 1:  # one item says nothing of how much others would differ
         return Estimate(value, -math.inf, math.inf, confidence)
-    if np.ptp(values) == 0:  # nothing to draw from; scipy warns of a degenerate distribution
+    # Nothing to draw from; scipy warns of a degenerate distribution.
+    if all(np.ptp(values) == 0 for values in samples):
         return Estimate(value, value, value, confidence)
     result = stats.bootstrap(
-        (values,),
+        samples,
         statistic,
         n_resamples=RESAMPLES,
         confidence_level=confidence,
         method="percentile",
+        paired=len(samples) > 1,
+        vectorized=True,
         batch=500,
         rng=np.random.default_rng(seed),
     )

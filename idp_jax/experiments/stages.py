@@ -11,24 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from idp_jax import formats, training
-from idp_jax.compression.job import compress
 from idp_jax.config import (
     Compress,
-    ConfigError,
     Data,
     Experiment,
     Measurement,
     Train,
     Variant,
 )
+from idp_jax.config.experiment import taught
 from idp_jax.config.files import from_dict, to_dict
 from idp_jax.data.self_text import sample_documents
 from idp_jax.evaluation.job import measure
-from idp_jax.evaluation.results import Results, VariantResult, read, write
+from idp_jax.evaluation.results import VariantResult
+from idp_jax.experiments.once import check_unchanged, compress_once, measure_once
 from idp_jax.formats.adapters import read_adapter
-from idp_jax.jobs.files import contents, fingerprint, read_json, write_text
-from idp_jax.jobs.machine import describe
-from idp_jax.jobs.marker import changed, mark
+from idp_jax.jobs.files import contents, fingerprint, write_text
+from idp_jax.jobs.marker import mark
 from idp_jax.jobs.progress import Progress
 from idp_jax.models import Decoder
 from idp_jax.recover import Repaired
@@ -52,16 +51,6 @@ def needed(settings: Experiment) -> int:
     return 0 if (settings.out / "text").is_dir() else 3 * settings.train_tokens
 
 
-def _check_unchanged(folder: Path) -> None:
-    """Refuses a finished stage's folder where a file is missing, or is not the one written."""
-    file = changed(folder)
-    if file is not None:
-        raise ConfigError(
-            f"{folder / file} is not as this experiment wrote it; remove {folder}, and the same "
-            "command makes it again"
-        )
-
-
 def text_files(settings: Experiment) -> dict[str, Path]:
     """Where the parts of the text are."""
     return {part: settings.out / "text" / f"{part}.jsonl" for part in PARTS}
@@ -72,7 +61,7 @@ def write_texts(settings: Experiment, model: Callable[[], Decoder], progress: Pr
     files, kept = text_files(settings), settings.out / "text" / "sampled.jsonl"
     if all(file.is_file() for file in files.values()):
         kept.unlink(missing_ok=True)  # left by a call that was stopped just before this line
-        _check_unchanged(settings.out / "text")
+        check_unchanged(settings.out / "text")
         return
     tokenizer = formats.load_tokenizer(settings.model)
     length, spare = settings.sequence_length, 2
@@ -106,15 +95,7 @@ def model_of(settings: Experiment, compression: str | None) -> str:
 
 def compressed(settings: Experiment, name: str, progress: Progress) -> None:
     """Compresses the model by one of the recipes."""
-    job = _compress(settings, name)
-    if job.out is None or not job.out.is_dir():
-        compress(job, progress=progress)
-        return
-    _check_unchanged(job.out)
-    remedy = f"remove {job.out}, and the same command makes it again"
-    report = read_json(job.out / "compression.json", remedy)
-    if report.get("config") != to_dict(job):
-        raise ConfigError(f"{job.out} is of other settings; {remedy}")
+    compress_once(_compress(settings, name), progress)
 
 
 def _compress(settings: Experiment, name: str) -> Compress:
@@ -172,7 +153,7 @@ def _train(settings: Experiment, variant: Variant) -> Train:
         "checkpoint_every": settings.evaluate_every,
         "seed": settings.seed,
     }
-    return from_dict(Train, common | settings.adapters[name], f"adapters.{name}")
+    return taught(common | settings.adapters[name], settings.model, f"adapters.{name}")
 
 
 def result_file(settings: Experiment, variant: Variant) -> Path:
@@ -189,32 +170,31 @@ def measured(
     progress: Progress,
 ) -> VariantResult:
     """Measures a variant, into a file of results that holds it alone."""
-    file, folder, added = result_file(settings, variant), adapter_of(settings, variant), 0
-    measurement = _measurement(settings)
+    folder, measurement = adapter_of(settings, variant), _measurement(settings)
+
+    def measure_it() -> list[VariantResult]:
+        repaired, added = Repaired.of(model()), 0
+        if folder is not None:
+            adapter = read_adapter(repaired.decoder, folder)
+            repaired, added = adapter.repair(repaired.decoder), parameter_count(adapter)
+        if variant.selector is not None:
+            repaired = repaired.with_selector(variant.selector)
+        found = measure(
+            repaired,
+            tokenizer,
+            measurement,
+            progress=progress,
+            name=variant.name,
+            role=variant.role,
+            model=model_of(settings, variant.compression),
+            adapter=None if folder is None else str(folder),
+            selector=variant.selector,
+            extra_parameters=added,
+        )
+        return [found]
+
     asked = {**to_dict(measurement), "inputs": _measured_inputs(settings, variant)}
-    found = _kept(file, asked)
-    if found is not None:
-        return found
-    repaired = Repaired.of(model())
-    if folder is not None:
-        adapter = read_adapter(repaired.decoder, folder)
-        repaired, added = adapter.repair(repaired.decoder), parameter_count(adapter)
-    if variant.selector is not None:
-        repaired = repaired.with_selector(variant.selector)
-    found = measure(
-        repaired,
-        tokenizer,
-        measurement,
-        progress=progress,
-        name=variant.name,
-        role=variant.role,
-        model=model_of(settings, variant.compression),
-        adapter=None if folder is None else str(folder),
-        selector=variant.selector,
-        extra_parameters=added,
-    )
-    write(Results(config=asked, environment=describe(), variants=[found]), file)
-    return found
+    return measure_once(result_file(settings, variant), asked, measure_it)[0]
 
 
 def _measured_inputs(settings: Experiment, variant: Variant) -> dict[str, dict[str, str]]:
@@ -225,15 +205,6 @@ def _measured_inputs(settings: Experiment, variant: Variant) -> dict[str, dict[s
         "adapter": {} if folder is None else contents(folder),
         "text": fingerprint(text_files(settings)["test"]),
     }
-
-
-def _kept(file: Path, asked: dict[str, Any]) -> VariantResult | None:
-    """What an earlier call measured, if it is whole and of the same model, adapter and settings."""
-    try:
-        results = read(file)
-    except ConfigError:
-        return None
-    return results.variants[0] if results.config == asked and results.variants else None
 
 
 def _measurement(settings: Experiment) -> Measurement:

@@ -87,8 +87,9 @@ def check_going_on(settings, results, monkeypatch):
     """Nothing that is there is made again; what is missing is, alike."""
     again = lambda *args, **options: pytest.fail("a finished stage ran again")
     with monkeypatch.context() as patched:
-        for name in ("sample_documents", "compress", "measure"):
+        for name in ("sample_documents", "measure"):
             patched.setattr(stages, name, again)
+        patched.setattr("idp_jax.experiments.once.compress", again)
         patched.setattr("idp_jax.formats.load_model", again)
         assert run(settings).variants == results.variants
     file = stages.result_file(settings, settings.variants[2])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from idp_jax.config import Compress, ConfigError, Convert, Demo, Evaluate, Train
+from idp_jax.config import Compress, ConfigError, Convert, Corpora, Demo, Evaluate, Sweep, Train
 from idp_jax.config.recovery import Data, Teacher
 from idp_jax.jobs.folder import check_absent, put, recover, written_folder
 from idp_jax.jobs.marker import MARKER, changed, foreign, mark
@@ -16,6 +16,9 @@ COMMANDS = {
     "train": lambda model, out: Train(model=model, out=out),
     "eval": lambda model, out: Evaluate(model=model, out=out, latency=True),
     "demo": lambda model, out: Demo(model=model, out=out),
+    "sweep": lambda model, out: Sweep(
+        model=model, out=out, data=Corpora("hub:c4", Path("held.jsonl")), recipes={"a": {}}
+    ),
 }
 
 
