@@ -5,7 +5,7 @@ what training takes; `commands` and `experiment` hold the commands; `files` read
 The invariant: nothing here imports jax.
 """
 
-from idp_jax.config.commands import Compress, Convert, Evaluate, Train
+from idp_jax.config.commands import Compress, Convert, Evaluate, PoolStudy, Train
 from idp_jax.config.experiment import Demo, Experiment, Variant
 from idp_jax.config.groups import (
     Calibration,
@@ -14,6 +14,7 @@ from idp_jax.config.groups import (
     Loading,
     Measurement,
     Mesh,
+    Scoring,
     Timing,
 )
 from idp_jax.config.recovery import (
@@ -44,7 +45,9 @@ __all__ = [
     "Mesh",
     "Optimizer",
     "Pool",
+    "PoolStudy",
     "Prefix",
+    "Scoring",
     "Teacher",
     "Timing",
     "Tracking",
