@@ -196,7 +196,11 @@ class Evaluate(Measurement, Loading):
 
 @dataclass(frozen=True, kw_only=True)
 class PoolStudy(Scoring, Loading):
-    """Ask whether a pool's choice helps: every selector against random, fixed and oracle.
+    """Ask whether choosing a prompt for every input helps, selector by selector.
+
+    Each selector is held against a random prompt, the best fixed one and the oracle, whose gain is
+    held against that of noise (docs/selectors.md says what the columns mean). For a fair control
+    train one prompt of the summed length on the same total of tokens, and give it as --baseline.
 
     Every prompt of the pool answers everything once; selectors then only look at the inputs, so ten
     of them cost little more than one. Stopped and started again, it goes on.
