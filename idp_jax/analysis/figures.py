@@ -137,8 +137,8 @@ def pool_study(study: Study, title: str, path: Path) -> None:
 def _draw_gains(axis, policies: list[Policy]) -> None:
     for policy in policies:
         gain = policy.gain
-        # One item alone has no bounds.
-        reach = [[gain.value - max(gain.low, -1e9)], [min(gain.high, 1e9) - gain.value]]
+        known = math.isfinite(gain.low)  # one item alone has no bounds
+        reach = [[gain.value - gain.low], [gain.high - gain.value]] if known else None
         colour = _KINDS[policy.kind]
         axis.errorbar([gain.value], [policy.name], xerr=reach, fmt="o", color=colour, capsize=3)
     axis.axvline(0, linestyle=":", color="grey")

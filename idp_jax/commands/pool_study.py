@@ -1,5 +1,7 @@
 """`idp-jax pool-study`: studies a pool's choices, prints a table for each measure, draws them."""
 
+from pathlib import Path
+
 from rich.table import Table
 
 from idp_jax import config
@@ -14,27 +16,30 @@ from idp_jax.jobs.progress import Bars, console
 
 def run(settings: config.PoolStudy) -> None:
     """Studies a pool and prints what was found."""
+    figure = settings.out.with_suffix(".png")
+    if figure.exists() and not settings.overwrite:
+        raise config.ConfigError(f"{figure} exists; give another --out, or --overwrite")
     found = study(settings, progress=Bars())
     for measure in found.measures:
         show(measure_table(measure), console)
         console.print(said(measure), highlight=False)
     show(cost_table(found), console)
-    figure = settings.out.with_suffix(".png")
     write_file(figure, lambda partial: draw(found, f"{settings.adapter}", partial))
     console.print(f"written to {settings.out} and {figure}", highlight=False)
 
 
 def measure_table(measure: Measure) -> Table:
     """A row for each policy."""
-    names = ("mean", "over random [95 %]", "over best fixed [95 %]", "of oracle", "prompts", "p")
+    names = ("mean", "over random", "over best fixed [95 %]", "of oracle", "prompts", "p")
     title = f"{measure.name}: {measure.unit}, {measure.items} items"
     table = columns(title, "policy", names)
     for policy in measure.policies:
         share = "" if policy.recovery is None else f"{100 * policy.recovery.value:.0f} %"
         taken = "" if policy.usage is None else f"{policy.usage.effective:.1f}"
         chance = "" if policy.matching is None else f"{policy.matching.p_value:.3f}"
-        changes = _change(policy.gain), _change(policy.over_fixed)
-        table.add_row(policy.name, f"{policy.mean.value:.4f}", *changes, share, taken, chance)
+        changes = f"{policy.gain.value:+.4f}", _change(policy.over_fixed)
+        name = Path(policy.name).name if ".py:" in policy.name else policy.name
+        table.add_row(name, f"{policy.mean.value:.4f}", *changes, share, taken, chance)
     return table
 
 
@@ -60,4 +65,4 @@ def cost_table(found: Study) -> Table:
 
 
 def _change(estimate: Estimate) -> str:
-    return f"{estimate.value:+.4f} [{estimate.low:+.4f}, {estimate.high:+.4f}]"
+    return f"{estimate.value:+.4f} [{estimate.low:+.4f},{estimate.high:+.4f}]"

@@ -196,7 +196,7 @@ class Evaluate(Measurement, Loading):
 
 @dataclass(frozen=True, kw_only=True)
 class PoolStudy(Scoring, Loading):
-    """Ask whether choosing a prompt for every input helps, selector by selector.
+    """Ask whether choosing a prompt for every input helps.
 
     Each selector is held against a random prompt, the best fixed one and the oracle, whose gain is
     held against that of noise (docs/selectors.md says what the columns mean). For a fair control
@@ -216,14 +216,19 @@ class PoolStudy(Scoring, Loading):
     baseline: tuple[Path, ...] = ()
     """Folders of other adapters for the same items, such as one prompt of the summed length."""
     overwrite: bool = False
-    """Replace `out` if it holds a study."""
+    """Replace `out` if it holds a study, and the figure."""
 
     def __post_init__(self):
         super().__post_init__()
         read = {"model": self.model, "adapter": self.adapter}
         read |= {"text": self.perplexity, "task-data": self.task_data}
-        read |= {f"baseline {number}": path for number, path in enumerate(self.baseline)}
         check_apart(self.out, read)
+        for folder in self.baseline:
+            check_apart(self.out, {"baseline": folder})
+        if self.out.suffix == ".png":
+            raise ConfigError(
+                f"--out {self.out} is the figure's name; give a file such as study.json"
+            )
         if not self.task_names and self.perplexity is None:
             raise ConfigError("nothing to study: give --tasks, --perplexity or both")
         for name, values in (("selector", self.selector), ("baseline", self.baseline)):

@@ -21,7 +21,13 @@ from idp_jax.jobs.files import write_json
 
 SCHEMA = "idp-jax.results/1"
 NOT_FINITE = "the model or its adapter holds numbers that cannot be computed with"
-_UNBOUNDED = {"interval", "metrics", "groups", "comparisons"}  # beside a perplexity itself
+_UNBOUNDED = {
+    "interval",
+    "metrics",
+    "groups",
+    "comparisons",
+    "measures",
+}  # beside a perplexity itself
 ACCURACIES = ("acc", "exact_match")  # a task's main metric: the first of these that it has
 
 Whole = TypeVar("Whole")

@@ -69,7 +69,8 @@ def found(files, few, tmp_path_factory):
     mine = f"{files / 'mine.py'}:score"
     asked = settings(files, out, baseline=(files / "long",), selector=("sum_attention", mine))
     result = study(asked)
-    assert pool_results.read(out) == result
+    stored = pool_results.read(out)
+    assert stored.measures == result.measures and stored.costs == result.costs
     assert [path.name for path in out.parent.iterdir()] == ["study.json"]
     return result
 
@@ -206,11 +207,17 @@ def test_the_command_prints_writes_and_draws(files, tmp_path, capsys):
     call = [str(word) for word in call]
     main([*call, "--selector", "sum_attention"])
     said = capsys.readouterr().err
-    assert "continuation: the oracle gains" in said and "best on first half" in said
+    assert "continuation: the oracle gains" in said and "of parameters" in said
+    continuation = pool_results.read(out).measure("continuation")
+    assert continuation.policy("best on first half").usage is not None
     assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(SystemExit):
         main(call)
     assert "exists; give another --out, or --overwrite" in capsys.readouterr().err
+    out.rename(tmp_path / "moved.json")  # the figure of another study stays, too
+    with pytest.raises(SystemExit):
+        main(call)
+    assert "study.png exists; give another --out" in capsys.readouterr().err
     out.write_text(json.dumps({"schema": "idp-jax.results/1"}))
     with pytest.raises(SystemExit):
         main([*call, "--overwrite"])
@@ -221,6 +228,8 @@ def test_what_cannot_be_studied_is_said_in_one_line(files, tmp_path):
     out = tmp_path / "r.json"
     with pytest.raises(ConfigError, match="nothing to study: give --tasks"):
         settings(files, out, tasks="", perplexity=None)
+    with pytest.raises(ConfigError, match=r"study.png is the figure's name"):
+        settings(files, tmp_path / "study.png")
     with pytest.raises(ConfigError, match="--selector names one twice: first first"):
         settings(files, out, selector=("first", "first"))
     with pytest.raises(ConfigError, match=r"--adapter .*long is no pool of two prompts"):
