@@ -36,10 +36,11 @@ COMMANDS: dict[str, type] = {
     "merge": config.Merge,
     "eval": config.Evaluate,
     "sweep": config.Sweep,
+    "pool-study": config.PoolStudy,
 }
 
 # Called again, these go on from what an interrupted call has finished.
-_RESUMING = ("demo", "compress", "train", "eval", "sweep")
+_RESUMING = ("demo", "compress", "train", "eval", "sweep", "pool-study")
 
 # What libraries print on their own account; our bars and tables say the same.
 _QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
@@ -75,7 +76,7 @@ def _main(arguments: list[str] | None) -> None:
     try:
         settings = parse(COMMANDS[name], rest, f"idp-jax {name}")
         _hide_torch()
-        command = importlib.import_module(f"idp_jax.commands.{name}")
+        command = importlib.import_module(f"idp_jax.commands.{name.replace('-', '_')}")
         signals.begin(resumes=name in _RESUMING)
         command.run(settings)
     except BaseException as error:
@@ -183,7 +184,7 @@ def _taken(option: str, what: str, arguments: list[str]) -> tuple[str | None, li
 
 def _usage() -> str:
     rows = "\n".join(
-        f"  {name:9} {(kind.__doc__ or '').splitlines()[0]}" for name, kind in COMMANDS.items()
+        f"  {name:10} {(kind.__doc__ or '').splitlines()[0]}" for name, kind in COMMANDS.items()
     )
     return (
         "usage: idp-jax COMMAND [options]\n\n"

@@ -40,7 +40,7 @@ ARROWS = {
         *("formats", "jobs", "models", "recover", "training"),
     },
     "commands": {
-        *("compression", "config", "evaluation", "experiments"),
+        *("analysis", "compression", "config", "evaluation", "experiments"),
         *("formats", "jobs", "models", "training"),
     },
 }

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from idp_jax.config.choices import Role
 from idp_jax.evaluation.comparison import pooled_accuracy
+from idp_jax.evaluation.pool_results import Kind, Policy, Study
 from idp_jax.evaluation.results import VariantResult
 
 _COLOURS: dict[Role, str] = {
@@ -12,6 +13,14 @@ _COLOURS: dict[Role, str] = {
     "compressed": "#b23a48",
     "repaired": "#2a6f97",
     "control": "#a9c9d9",
+}
+
+_KINDS: dict[Kind, str] = {
+    "control": "#4c4c4c",
+    "fixed": "#a9c9d9",
+    "selector": "#2a6f97",
+    "other": "#b23a48",
+    "bound": "#8a8a8a",
 }
 
 
@@ -87,3 +96,66 @@ def _draw_accuracy(axis, variants: list[VariantResult], chance: float | None) ->
     if chance is not None:
         axis.axhline(100 * chance, linestyle=":", color="grey")
         axis.annotate("chance", (0, 100 * chance + 1), color="grey", fontsize="small")
+
+
+def pool_study(study: Study, title: str, path: Path) -> None:
+    """Draws what every policy gains over a random prompt, and which prompts it takes.
+
+    A row for each measure. The stroke beside the oracle is what it would gain of noise alone.
+
+    Args:
+        path: the PNG to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    most = max(len(measure.policies) for measure in study.measures)
+    figure, axes = pyplot.subplots(
+        len(study.measures),
+        2,
+        figsize=(13, (1.2 + 0.26 * most) * len(study.measures)),
+        layout="constrained",
+        width_ratios=[3, 2],
+        squeeze=False,
+    )
+    figure.suptitle(title)
+    for (gains, shares), measure in zip(axes, study.measures, strict=True):
+        shown = measure.policies[::-1]
+        _draw_gains(gains, shown)
+        gains.plot(
+            [measure.oracle.null], [shown[0].name], marker="|", color="black", ms=14, linestyle=""
+        )
+        gains.set(title=measure.name, xlabel=f"{measure.unit}, over a random prompt (bars: 95 %)")
+        _draw_usage(shares, shown, len(study.prompt_lengths))
+        shares.set(title="prompts taken", xlabel=f"share of {measure.items} items")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _draw_gains(axis, policies: list[Policy]) -> None:
+    for policy in policies:
+        gain = policy.gain
+        known = math.isfinite(gain.low)  # one item alone has no bounds
+        reach = [[gain.value - gain.low], [gain.high - gain.value]] if known else None
+        colour = _KINDS[policy.kind]
+        axis.errorbar([gain.value], [policy.name], xerr=reach, fmt="o", color=colour, capsize=3)
+    axis.axvline(0, linestyle=":", color="grey")
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_usage(axis, policies: list[Policy], prompts: int) -> None:
+    from matplotlib import colormaps
+
+    axis.set_yticks(range(len(policies)), [""] * len(policies))
+    for row, policy in enumerate(policies):
+        if policy.usage is None:
+            continue
+        total, left = sum(policy.usage.counts), 0.0
+        for prompt, count in enumerate(policy.usage.counts):
+            colour = colormaps["viridis"](prompt / max(prompts - 1, 1))
+            axis.barh(row, count / total, left=left, color=colour)
+            left += count / total
+    axis.set(xlim=(0, 1), ylim=(-0.6, len(policies) - 0.4))
+    axis.spines[["top", "right"]].set_visible(False)

@@ -5,7 +5,7 @@ what training takes; `commands`, `experiment` and `sweep` hold the commands; `fi
 writes them. The invariant: nothing here imports jax.
 """
 
-from idp_jax.config.commands import Compress, Convert, Evaluate, Merge, Train
+from idp_jax.config.commands import Compress, Convert, Evaluate, Merge, PoolStudy, Train
 from idp_jax.config.experiment import Demo, Experiment, Variant
 from idp_jax.config.groups import (
     Calibration,
@@ -14,6 +14,7 @@ from idp_jax.config.groups import (
     Loading,
     Measurement,
     Mesh,
+    Scoring,
     Timing,
 )
 from idp_jax.config.recovery import (
@@ -49,7 +50,9 @@ __all__ = [
     "Norms",
     "Optimizer",
     "Pool",
+    "PoolStudy",
     "Prefix",
+    "Scoring",
     "Sweep",
     "Teacher",
     "Timing",

@@ -24,6 +24,7 @@ from idp_jax.config.groups import (
     Loading,
     Measurement,
     Mesh,
+    Scoring,
     Settings,
     at_least,
     one_of,
@@ -258,3 +259,45 @@ class Evaluate(Measurement, Loading):
             raise ConfigError(f"--selector {self.selector[0]} needs a pool: give its --adapter")
         if len(set(self.selector)) < len(self.selector):
             raise ConfigError(f"--selector names one twice: {' '.join(self.selector)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolStudy(Scoring, Loading):
+    """Ask whether choosing a prompt for every input helps.
+
+    Each selector is held against a random prompt, the best fixed one and the oracle, whose gain is
+    held against that of noise (docs/selectors.md says what the columns mean). For a fair control
+    train one prompt of the summed length on the same total of tokens, and give it as --baseline.
+
+    Every prompt of the pool answers everything once; selectors then only look at the inputs, so ten
+    of them cost little more than one. Stopped and started again, it goes on.
+    """
+
+    out: Path
+    """The study, a JSON file; beside it goes a figure of the same name, .png."""
+    adapter: Path
+    """Folder of the pool."""
+    selector: tuple[str, ...] = ()
+    """Selectors to study, by name or as file.py:name; by default every built-in one that has no
+    parameters. The pool's own is always among them."""
+    baseline: tuple[Path, ...] = ()
+    """Folders of other adapters for the same items, such as one prompt of the summed length."""
+    overwrite: bool = False
+    """Replace `out` if it holds a study, and the figure."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        read = {"model": self.model, "adapter": self.adapter}
+        read |= {"text": self.perplexity, "task-data": self.task_data}
+        check_apart(self.out, read)
+        for folder in self.baseline:
+            check_apart(self.out, {"baseline": folder})
+        if self.out.suffix == ".png":
+            raise ConfigError(
+                f"--out {self.out} is the figure's name; give a file such as study.json"
+            )
+        if not self.task_names and self.perplexity is None:
+            raise ConfigError("nothing to study: give --tasks, --perplexity or both")
+        for name, values in (("selector", self.selector), ("baseline", self.baseline)):
+            if len(set(values)) < len(values):
+                raise ConfigError(f"--{name} names one twice: {' '.join(map(str, values))}")

@@ -218,8 +218,8 @@ class Timing(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measurement(Settings):
-    """What of a model is measured, and how."""
+class Scoring(Settings):
+    """The questions and the text that a model is scored on."""
 
     tasks: str = ""
     """lm-eval tasks, separated by commas; `knowledge` is the built-in probe."""
@@ -239,9 +239,6 @@ class Measurement(Settings):
     """Rows that go through the model at a time; it does not change the results."""
     max_length: int | None = None
     """Longest input in tokens; by default what the model allows."""
-    latency: bool = False
-    """Measure the time of prefill and decoding, too."""
-    timing: Timing = field(default_factory=Timing)
     seed: int = 0
     """Of few-shot examples, sampled answers and resampled intervals."""
 
@@ -256,10 +253,22 @@ class Measurement(Settings):
             )
         if self.windows is not None:
             at_least("windows", self.windows, 1)
-        if not self.task_names and self.perplexity is None and not self.latency:
-            raise ConfigError("nothing to evaluate: give --tasks, --perplexity or --latency")
 
     @property
     def task_names(self) -> list[str]:
         """The tasks as a list."""
         return [name.strip() for name in self.tasks.split(",") if name.strip()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement(Scoring):
+    """What of a model is measured, and how."""
+
+    latency: bool = False
+    """Measure the time of prefill and decoding, too."""
+    timing: Timing = field(default_factory=Timing)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.task_names and self.perplexity is None and not self.latency:
+            raise ConfigError("nothing to evaluate: give --tasks, --perplexity or --latency")

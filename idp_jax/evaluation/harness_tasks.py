@@ -27,7 +27,7 @@ from idp_jax.jobs.progress import SILENT, Progress
 from idp_jax.models import Decoder
 from idp_jax.recover import Repaired
 
-_HASH = 16  # digits of the harness's hash of an item that are kept
+HASH = 16  # digits of the harness's hash of an item that are kept
 
 
 def evaluate(
@@ -76,7 +76,7 @@ def evaluate(
         progress=progress,
         journal=journal,
     )
-    found = _run_harness(model, loaded, seed, num_fewshot=num_fewshot, limit=limit)
+    found = run_harness(model, loaded, seed, num_fewshot=num_fewshot, limit=limit)
     rows = {task: _task(found, task, model) for task in found["samples"]}
     groups = {name: _metrics(row) for name, row in found.get("groups", {}).items()}
     main = [value for value in (_main(task, rows, groups) for task in loaded) if value is not None]
@@ -98,7 +98,7 @@ def _first(values: dict[str, float], names: Sequence[str]) -> float | None:
     return next((values[name] for name in names if name in values), None)
 
 
-def _run_harness(model: HarnessLM, tasks: list, seed: int, **options: Any) -> dict[str, Any]:
+def run_harness(model: HarnessLM, tasks: list, seed: int, **options: Any) -> dict[str, Any]:
     """The harness's own evaluation, without what it prints on its own account."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it reports every setting as a warning
     # It asks git for the commit of the current folder, which need not be a checkout, and draws a
@@ -198,7 +198,7 @@ def _task(found: dict, task: str, model: HarnessLM) -> TaskResult:
         num_fewshot=found["n-shot"][task],
         version=found["versions"][task],
         samples=samples,
-        documents=[row["doc_hash"][:_HASH] for row in items],
+        documents=[row["doc_hash"][:HASH] for row in items],
         choices=None if prompts is None else _counted(prompts, model),
         prompts=prompts,
         refused=refused,

@@ -5,7 +5,8 @@ at before it is loaded. What has been scored is kept beside the results until th
 that the same call goes on where it was stopped.
 """
 
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 
 from idp_jax import formats
-from idp_jax.config import ConfigError, Evaluate, Measurement
+from idp_jax.config import ConfigError, Evaluate, Loading, Measurement, Scoring
 from idp_jax.config.choices import Role
 from idp_jax.config.files import to_dict
 from idp_jax.data.text import read_text
@@ -51,19 +52,11 @@ def score(settings: Evaluate, *, progress: Progress = SILENT) -> Results:
         ConfigError: settings that do not fit the model or its adapter.
         ValueError: the model, the adapter, a task or the text cannot be used.
     """
-    mesh = mesh_of(settings.mesh)
-    with ExitStack() as held, jax.set_mesh(mesh) if mesh is not None else nullcontext():
-
-        def begin() -> None:
-            check_writable(settings.out)
-            held.enter_context(locked(settings.out))
-            _check_replaceable(settings)
-
-        first_process(begin, "results: begin")
+    with claimed(settings.out, settings.overwrite, settings.mesh, is_results) as mesh:
         tokenizer = formats.load_tokenizer(settings.model)
         inputs = read_inputs(settings, tokenizer)
         adapter = _adapter(settings, inputs)
-        journal = _journal(settings)
+        journal = journal_of(settings, settings.out, [settings.adapter])
         variants = _variants(settings, adapter, tokenizer, inputs, mesh, progress, journal)
         results = Results(config=to_dict(settings), environment=describe(), variants=variants)
         first_process(lambda: write(results, settings.out), "results")
@@ -71,18 +64,41 @@ def score(settings: Evaluate, *, progress: Progress = SILENT) -> Results:
     return results
 
 
-def _check_replaceable(settings: Evaluate) -> None:
+@contextmanager
+def claimed(
+    out: Path, overwrite: bool, arranged: Any, ours: Callable[[Path], bool]
+) -> Iterator[jax.sharding.Mesh | None]:
+    """Holds the place of a file of results, and the mesh that a `config.Mesh` asks for.
+
+    Args:
+        ours: whether a file that stands there may be replaced, given `overwrite`.
+
+    Raises:
+        ConfigError: something stands there that must not be replaced.
+    """
+    mesh = mesh_of(arranged)
+    with ExitStack() as held, jax.set_mesh(mesh) if mesh is not None else nullcontext():
+
+        def begin() -> None:
+            check_writable(out)
+            held.enter_context(locked(out))
+            _check_replaceable(out, overwrite, ours)
+
+        first_process(begin, "results: begin")
+        yield mesh
+
+
+def _check_replaceable(out: Path, overwrite: bool, ours: Callable[[Path], bool]) -> None:
     """Refuses a place for results where something stands that they must not replace."""
-    out = settings.out
     if out.is_dir():
         raise ConfigError(f"--out {out} is a folder; give a file such as results.json")
     if out.is_symlink():
         raise ConfigError(f"--out {out} is a link; give the file that it stands for")
     if not out.exists():
         return
-    if not settings.overwrite:
+    if not overwrite:
         raise ConfigError(f"{out} exists; give another --out, or --overwrite")
-    if not is_results(out):
+    if not ours(out):
         raise ConfigError(f"{out} holds no results, so it is not replaced; give another --out")
 
 
@@ -99,7 +115,7 @@ class Inputs:
     tasks: list[Any]
 
 
-def read_inputs(settings: Measurement, tokenizer: Any) -> Inputs:
+def read_inputs(settings: Scoring, tokenizer: Any) -> Inputs:
     """Reads text and tasks, for which no model is needed.
 
     Raises:
@@ -144,16 +160,16 @@ def _adapter(settings: Evaluate, inputs: Inputs) -> Adapter | None:
     return adapter
 
 
-def _journal(settings: Evaluate) -> Journal:
-    """Of batches that are scored, beside the results; of this model, adapter and machine only."""
-    file = settings.out.with_name(f"{settings.out.name}.scored.jsonl")
-    folders = [formats.resolve(settings.model), *([settings.adapter] if settings.adapter else [])]
+def journal_of(settings: Loading, out: Path, adapters: Sequence[Path | None]) -> Journal:
+    """Of batches that are scored, beside the results; of this model, adapters and machine only."""
+    file = out.with_name(f"{out.name}.scored.jsonl")
+    folders = [formats.resolve(settings.model), *(path for path in adapters if path is not None)]
     folders += [part for folder in folders for part in sorted(folder.glob("*/"))]
     held = [settings.held, to_dict(settings.mesh), describe()]
     return Journal(file).within([fingerprint(folder) for folder in folders], held)
 
 
-def _code(selector: str | None) -> str:
+def code_of(selector: str | None) -> str:
     """The file that a selector is in, whose changes change scores; nothing for one of a package."""
     file, found, _ = (selector or "").partition(".py:")
     return Path(f"{file}.py").read_text() if found else ""
@@ -190,7 +206,7 @@ def _variants(
                 name=name if selector is None else f"{name}, {selector}",
                 inputs=inputs,
                 progress=progress,
-                journal=journal.within(selector, _code(selector or own)),
+                journal=journal.within(selector, code_of(selector or own)),
                 **chosen,
                 **identity,
             )

@@ -54,12 +54,20 @@ def windows_from_text(
     return found
 
 
-@jax.jit
-def _window_losses(repaired: Repaired, tokens) -> jax.Array:
+def token_logprobs(repaired: Repaired, tokens) -> jax.Array:
+    """The log-probability of every token of windows [B, T] but the first, [B, T - 1] (traceable).
+
+    A pool chooses its prompt from the whole window.
+    """
     past = repaired.past(tokens, jax.numpy.ones_like(tokens))
     hidden = repaired.decoder.hidden(tokens, past=past)
     logprob, _ = token_scores(repaired.decoder, hidden[:, :-1], tokens[:, 1:])
-    return -logprob.mean(-1)
+    return logprob
+
+
+@jax.jit
+def _window_losses(repaired: Repaired, tokens) -> jax.Array:
+    return -token_logprobs(repaired, tokens).mean(-1)
 
 
 def perplexity(

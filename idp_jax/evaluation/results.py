@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from idp_jax.config.choices import Role
 from idp_jax.config.files import from_dict
@@ -21,8 +21,16 @@ from idp_jax.jobs.files import write_json
 
 SCHEMA = "idp-jax.results/1"
 NOT_FINITE = "the model or its adapter holds numbers that cannot be computed with"
-_UNBOUNDED = {"interval", "metrics", "groups", "comparisons"}  # beside a perplexity itself
+_UNBOUNDED = {
+    "interval",
+    "metrics",
+    "groups",
+    "comparisons",
+    "measures",
+}  # beside a perplexity itself
 ACCURACIES = ("acc", "exact_match")  # a task's main metric: the first of these that it has
+
+Whole = TypeVar("Whole")
 
 
 class Part:
@@ -221,7 +229,15 @@ def write(results: Results, path: str | Path) -> None:
     Raises:
         ConfigError: a number is not finite, where it is none that may be infinite (`Number`).
     """
-    tree = asdict(results)
+    write_finite(asdict(results), path)
+
+
+def write_finite(tree: dict[str, Any], path: str | Path) -> None:
+    """Writes results of any schema.
+
+    Raises:
+        ConfigError: as `write`.
+    """
     for place, value in numbers(tree):
         unbounded = place[-1] == "perplexity" or not _UNBOUNDED.isdisjoint(place)
         if math.isnan(value) or (math.isinf(value) and not unbounded):
@@ -229,13 +245,13 @@ def write(results: Results, path: str | Path) -> None:
     write_json(path, tree)
 
 
-def is_results(path: str | Path) -> bool:
+def is_results(path: str | Path, schema: str = SCHEMA) -> bool:
     """Whether a file holds results, of whichever version of the schema."""
     try:
         tree = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
-    family = SCHEMA.partition("/")[0]
+    family = schema.partition("/")[0]
     return isinstance(tree, dict) and str(tree.get("schema")).partition("/")[0] == family
 
 
@@ -245,6 +261,11 @@ def read(path: str | Path) -> Results:
     Raises:
         ConfigError: it is missing, no JSON, of another schema, or lacks or misuses a key.
     """
+    return read_as(Results, SCHEMA, path)
+
+
+def read_as(kind: type[Whole], schema: str, path: str | Path) -> Whole:
+    """Reads a file of results of the schema whose whole is a `kind`; errors as of `read`."""
     try:
         tree = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refused)
     except OSError as error:
@@ -256,12 +277,12 @@ def read(path: str | Path) -> Results:
             f"{path} names no schema: it is no results file, or of a version before there were "
             "any; evaluate again (idp-jax eval)"
         )
-    if tree["schema"] != SCHEMA:
+    if tree["schema"] != schema:
         raise ConfigError(
-            f"{path}: schema {tree['schema']!r} is not {SCHEMA}; read it with the version of "
+            f"{path}: schema {tree['schema']!r} is not {schema}; read it with the version of "
             "idp-jax that wrote it, or evaluate again"
         )
-    return from_dict(Results, tree, str(path))
+    return from_dict(kind, tree, str(path))
 
 
 def _refused(constant: str) -> None:

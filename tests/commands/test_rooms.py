@@ -33,5 +33,5 @@ def test_every_command_has_a_room():
     from idp_jax.cli import COMMANDS
 
     for name in COMMANDS:
-        tree = ast.parse((PACKAGE / "commands" / f"{name}.py").read_text())
+        tree = ast.parse((PACKAGE / "commands" / f"{name.replace('-', '_')}.py").read_text())
         assert "run" in [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]

@@ -16,6 +16,7 @@ from idp_jax.config import (
     Evaluate,
     Lora,
     Optimizer,
+    PoolStudy,
     Sweep,
     Train,
 )
@@ -56,10 +57,11 @@ def test_a_file_loads_and_says_how(file, monkeypatch):
     assert parse(kind, rest, command) == from_yaml(kind, file)
 
 
-@pytest.mark.parametrize("kind", [Compress, Train, Evaluate, Demo])
+@pytest.mark.parametrize("kind", [Compress, Train, Evaluate, Demo, PoolStudy])
 def test_settings_survive_a_file(tmp_path, kind):
     """config.yaml, which stands beside every output, gives the same settings again."""
-    extra = {"tasks": "sciq"} if kind is Evaluate else {}
+    extra = {"tasks": "sciq"} if kind in (Evaluate, PoolStudy) else {}
+    extra |= {"adapter": "a"} if kind is PoolStudy else {}
     config = from_dict(kind, {"model": "m", "out": "o", "seed": 3, **extra})
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
     assert from_yaml(kind, tmp_path / "config.yaml") == config

@@ -1,17 +1,20 @@
-"""The notebook of a first minute: its cells run, and say what the page shows."""
+"""The notebooks: their cells run, and say what the pages show."""
 
 import json
 import re
 from pathlib import Path
 
+import pytest
+
 from tests.helpers import needs_smollm2
 
-NOTEBOOK = Path(__file__).parents[2] / "docs" / "first_minute.ipynb"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 @needs_smollm2
-def test_the_first_minute_runs_and_says_what_it_shows(capsys):
-    cells = json.loads(NOTEBOOK.read_text())["cells"]
+@pytest.mark.parametrize("name", ["first_minute", "pool_study"])
+def test_a_notebook_runs_and_says_what_it_shows(name, capsys):
+    cells = json.loads((DOCS / f"{name}.ipynb").read_text())["cells"]
     names: dict = {"__name__": "notebook"}
     for cell in (cell for cell in cells if cell["cell_type"] == "code"):
         exec("".join(cell["source"]), names)
