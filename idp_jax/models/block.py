@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
+from jax.ad_checkpoint import checkpoint_name
 
 from idp_jax.kernels.stack import select_layer
 from idp_jax.models.config import ModelConfig
@@ -20,6 +21,9 @@ from idp_jax.sharding import constrain
 from idp_jax.weights import is_compressed
 
 _Layers = TypeVar("_Layers")  # a block, or one of its weights
+# What the backward pass keeps of a layer beside its input: the results of matrices, which take time
+# to make. Scores, weights and norms it makes again, because to keep them takes longer.
+KEPT = "matrix"
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
@@ -91,7 +95,7 @@ class Block(nnx.Module):
         v = split(self.v(x), config.num_kv_heads)
         if context.rotation is not None:
             q, k = rotate(q, *context.rotation), rotate(k, *context.rotation)
-        return q, k, v
+        return _kept(q), _kept(k), _kept(v)
 
     def attention_output(self, x, context: Context, past=None):
         """What o reads, [B, T, N * H], and this input's keys and values [B, T, K, H].
@@ -104,7 +108,7 @@ class Block(nnx.Module):
 
     def mlp_input(self, h: jax.Array, attended: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Adds the attention to the residual; returns it and what gate and up read."""
-        h = h + self.o(attended)
+        h = h + _kept(self.o(attended))
         if self.config.norm_before:
             return h, self.mlp_norm(h)
         h = self.attention_norm(h)
@@ -113,9 +117,8 @@ class Block(nnx.Module):
     def mlp_hidden(self, x: jax.Array) -> jax.Array:
         """What down reads: [B, T, F]."""
         activation = _ACTIVATIONS[self.config.activation]
-        if self.gate is None:
-            return activation(self.up(x))
-        return activation(self.gate(x)) * self.up(x)
+        up = _kept(self.up(x))
+        return activation(up) if self.gate is None else activation(_kept(self.gate(x))) * up
 
     def output(self, h: jax.Array, hidden: jax.Array) -> jax.Array:
         """Adds the MLP to the residual: [B, T, D]."""
@@ -130,6 +133,10 @@ class Block(nnx.Module):
         with jax.named_scope("mlp"):
             h = self.output(h, self.mlp_hidden(x))
         return constrain(h, "batch", "time", "embed_activation"), kv
+
+
+def _kept(x: jax.Array) -> jax.Array:
+    return checkpoint_name(x, KEPT)
 
 
 def layer_slice(layers: _Layers, index) -> _Layers:

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
-from idp_jax.models.block import Block, Context, scan_layers
+from idp_jax.models.block import KEPT, Block, Context, scan_layers
 from idp_jax.models.cache import KV
 from idp_jax.models.config import ModelConfig
 from idp_jax.models.head import Head
@@ -211,7 +211,8 @@ class Decoder(nnx.Module):
             input_ids: int [B, T], or give `embeddings` [B, T, E].
             segments: int [B, T], the document of each token; see `start`.
             keep: also return this input's keys and values (static).
-            remat: recompute the layers in the backward pass instead of storing them (static).
+            remat: recompute the layers in the backward pass from their inputs alone, instead of
+                keeping what their matrices gave (static).
 
         Returns:
             [B, T, E], and with `keep` a pair of it and the `KV` of the input alone.
@@ -229,7 +230,8 @@ class Decoder(nnx.Module):
             h, kv = block(h, context, stored)
             return h, (kv if keep else None)
 
-        step = jax.checkpoint(step, prevent_cse=False) if remat else step
+        policy = None if remat else jax.checkpoint_policies.save_only_these_names(KEPT)
+        step = jax.checkpoint(step, prevent_cse=False, policy=policy)
         stored = None if past is None else (past.k, past.v, past.layer_masks())
         with jax.named_scope("layers"):
             h, kept = scan_layers(step, h, self.layers, stored)

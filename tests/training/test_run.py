@@ -41,12 +41,8 @@ def files(tmp_path_factory):
 
 def run_settings(files, out, **changes) -> Train:
     """A run of two steps."""
-    data = Data(
-        train=str(files / "text.txt"),
-        sequence_length=LENGTH,
-        validation_windows=2,
-        **changes.pop("data", {}),
-    )
+    text = {"train": str(files / "text.txt"), "sequence_length": LENGTH, "validation_windows": 2}
+    data = Data(**{**text, **changes.pop("data", {})})
     fields = {"model": str(files / "model"), "out": out, "batch_size": 2, "evaluate_every": 2}
     return Train(**{**fields, "tokens": 2 * 2 * LENGTH, "data": data, **changes})
 
@@ -109,7 +105,7 @@ def test_a_run_on_documents_apart(files, tmp_path):
             likelihood = np.asarray(jax.nn.log_softmax(repaired(alone)))[0, :-1]
             losses += (-likelihood[np.arange(alone.size - 1), alone[0, 1:]]).tolist()
     assert result["validation_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
-    with pytest.raises(ConfigError, match="holds a run with data.documents = .apart."):
+    with pytest.raises(ConfigError, match="'documents': 'apart'.* this one"):
         train(replace(config, data=replace(config.data, documents="joined")))
 
 
