@@ -11,8 +11,8 @@ import pytest
 from idp_jax import load_model
 from idp_jax.config import Init, Teacher, Train
 from idp_jax.data.batch import Batch
-from idp_jax.recover import PrefixAdapter, SoftPrompt
-from idp_jax.recover.methods import METHODS, parameter_count
+from idp_jax.recover import Pool, PrefixAdapter, SoftPrompt
+from idp_jax.recover.methods import METHODS, parameter_count, trained
 from idp_jax.recover.starts import Start, first_embeddings
 from idp_jax.training import next_token
 from idp_jax.training.step import TrainState, make_train_step
@@ -139,3 +139,13 @@ def test_frozen_tokens_are_no_trained_parameters():
     assert parameter_count(begin("prompt", model, [5, 6, 7], frozen=1)) == 2 * 64
     assert parameter_count(begin("prefix", model, [5, 6, 7], frozen=1)) == 2 * 2 * 2 * 32
     assert parameter_count(PrefixAdapter.init(model, 3, KEY)) == 2 * 2 * 3 * 32
+
+
+def test_a_pool_is_trained_where_its_prompts_are():
+    model = tiny_decoder("llama")
+    words = first_embeddings(model, 3, Start(KEY))
+    pool = Pool([SoftPrompt(words, 1), SoftPrompt(words)], "first")
+    assert parameter_count(pool) == 5 * 64
+    parts = trained(pool)
+    assert jax.tree.structure(parts) == jax.tree.structure(pool)
+    assert [leaf.ravel().tolist() for leaf in jax.tree.leaves(parts)] == [[0, 1, 1], [1, 1, 1]]
