@@ -20,7 +20,6 @@ from idp_jax.compression.flow import Flow
 from idp_jax.compression.matrices import compress_matrices
 from idp_jax.compression.rules import allowed_worse, settings_by_name
 from idp_jax.config import Compression, ConfigError
-from idp_jax.models.names import module_names
 from idp_jax.formats.quantization import PACKED_FORMS
 from idp_jax.formats.stack import stack
 from idp_jax.jobs.machine import release_memory
@@ -28,6 +27,7 @@ from idp_jax.models.block import Block, layer_slice
 from idp_jax.models.config import ModelConfig
 from idp_jax.models.decoder import Decoder
 from idp_jax.models.matrices import Matrix, matrices, stages
+from idp_jax.models.names import module_names
 from idp_jax.models.storage import restore
 from idp_jax.weights import Dense, Quantized
 

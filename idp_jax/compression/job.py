@@ -35,7 +35,6 @@ from idp_jax.data.self_text import sample_documents
 from idp_jax.data.sources import SELF, documents
 from idp_jax.data.windows import take_windows
 from idp_jax.formats import hf
-from idp_jax.models.names import module_names
 from idp_jax.formats.quantization import Packing, write_config
 from idp_jax.formats.source import open_source, part_of
 from idp_jax.formats.write import write_settings
@@ -53,6 +52,7 @@ from idp_jax.jobs.machine import describe, peak_memory
 from idp_jax.jobs.marker import mark
 from idp_jax.jobs.progress import SILENT, Progress
 from idp_jax.models.block import Block
+from idp_jax.models.names import module_names
 from idp_jax.processes import first_process, gather, mesh_of
 from idp_jax.sharding import make_mesh, shard
 

@@ -16,7 +16,6 @@ from numpy.typing import DTypeLike
 from idp_jax.config.choices import FloatType
 from idp_jax.formats import compressed_tensors, gptq
 from idp_jax.formats.folder import CheckpointError
-from idp_jax.models.names import NAMES
 from idp_jax.formats.quantization import (
     DENSE,
     PACK_QUANTIZED,
@@ -33,6 +32,7 @@ from idp_jax.models.config import ModelConfig, from_hf
 from idp_jax.models.decoder import Decoder
 from idp_jax.models.layers import Norm
 from idp_jax.models.matrices import matrices
+from idp_jax.models.names import NAMES
 from idp_jax.weights import Dense, Quantized
 
 _DTYPES = get_args(FloatType)

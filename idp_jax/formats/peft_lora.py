@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from idp_jax.models.names import NAMES
 from idp_jax.formats.peft_files import other_model
 from idp_jax.formats.peft_keys import by_pattern, updates
 from idp_jax.formats.peft_places import Place, places_of
 from idp_jax.models.config import ModelConfig
 from idp_jax.models.decoder import Decoder
 from idp_jax.models.matrices import matrices
+from idp_jax.models.names import NAMES
 from idp_jax.recover.lora import LoraAdapter
 from idp_jax.recover.replaced import parameter
 

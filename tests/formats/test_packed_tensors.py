@@ -8,10 +8,10 @@ from safetensors.numpy import load_file, save_file
 
 from idp_jax import load_model, save_model
 from idp_jax.formats import compressed_tensors, gptq, hf
-from idp_jax.models.names import NAMES
 from idp_jax.formats.quantization import Packing, write_config
 from idp_jax.formats.stack import expanded
 from idp_jax.models.decoder import Decoder
+from idp_jax.models.names import NAMES
 from idp_jax.weights import Quantized
 from tests.helpers import (
     close,

@@ -13,10 +13,10 @@ import numpy as np
 from idp_jax import config, load_model, save_model
 from idp_jax.compression.job import compress
 from idp_jax.formats.convert import convert
-from idp_jax.models.names import module_names
 from idp_jax.formats.quantization import Packing, write_config
 from idp_jax.models import Decoder
 from idp_jax.models.block import layer_slice
+from idp_jax.models.names import module_names
 from tests.helpers import quantize_decoder, tiny_decoder, tiny_ids, tiny_tokenizer, write_folder
 
 # Both sides compute in float32 from the same numbers, in another order; logits reach 5.

@@ -6,8 +6,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from idp_jax.models.names import NAMES
 from idp_jax.models.matrices import matrices, matrix_axes, stages
+from idp_jax.models.names import NAMES
 from idp_jax.sharding import RULES
 from tests.helpers import tiny_config, tiny_decoder
 
