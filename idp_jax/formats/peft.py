@@ -157,7 +157,7 @@ PEFT_FORMS = {
     "PREFIX_TUNING": PeftForm(PrefixAdapter, _prefix_files, _read_prefix),
     "LORA": PeftForm(LoraAdapter, lora_files, read_lora),
     "LN_TUNING": PeftForm(NormsAndBiases, norms_files, read_norms),
-    # PEFT has no masked LoRA, and refuses a type that it does not know; as LORA it would read it, and
-    # compute another function without a word.
+    # PEFT has no masked LoRA, and refuses a type that it does not know; as LORA it would read it,
+    # and compute another function without a word.
     "MASKED_LORA": PeftForm(MaskedLora, lora_files, partial(read_lora, kind=MaskedLora)),
 }

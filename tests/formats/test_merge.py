@@ -1,4 +1,4 @@
-"""A merged model computes what the model computes with the adapter beside it, and keeps its zeros."""
+"""A merged model computes what it computes with the adapter beside it, and keeps its zeros."""
 
 import jax
 import jax.numpy as jnp
