@@ -64,8 +64,8 @@ class Lora(Settings):
     targets: tuple[str, ...] = ("q", "v")
     """Matrices of every block: q k v o gate up down, or all."""
     rules: tuple[str, ...] = ()
-    """Other ranks for some matrices: --lora.rules "layers\\.0\\. rank=16 alpha=32" "gate skip";
-    a matrix that a rule gives a rank has an update, be it a target or not."""
+    """Other ranks for some matrices: "layers\\.0\\. rank=16 alpha=32" or "gate_proj skip". A matrix
+    that a rule gives a rank has an update, be it a target or not."""
     rank_stabilized: bool = False
     """The update is alpha / sqrt(rank) times A B (rsLoRA)."""
     masked: bool = False

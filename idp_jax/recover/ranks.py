@@ -46,7 +46,7 @@ def ranks_of(
         raise ValueError(f"LoRA rank {common.rank} must be at least 1")
     names = module_names(config)
     by_name = rules_by_name(rules, list(names.values()), "--lora.rules", _SETTINGS)
-    kinds = {None: common}
+    kinds: dict[str, Ranks] = {}
     for rule in by_name.values():
         if rule is not None and rule.changes is not None and rule.label not in kinds:
             read = from_dict(Lora, {**common._asdict(), **rule.changes}, rule.label)

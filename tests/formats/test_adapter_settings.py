@@ -39,6 +39,8 @@ def test_every_key_of_peft_has_its_place(kind):
     peft = pytest.importorskip("peft")
     config = {
         "LORA": peft.LoraConfig,
+        "MASKED_LORA": peft.LoraConfig,
+        "LN_TUNING": peft.LNTuningConfig,
         "PROMPT_TUNING": peft.PromptTuningConfig,
         "PREFIX_TUNING": peft.PrefixTuningConfig,
         "CARTRIDGE": peft.CartridgeConfig,

@@ -114,6 +114,7 @@ def test_a_plain_lora_fills_zeros_only_where_that_is_asked(tmp_path):
 def quantised(tmp_path):
     model = quantize_decoder(tiny_decoder("llama"), 4)
     settings = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}
+    settings["checkpoint_format"] = "gptq_v2"
     return model, write_folder(model, tmp_path / "base", {**settings, "sym": False})
 
 

@@ -12,7 +12,15 @@ from jax.sharding import PartitionSpec as P
 
 from idp_jax.models import KV
 from idp_jax.models.abstract import Storage, abstract
-from idp_jax.recover import LoraAdapter, Pool, PrefixAdapter, Repaired, SoftPrompt
+from idp_jax.recover import (
+    LoraAdapter,
+    MaskedLora,
+    NormsAndBiases,
+    Pool,
+    PrefixAdapter,
+    Repaired,
+    SoftPrompt,
+)
 from idp_jax.sharding import MESH_AXES, declared_axes, make_mesh, shardings
 from tests.helpers import tiny_config
 
@@ -25,6 +33,8 @@ ADAPTERS = {
     "prompt": lambda model: SoftPrompt.init(model, 8, KEY),
     "prefix": lambda model: PrefixAdapter.init(model, 8, KEY),
     "lora": lambda model: LoraAdapter.init(model, 4, KEY, targets=ALL),
+    "masked": lambda model: MaskedLora.init(model, 4, KEY, rules=("layers.0 rank=2",)),
+    "norms": lambda model: NormsAndBiases.init(model, biases="all"),
     "pool": lambda model: Pool([SoftPrompt.init(model, n, KEY) for n in (4, 8)]),
 }
 
