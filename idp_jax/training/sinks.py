@@ -100,7 +100,7 @@ class TensorBoard:
         self._file = writer.EventsWriter(str(self._folder / "events"), f".{time.time_ns()}")
         if self._kept is not None:
             self._add(step=self._kept + 1, file_version="brain.Event:2")
-            self._add(step=self._kept + 1, session_log={"status": "START"})
+            self._add(step=self._kept + 1, session_log={"status": 1})  # SessionLog.START
         return self._file
 
     def _add(self, **event: Any) -> None:

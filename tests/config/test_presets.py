@@ -12,6 +12,7 @@ from idp_jax.config.presets import PRESETS, read_preset
 
 FILES = Path(__file__).parents[2] / "configs" / "presets"
 NEEDED = ["--model", "m", "--out", "o"]
+TAUGHT = ("cartridge", "rilq", "intactkv", "qad-prompt")
 
 # method, objective, start (tokens, model, frozen), learning rate, steps, what is trained
 PINNED = {
@@ -48,7 +49,8 @@ SCHEDULES = {
 
 
 def preset(name: str, *options: str) -> Train:
-    return parse(Train, [*NEEDED, "--preset", name, *options], "train")
+    teacher = ["--teacher.model", "dense"] if name in TAUGHT else []
+    return parse(Train, [*NEEDED, *teacher, "--preset", name, *options], "train")
 
 
 def test_every_file_is_a_preset_and_every_preset_is_pinned():
@@ -88,6 +90,7 @@ def test_its_source_is_printed_and_its_command_is_its_own(name, capsys):
     assert capsys.readouterr().err == f"preset {name}: {read_preset(name).source}\n"
     first = (FILES / f"{name}.yaml").read_text().splitlines()[0]
     assert first.startswith(f"# idp-jax train --preset {name} --model MODEL ")
+    assert ("--teacher.model" in first) == (name in TAUGHT)
 
 
 def test_options_beat_the_file_and_the_file_beats_the_preset(tmp_path):
@@ -104,6 +107,7 @@ def test_options_beat_the_file_and_the_file_beats_the_preset(tmp_path):
 
 def test_a_file_or_a_recipe_of_an_experiment_may_name_one(tmp_path):
     tree = {"model": "m", "out": "o", "preset": "rilq", "lora": {"rank": 4}}
+    tree["teacher"] = {"model": "dense"}
     config = from_dict(Train, tree)
     assert config.lora.rank == 4 and config.lora.alpha == 16 and config.patience == 5
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(tree))
