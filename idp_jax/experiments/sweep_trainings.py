@@ -137,7 +137,7 @@ class Trainings:
         """How long what is left will take, as soon as one training has been timed."""
         if not self._timed_tokens:
             return ""
-        hours = self._timed_seconds / self._timed_tokens * self._left / 3600
+        hours = self._timed_seconds / self._timed_tokens * max(self._left, 0) / 3600
         return f" (about {hours:.1f} hours left)"
 
 
