@@ -1,11 +1,36 @@
 """Test-wide settings: eight fake CPU devices, strict dtype promotion."""
 
+import gc
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs():
+    """Lets go of compiled programs where they have become many.
+
+    JAX keeps every program that it compiled. Over thousands of tests a worker grew to 6 GB, and
+    then died inside the compiler now and then.
+    """
+    yield
+    if resident_memory() > 2e9:
+        jax.clear_caches()
+        gc.collect()
+
+
+def resident_memory() -> int:
+    """Bytes of this process in memory, 0 where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -61,7 +61,7 @@ def comparison(
         axes[2].margins(y=0.12)
         axes[2].locator_params(axis="y", integer=True)
         axes[2].spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, format="png")
     pyplot.close(figure)
 
 
@@ -130,7 +130,7 @@ def pool_study(study: Study, title: str, path: Path) -> None:
         gains.set(title=measure.name, xlabel=f"{measure.unit}, over a random prompt (bars: 95 %)")
         _draw_usage(shares, shown, len(study.prompt_lengths))
         shares.set(title="prompts taken", xlabel=f"share of {measure.items} items")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, format="png")
     pyplot.close(figure)
 
 

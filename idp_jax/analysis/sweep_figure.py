@@ -30,7 +30,7 @@ def draw_sweep(results: SweepResults, path: Path) -> None:
         _draw_rates(right, rows, colours)
         for axis in (left, right):
             axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, format="png")
     pyplot.close(figure)
 
 

@@ -47,7 +47,7 @@ _TEXTS = ("train", "validation")  # of `Data`, what training reads
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Loading):
-    """Train a prompt, a prefix, a LoRA, norms or an IDP pool beside a model."""
+    """Train a prompt, prefix, LoRA, norms or IDP pool beside a model."""
 
     has_presets: ClassVar[bool] = True  # of `config.presets`
 
@@ -216,7 +216,7 @@ class Convert(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Merge(Settings):
-    """Write a LoRA, or norms and biases, into the model beside which it stands."""
+    """Write a LoRA, or norms and biases, into the model beside it."""
 
     model: Positional[str]
     """Hub name, model folder or GGUF file; dense or pruned."""
@@ -265,12 +265,13 @@ class Evaluate(Measurement, Loading):
 class PoolStudy(Scoring, Loading):
     """Ask whether choosing a prompt for every input helps.
 
-    Each selector is held against a random prompt, the best fixed one and the oracle, whose gain is
-    held against that of noise (docs/selectors.md says what the columns mean). For a fair control
-    train one prompt of the summed length on the same total of tokens, and give it as --baseline.
+    Selectors are held against a random prompt, the best fixed one and the oracle.
 
-    Every prompt of the pool answers everything once; selectors then only look at the inputs, so ten
-    of them cost little more than one. Stopped and started again, it goes on.
+    The oracle is held against noise; docs/selectors.md says what the columns mean.
+
+    A fair control is --baseline: one prompt of the summed length, as many tokens.
+
+    Every prompt answers everything once, and selectors look at the inputs alone.
     """
 
     out: Path

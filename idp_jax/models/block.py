@@ -117,8 +117,9 @@ class Block(nnx.Module):
     def mlp_hidden(self, x: jax.Array) -> jax.Array:
         """What down reads: [B, T, F]."""
         activation = _ACTIVATIONS[self.config.activation]
-        up = _kept(self.up(x))
-        return activation(up) if self.gate is None else activation(_kept(self.gate(x))) * up
+        if self.gate is None:
+            return activation(_kept(self.up(x)))
+        return activation(_kept(self.gate(x))) * _kept(self.up(x))
 
     def output(self, h: jax.Array, hidden: jax.Array) -> jax.Array:
         """Adds the MLP to the residual: [B, T, D]."""

@@ -67,7 +67,8 @@ def _check(adapter: LoraAdapter, decoder: Decoder, lose_zeros: bool) -> None:
                 "grid; keep the adapter beside the model (idp-jax eval --adapter), or merge into "
                 "a dense copy (idp-jax convert --to dense), which is no longer quantised"
             )
-        if adapter.masked or lose_zeros:
+        fills = name not in adapter.a or bool(jnp.any(adapter.b[name][...] != 0))
+        if adapter.masked or lose_zeros or not fills:
             continue
         zeros = float(jnp.mean(weight.dense() == 0))
         if zeros > _PRUNED:

@@ -71,11 +71,15 @@ class Mix:
 
     def _of_hidden(self, hidden: jax.Array, weight: jax.Array, word: Word | None) -> dict:
         terms = [term for term in self.terms if term.of_hidden]
-        if terms and (word is None or word.hidden is None):
+        if not terms:
+            return {}
+        if word is None or word.hidden is None:
             raise ValueError(f"{terms[0].name} needs a teacher's hidden states in the batch")
         return {term.name: term.function(hidden, word.hidden, weight) for term in terms}
 
-    def _of_logits(self, hidden, weight, repaired: Repaired, batch: Batch):
+    def _of_logits(
+        self, hidden: jax.Array, weight: jax.Array, repaired: Repaired, batch: Batch
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The sum of the terms over logits, which may be differentiated, and each by name."""
         terms = [term for term in self.terms if not term.of_hidden]
         if not terms:

@@ -182,14 +182,14 @@ def _objective(remat: bool):
     return lambda repaired, batch: next_token(repaired, batch, remat=remat)
 
 
-def _dtype(raw: dict[str, Any], config: Train) -> str:
-    own = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+def _dtype(raw: Any, config: Train) -> str:
+    own = str(getattr(raw, "dtype", None) or "float32").removeprefix("torch.")
     return own if config.dtype == "auto" else config.dtype
 
 
-def _storage(raw: dict[str, Any], config: Train) -> Storage:
+def _storage(raw: Any, config: Train) -> Storage:
     """Packed where the run keeps matrices so: by its settings, and off the CPU by itself."""
-    packed = raw.get("quantization_config") or {}
+    packed = getattr(raw, "quantization_config", None) or {}
     keeps = config.weights == "packed" or (config.weights == "auto" and not shares_host())
     if not keeps or "bits" not in packed:
         return DENSE

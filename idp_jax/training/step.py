@@ -97,8 +97,8 @@ class TrainStep:
         form = (tree, *((x.shape, str(x.dtype), _placement(x)) for x in leaves))
         if form not in self.programs:
             places = jax.tree.map(_placement, state)
-            fixed = {"out_shardings": (places, None)} if jax.tree.leaves(places) else {}
-            jitted = jax.jit(self._step, donate_argnums=0, **fixed)
+            out = (places, None) if jax.tree.leaves(places) else None
+            jitted = jax.jit(self._step, donate_argnums=0, out_shardings=out)
             self.programs[form] = jitted.lower(*arguments).compile()
         return self.programs[form]
 

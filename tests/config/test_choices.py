@@ -39,7 +39,7 @@ def test_choices_import_nothing_heavy():
     [
         ("compress", "--method {gptq,rtn,sparsegpt,wanda,magnitude}"),
         ("compress", "--bits {2,3,4,8}"),
-        ("train", "--method {prompt,prefix,lora,idp}"),
+        ("train", "--method {prompt,prefix,lora,norms,idp}"),
         ("eval", "--kernel {auto,pallas_tpu,mosaic_gpu,xla}"),
         ("convert", "--to {gptq,gptq_v2,pack-quantized,dense,sparse-bitmask,"),
     ],

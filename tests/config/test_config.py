@@ -247,7 +247,7 @@ def test_options_win_over_the_file(tmp_path):
         (["--seed", "x"], "seed.*x.*--help"),
         (["--lora.rank"], r"lora\.rank.*--help"),
         (["--config_path"], "--config_path needs a YAML file"),
-        (["--method", "soft"], "^--method soft is not one of prompt, prefix, lora, idp$"),
+        (["--method", "soft"], "^--method soft is not one of prompt, prefix, lora, norms, idp$"),
     ],
 )
 def test_options_that_cannot_be_used(options, message):

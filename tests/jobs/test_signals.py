@@ -189,6 +189,6 @@ def test_without_a_terminal_there_is_a_line_every_half_minute(monkeypatch, capsy
             update(done, 26, "loss 1.0")
     out, err = capsys.readouterr()
     assert out == "" and err.splitlines() == [
-        "training: 13/26, 0:00:31 elapsed, 0:02:14 left",
-        "training: 18/26, 0:01:02 elapsed, 0:01:02 left",
+        "training: 13/26, 0:00:31 elapsed, 0:02:14 left, loss 1.0",
+        "training: 18/26, 0:01:02 elapsed, 0:01:02 left, loss 1.0",
     ]

@@ -28,7 +28,8 @@ def ruled(model, kind=LoraAdapter, **settings) -> LoraAdapter:
         drawn = rng.normal(0, 0.3, lora.b[name].shape).astype(np.float32)
         used = np.arange(drawn.shape[1]) < np.asarray(ranks)[:, None]
         b[name] = jnp.asarray(np.where(used[..., None], drawn, np.float32(0)))
-    return kind(dict(lora.a), b, dict(lora.alphas), ranks=dict(lora.ranks))
+    a = {name: value[...] for name, value in lora.a.items()}
+    return kind(a, b, dict(lora.alphas), ranks=dict(lora.ranks))
 
 
 def test_the_first_rule_that_matches_gives_rank_and_alpha():

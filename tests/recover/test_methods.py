@@ -26,6 +26,8 @@ def test_every_method_makes_what_can_be_saved(name):
     key = jax.random.key(0)
     runs = method.runs(settings)
     assert len({run.folder for run in runs}) == len(runs) and all(run.label for run in runs)
-    adapter = method.combine(settings, [run.init(model, Start(key)) for run in runs])
+    adapter = method.combine(
+        settings, [run.init(model, Start(key)) for run in runs], model, lambda count: None
+    )
     assert type(adapter) in WRITERS and parameter_count(adapter) > 0
     assert adapter.repair(model)([[5, 6]]).shape == (1, 2, 128)

@@ -1,6 +1,5 @@
 """What cannot be trained is refused before a model is loaded."""
 
-from itertools import repeat
 from pathlib import Path
 
 import jax
@@ -142,6 +141,19 @@ def test_tokens_outside_the_vocabulary_are_refused(files, tmp_path, monkeypatch,
     assert not (tmp_path / "run").exists()
 
 
+class Endless:
+    """One batch again and again."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def __next__(self):
+        return self.batch
+
+    def state(self):
+        return {}
+
+
 @pytest.mark.parametrize("held_out", [False, True])
 def test_the_loop_refuses_tokens_too(files, held_out):
     decoder = tiny_decoder("llama", num_layers=1, vocab_size=259)
@@ -152,7 +164,7 @@ def test_the_loop_refuses_tokens_too(files, held_out):
             decoder,
             next_token,
             optax.sgd(1e-3),
-            batches=repeat(good if held_out else bad),
+            batches=Endless(good if held_out else bad),
             validation=[good, bad] if held_out else [good],
             steps=1,
             evaluate_every=1,

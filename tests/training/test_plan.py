@@ -11,6 +11,7 @@ import pytest
 from idp_jax import formats
 from idp_jax.cli import main
 from idp_jax.config import Data, Lora, Train
+from idp_jax.formats.source import open_config
 from idp_jax.models.abstract import abstract
 from idp_jax.models.config import from_hf
 from idp_jax.training import plan as room
@@ -42,7 +43,7 @@ def settings(folder, **changes) -> Train:
 
 def test_operations_are_those_of_the_products(config_alone):
     raw = json.loads((config_alone / "config.json").read_text())
-    model = from_hf(raw)
+    model = from_hf(open_config(config_alone))
     d, f, length = raw["hidden_size"], raw["intermediate_size"], 32
     heads, kv = raw["num_attention_heads"], raw["num_key_value_heads"]
     head = model.head_dim
@@ -58,7 +59,7 @@ def test_operations_are_those_of_the_products(config_alone):
 
 def test_memory_is_the_models_the_states_and_the_steps(config_alone):
     found = plan(settings(config_alone, method="idp", pool_lengths=(3, 40)), None)
-    model = abstract(from_hf(json.loads((config_alone / "config.json").read_text())))
+    model = abstract(from_hf(open_config(config_alone)))
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model))
     for length, part in zip((3, 40), found, strict=True):
         prompt = 4 * length * 64
@@ -99,7 +100,7 @@ def test_the_plan_is_printed_and_nothing_is_loaded(config_alone, monkeypatch, ca
 
 
 def test_a_rate_is_a_number(config_alone):
-    model = from_hf(json.loads((config_alone / "config.json").read_text()))
+    model = from_hf(open_config(config_alone))
     assert 0 < measured_rate(model, jnp.float32, 128) < np.inf
 
 

@@ -183,9 +183,10 @@ def _hidden(decoder: Decoder, embeddings, mask, past: KV | None, layer: int):
     """What enters a layer, [B, T, D], and the context."""
     h, context, _ = decoder.start(embeddings, mask, past)
     if layer:
+        kept = None if past is None else (past.k, past.v, past.layer_masks())
 
         def step(number: jax.Array, h: jax.Array) -> jax.Array:
-            stored = None if past is None else (past.k[number], past.v[number])
+            stored = jax.tree.map(lambda x: x[number], kept)
             return layer_slice(decoder.layers, number)(h, context, stored)[0]
 
         h = jax.lax.fori_loop(0, layer, step, h)
