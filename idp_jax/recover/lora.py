@@ -57,10 +57,15 @@ class LoraAdapter(nnx.Module):
         by_layer = lambda name: (
             alpha[name] if isinstance(alpha, Mapping) else [alpha] * len(a[name])
         )
-        self.alphas = tuple((name, tuple(map(float, by_layer(name)))) for name in sorted(a))
         self.ranks = tuple(
             (name, tuple(ranks[name]) if ranks else (x.shape[-1],) * len(x))
             for name, x in sorted(a.items())
+        )
+        # A layer without an update has no alpha: 0, so that equal adapters compare equal.
+        self.alphas = tuple(
+            (name, tuple(float(x) if rank else 0.0 for x, rank in pairs))
+            for name, of in self.ranks
+            for pairs in [zip(by_layer(name), of, strict=True)]
         )
         self.bias = nnx.Dict({name: nnx.Param(value) for name, value in (bias or {}).items()})
         # A path has dots in it, which nnx.Dict takes for no attribute's name.
@@ -113,7 +118,7 @@ class LoraAdapter(nnx.Module):
     @property
     def alpha(self) -> float:
         """The alpha of most updates."""
-        return mode(alpha for _, alphas in self.alphas for alpha in alphas)
+        return mode(alpha for _, alphas in self.alphas for alpha in alphas if alpha)
 
     def scales(self, name: str) -> tuple[float, ...]:
         """What every layer's product of a and b is multiplied by."""

@@ -20,6 +20,13 @@ KEY = jax.random.key(0)
 RULES = (r"layers\.0\..*(q|up)_proj rank=5 alpha=3", r"layers\.1\..*v_proj skip", "o_proj rank=1")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def optax_promotes():
+    """optax raises floats to int32 powers."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 def ruled(model, kind=LoraAdapter, **settings) -> LoraAdapter:
     """An adapter by rules, B drawn at random where there is an update."""
     lora = kind.init(model, 3, KEY, alpha=6.0, rules=RULES, **settings)

@@ -96,8 +96,8 @@ def test_it_stops_after_as_many_validations_without_a_better_one(tmp_path):
 def test_interrupted_anywhere_it_stops_at_the_same_step(tmp_path):
     whole = run_fit(tmp_path / "whole")
     folder, end = tmp_path / "other", whole[2]["last_step"]
-    for moment in [(3, "loss"), (4, "validation"), (end - 1, "loss"), (end, "validation"),
-                   (end, "loss")]:  # fmt: skip
+    moments = [(3, "loss"), (4, "validation"), (end - 1, "loss"), (end, "validation")]
+    for moment in dict.fromkeys(moments):
 
         def stop(number, steps, note, moment=moment):
             if (number, note.partition(" ")[0]) == moment:
@@ -185,7 +185,7 @@ def settings(files, out, **changes) -> Train:
 
 def test_a_run_that_patience_ended_is_complete(files, tmp_path):
     out = tmp_path / "run"
-    config = settings(files, out, patience=1, optimizer=Optimizer(learning_rate=3.0))
+    config = settings(files, out, patience=1, method="lora", optimizer=Optimizer(learning_rate=0.2))
     result, said = train(config, say=(said := []).append), said
     assert result["stopped_early"] and result["last_step"] < STEPS
     assert result["training_tokens"] == result["last_step"] * 2 * LENGTH

@@ -105,8 +105,8 @@ def test_a_rate_is_a_number(config_alone):
 
 
 def test_packed_matrices_are_counted_as_they_are_kept(config_alone):
-    raw = json.loads((config_alone / "config.json").read_text())
-    raw["quantization_config"] = {"quant_method": "gptq", "bits": 3, "group_size": 32}
+    raw = open_config(config_alone)
+    raw.quantization_config = {"quant_method": "gptq", "bits": 3, "group_size": 32}
     config = settings(config_alone)
     assert room._storage(raw, config).bits is None  # expanded on a CPU
     packed = dataclasses.replace(config, weights="packed")
