@@ -141,6 +141,7 @@ def _draw_gains(axis, policies: list[Policy]) -> None:
         reach = [[gain.value - gain.low], [gain.high - gain.value]] if known else None
         colour = _KINDS[policy.kind]
         axis.errorbar([gain.value], [policy.name], xerr=reach, fmt="o", color=colour, capsize=3)
+    axis.set_yticks(range(len(policies)), [policy.short for policy in policies])
     axis.axvline(0, linestyle=":", color="grey")
     axis.spines[["top", "right"]].set_visible(False)
 

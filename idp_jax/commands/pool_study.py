@@ -1,7 +1,5 @@
 """`idp-jax pool-study`: studies a pool's choices, prints a table for each measure, draws them."""
 
-from pathlib import Path
-
 from rich.table import Table
 
 from idp_jax import config
@@ -38,8 +36,7 @@ def measure_table(measure: Measure) -> Table:
         taken = "" if policy.usage is None else f"{policy.usage.effective:.1f}"
         chance = "" if policy.matching is None else f"{policy.matching.p_value:.3f}"
         changes = f"{policy.gain.value:+.4f}", _change(policy.over_fixed)
-        name = Path(policy.name).name if ".py:" in policy.name else policy.name
-        table.add_row(name, f"{policy.mean.value:.4f}", *changes, share, taken, chance)
+        table.add_row(policy.short, f"{policy.mean.value:.4f}", *changes, share, taken, chance)
     return table
 
 

@@ -58,6 +58,11 @@ class Policy(Part):
     matching: Tested | None = None
     correlation: Correlation | None = None
 
+    @property
+    def short(self) -> str:
+        """The name, without the folder of a user's file."""
+        return Path(self.name).name if ".py:" in self.name else self.name
+
 
 @dataclass(frozen=True)
 class Agreement(Part):
