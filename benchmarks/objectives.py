@@ -55,6 +55,7 @@ def _word(teacher: Decoder, form: str, ids: jax.Array):
     word = hear(
         teacher,
         ids,
+        None,
         jax.random.key(0),
         form=form,
         tokens=TOKENS,
@@ -80,19 +81,19 @@ def _memory(model: Decoder, ids: np.ndarray) -> dict[str, dict[str, float]]:
         if form is not None:
             options = {"form": form, "tokens": TOKENS, "temperature": 1.0}
             asked = hear.lower(
-                model, batch.tokens, jax.random.key(0), **options, keep_hidden=form == "full"
+                model, ids, None, jax.random.key(0), **options, keep_hidden=form == "full"
             )
-            beside = _temporaries(asked)
+            beside = _temporaries(asked.compile())
             word = jax.eval_shape(lambda ids, form=form: _word(model, form, ids), batch.tokens)
             batch = batch._replace(teacher=word)
-        mine = _temporaries(step.lower(state, model, batch))
+        mine = _temporaries(step.compiled(state, model, batch))
         found[name] = {"step": mine, "teacher": beside, "larger": max(mine, beside)}
         print(f"{name:24} step {mine:8.1f} MB, teacher's forward {beside:8.1f} MB", flush=True)
     return found
 
 
-def _temporaries(lowered) -> float:
-    return lowered.compile().memory_analysis().temp_size_in_bytes / 2**20
+def _temporaries(program: jax.stages.Compiled) -> float:
+    return program.memory_analysis().temp_size_in_bytes / 2**20
 
 
 def _times(model: Decoder, ids: np.ndarray, repeats: int) -> dict[str, dict[str, float]]:
