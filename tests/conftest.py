@@ -22,7 +22,7 @@ def _few_programs():
     then died inside the compiler now and then.
     """
     yield
-    if resident_memory() > 2e9:
+    if resident_memory() > 4e9:
         jax.clear_caches()
         gc.collect()
 
