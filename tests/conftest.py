@@ -14,17 +14,22 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+_grown_from = [0]  # bytes of this process when programs were last let go
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _few_programs():
-    """Lets go of compiled programs where they have become many.
+    """Lets go of compiled programs when they have taken 2 GB more.
 
     JAX keeps every program that it compiled. Over thousands of tests a worker grew to 6 GB, and
-    then died inside the compiler now and then.
+    then died inside the compiler now and then. What is let go does not all go back to the system,
+    so growth counts; to clear after every module would compile much again.
     """
     yield
-    if resident_memory() > 4e9:
+    if resident_memory() > _grown_from[0] + 2e9:
         jax.clear_caches()
         gc.collect()
+        _grown_from[0] = resident_memory()
 
 
 def resident_memory() -> int:
