@@ -164,7 +164,7 @@ def _about(kind: type) -> str:
     about += "\n\nOptions may also stand in a file: --config_path FILE.yaml"
     if getattr(kind, "has_presets", False):
         names = ", ".join(PRESETS)
-        about += f"\n\nRecipes of papers, beneath file and options: --preset NAME\n\n{names}"
+        about += f"\n\nRecipes of papers, beneath file and options: --preset NAME, one of\n\n{names}"
     return about
 
 

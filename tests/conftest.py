@@ -39,3 +39,10 @@ def resident_memory() -> int:
     except (OSError, ValueError, IndexError):
         return 0
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.fixture(scope="module")
+def optax_promotes():
+    """optax raises floats to int32 powers; our own code is traced strictly in the tests of it."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

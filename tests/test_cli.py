@@ -26,11 +26,7 @@ ROOT = Path(__file__).parents[1]
 WORDS = ("tide ", "ship ", "lamp ", "rock ", "keeper ", "storm. ")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def optax_promotes():
-    """optax raises floats to int32 powers."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("optax_promotes")
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ other, each in a folder below.
 
 from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -127,31 +128,14 @@ def _train(
     adapters = [run.init(decoder, start) for run, start in zip(runs, begun, strict=True)]
     del begun  # and with it the teacher, unless the objective asks for it
     teacher.release()
-    trained, lasts, summaries = [], [], []
-    expect = _Expectation(config, decoder, mesh, say)
-    for run, key, start in zip(runs, keys, adapters, strict=True):
-        with progress.bar(f"training {run.label}", "steps") as update:
-            update = expecting(update, f"training {run.label}", "steps", say)
-            folder = out / run.folder
-            begin = partial(expect, run, start)
-            part = part_of(text, decoder, run.cluster, run.order)
-            adapter, summary = _fit(
-                *(config, start, decoder, teacher, part, folder, key, mesh, update),
-                *(begin, lasts.append),
-            )
-        trained.append(adapter)
-        summaries.append(summary)
-    adapters = [method.combine(config, parts, decoder, text.first) for parts in (trained, lasts)]
-    steps = sum(summary["last_step"] for summary in summaries)
-    result = {
-        "method": config.method,
-        "extra_parameters": parameter_count(adapters[0]),
-        "training_tokens": steps * config.batch_size * config.data.sequence_length,
-        **(summaries[0] if len(summaries) == 1 else {"prompts": summaries}),
-        "config": to_dict(config),
-        "environment": describe(),
-    }
-    whole = {name: gather(adapter) for name, adapter in zip(ADAPTERS, adapters, strict=True)}
+    trainings = _Trainings(config, decoder, teacher, text, mesh, progress, say)
+    done = [trainings.fit(*each) for each in zip(runs, adapters, keys, strict=True)]
+    best, last = (
+        method.combine(config, list(parts), decoder, text.first)
+        for parts in list(zip(*done, strict=True))[:2]
+    )
+    result = _result(config, best, [summary for _, _, summary in done])
+    whole = {name: gather(adapter) for name, adapter in zip(ADAPTERS, (best, last), strict=True)}
 
     def write() -> None:
         for name, adapter in whole.items():
@@ -161,6 +145,19 @@ def _train(
 
     first_process(write, "result")
     return result
+
+
+def _result(config: Train, adapter: Adapter, summaries: list[dict[str, Any]]) -> dict[str, Any]:
+    """What result.json says, but for the adapters' files."""
+    steps = sum(summary["last_step"] for summary in summaries)
+    return {
+        "method": config.method,
+        "extra_parameters": parameter_count(adapter),
+        "training_tokens": steps * config.batch_size * config.data.sequence_length,
+        **(summaries[0] if len(summaries) == 1 else {"prompts": summaries}),
+        "config": to_dict(config),
+        "environment": describe(),
+    }
 
 
 def _budget(config: Train, labels: list[str], parameters: int) -> str:
@@ -180,61 +177,64 @@ def _budget(config: Train, labels: list[str], parameters: int) -> str:
     )
 
 
-class _Expectation:
-    """Says of each training what it will take, once its step is compiled."""
+@dataclass
+class _Trainings:
+    """What the trainings of a run have in common.
 
-    def __init__(self, config: Train, decoder: Decoder, mesh, say: Callable[[str], None]):
-        self._config, self._decoder, self._mesh, self._say = config, decoder, mesh, say
-        self._rate: float | None = None
+    Attributes:
+        rate: operations a second of this machine, measured before the first training.
+    """
 
-    def __call__(self, run: Run, adapter: Adapter, program: jax.stages.Compiled, steps: int):
-        config, model = self._config, self._decoder.config
-        if self._rate is None:
+    config: Train
+    decoder: Decoder
+    teacher: Teacher
+    text: TrainingText
+    mesh: jax.sharding.Mesh | None
+    progress: Progress
+    say: Callable[[str], None]
+    rate: float | None = None
+
+    def fit(
+        self, run: Run, start: Adapter, key: jax.Array
+    ) -> tuple[Adapter, Adapter, dict[str, float]]:
+        """One training: the best adapter, the last one, and the summary of `loop.fit`."""
+        config, folder, lasts = self.config, Path(self.config.out) / run.folder, []
+        text = part_of(self.text, self.decoder, run.cluster, run.order)
+        with ExitStack() as held:
+            update = held.enter_context(self.progress.bar(f"training {run.label}", "steps"))
+            sinks = [held.enter_context(closing(sink)) for sink in make_sinks(config, folder)]
+            checkpointer = held.enter_context(Checkpointer(folder / "checkpoints"))
+            best, summary = fit(
+                start,
+                self.decoder,
+                make_objective(config.objective, remat=config.remat),
+                make_optimizer(config.optimizer, config.learning_rate, config.steps),
+                text.batches(config.batch_size),
+                text.validation_batches(config.batch_size),
+                steps=config.steps,
+                evaluate_every=config.evaluate_every,
+                checkpoint_every=config.checkpoint_every,
+                patience=config.patience,
+                sinks=sinks,
+                schedule=make_schedule(config.optimizer, config.learning_rate, config.steps),
+                checkpointer=checkpointer,
+                attach=self.teacher.attach,
+                key=key,
+                mesh=self.mesh,
+                progress=expecting(update, f"training {run.label}", "steps", self.say),
+                begin=partial(self._expect, run, start),
+                keep_last=lasts.append,
+            )
+        return best, lasts[0], summary
+
+    def _expect(self, run: Run, adapter: Adapter, program: jax.stages.Compiled, steps: int) -> None:
+        """Says what a training will take, once its step is compiled."""
+        config, model = self.config, self.decoder.config
+        if self.rate is None:
             tokens = config.batch_size * config.data.sequence_length
-            self._rate = measured_rate(model, self._decoder.embedding.dtype, tokens)
-        loaded = self._decoder
-        found = planned(config, run, model, adapter, program, steps, self._mesh, loaded)
-        self._say(found.line(self._rate))
+            self.rate = measured_rate(model, self.decoder.embedding.dtype, tokens)
+        found = planned(config, run, model, adapter, program, steps, self.mesh, self.decoder)
+        self.say(found.line(self.rate))
         warning = found.warning(config)
         if warning is not None:
-            self._say(warning)
-
-
-def _fit(
-    config: Train,
-    start: Adapter,
-    decoder: Decoder,
-    teacher: Teacher,
-    text: TrainingText,
-    folder: Path,
-    key: jax.Array,
-    mesh: jax.sharding.Mesh | None,
-    update: Callable[..., None],
-    begin: Callable[..., None],
-    keep_last: Callable[[Adapter], None],
-) -> tuple[Adapter, dict[str, float]]:
-    """One training with the parts that the configuration names; as `fit`."""
-    with ExitStack() as held:
-        sinks = [held.enter_context(closing(sink)) for sink in make_sinks(config, folder)]
-        checkpointer = held.enter_context(Checkpointer(folder / "checkpoints"))
-        return fit(
-            start,
-            decoder,
-            make_objective(config.objective, remat=config.remat),
-            make_optimizer(config.optimizer, config.learning_rate, config.steps),
-            text.batches(config.batch_size),
-            text.validation_batches(config.batch_size),
-            steps=config.steps,
-            evaluate_every=config.evaluate_every,
-            checkpoint_every=config.checkpoint_every,
-            patience=config.patience,
-            sinks=sinks,
-            schedule=make_schedule(config.optimizer, config.learning_rate, config.steps),
-            checkpointer=checkpointer,
-            attach=teacher.attach,
-            key=key,
-            mesh=mesh,
-            progress=update,
-            begin=begin,
-            keep_last=keep_last,
-        )
+            self.say(warning)

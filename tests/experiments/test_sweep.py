@@ -5,7 +5,6 @@ import json
 import math
 from contextlib import contextmanager
 
-import jax
 import numpy as np
 import pytest
 
@@ -27,11 +26,7 @@ RECIPES = {
 RATES = {"prompt": [1e-2, 3e-3], "lora": [1e-3, 1e-2]}
 
 
-@pytest.fixture(autouse=True)
-def optax_promotes():
-    """optax raises floats to int32 powers."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("optax_promotes")
 
 
 def write_documents(file, count, seed):

@@ -20,11 +20,7 @@ KEY = jax.random.key(0)
 RULES = (r"layers\.0\..*(q|up)_proj rank=5 alpha=3", r"layers\.1\..*v_proj skip", "o_proj rank=1")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def optax_promotes():
-    """optax raises floats to int32 powers."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("optax_promotes")
 
 
 def ruled(model, kind=LoraAdapter, **settings) -> LoraAdapter:

@@ -17,7 +17,7 @@ from idp_jax.jobs.signals import Interrupted
 from idp_jax.recover import SoftPrompt
 from idp_jax.training import Checkpointer, JsonLines, fit, loop, next_token, train
 from idp_jax.training.step import make_optimizer, make_schedule, make_train_step
-from tests.helpers import tiny_decoder, tiny_folder
+from tests.helpers import tiny_decoder
 
 LENGTH, STEPS = 16, 20
 optimizer_of, schedule_of, model = (
@@ -165,16 +165,6 @@ def test_schedules(shape):
     if shape in decay:
         expected = rate * np.where(step < warmup, (step + 1) / warmup, decay[shape])
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """A model's folder and a text."""
-    folder = tmp_path_factory.mktemp("files")
-    tiny_folder(folder / "model", num_layers=1)
-    words = np.random.default_rng(0).choice(["tide ", "ship ", "lamp "], 130)
-    (folder / "text.txt").write_text("".join(words))
-    return folder
 
 
 def settings(files, out, **changes) -> Train:

@@ -18,12 +18,7 @@ from idp_jax.training import plan as room
 from idp_jax.training.plan import forward, measured_rate, plan
 from tests.helpers import tiny_folder
 
-
-@pytest.fixture(scope="module", autouse=True)
-def optax_promotes():
-    """optax raises floats to int32 powers."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("optax_promotes")
 
 
 @pytest.fixture(scope="module")

@@ -25,11 +25,7 @@ ALPHABETS = ("aeio", "stkz")
 JOINT = Pool(training="joint")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def optax_promotes():
-    """optax raises floats to int32 powers."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("optax_promotes")
 
 
 def two_sources(stretches: int, seed: int) -> str:

@@ -22,21 +22,7 @@ from tests.helpers import tiny_folder
 LENGTH = 16  # tokens of a window
 
 
-@pytest.fixture(scope="module", autouse=True)
-def optax_promotes():
-    """optax raises floats to int32 powers."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """A model's folder and a text of about 40 windows."""
-    folder = tmp_path_factory.mktemp("files")
-    tiny_folder(folder / "model", num_layers=1)
-    words = np.random.default_rng(0).choice(["tide ", "ship ", "lamp "], 130)
-    (folder / "text.txt").write_text("".join(words))
-    return folder
+pytestmark = pytest.mark.usefixtures("optax_promotes")
 
 
 def run_settings(files, out, **changes) -> Train:

@@ -23,11 +23,7 @@ from tests.helpers import close, tiny_decoder, tiny_folder, tiny_ids
 LENGTH = 16  # tokens of a window
 
 
-@pytest.fixture(scope="module", autouse=True)
-def optax_promotes():
-    """optax raises floats to int32 powers."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("optax_promotes")
 
 
 @pytest.fixture(scope="module")

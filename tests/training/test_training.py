@@ -24,11 +24,7 @@ LENGTH = 16  # tokens of a window
 KEY = jax.random.key(5)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def optax_promotes():
-    """optax raises floats to int32 powers; our own code is traced strictly in the tests of it."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("optax_promotes")
 
 
 @pytest.fixture(scope="module", autouse=True)
