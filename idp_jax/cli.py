@@ -163,8 +163,8 @@ def _about(kind: type) -> str:
     about = inspect.cleandoc(kind.__doc__ or "")
     about += "\n\nOptions may also stand in a file: --config_path FILE.yaml"
     if getattr(kind, "has_presets", False):
-        names = ", ".join(PRESETS)
-        about += f"\n\nRecipes of papers, beneath file and options: --preset NAME, one of\n\n{names}"
+        about += "\n\nRecipes of papers, beneath file and options: --preset NAME, one of"
+        about += f"\n\n{', '.join(PRESETS)}"
     return about
 
 
