@@ -21,13 +21,8 @@ from idp_jax.jobs.files import write_json
 
 SCHEMA = "idp-jax.results/1"
 NOT_FINITE = "the model or its adapter holds numbers that cannot be computed with"
-_UNBOUNDED = {
-    "interval",
-    "metrics",
-    "groups",
-    "comparisons",
-    "measures",
-}  # beside a perplexity itself
+# Beside a perplexity itself.
+_UNBOUNDED = frozenset({"interval", "metrics", "groups", "comparisons", "measures"})
 ACCURACIES = ("acc", "exact_match")  # a task's main metric: the first of these that it has
 
 Whole = TypeVar("Whole")
@@ -232,15 +227,18 @@ def write(results: Results, path: str | Path) -> None:
     write_finite(asdict(results), path)
 
 
-def write_finite(tree: dict[str, Any], path: str | Path) -> None:
+def write_finite(tree: dict[str, Any], path: str | Path, unbounded: frozenset[str] | set[str] = _UNBOUNDED) -> None:
     """Writes results of any schema.
+
+    Args:
+        unbounded: keys below which a number may be infinite, beside a perplexity itself.
 
     Raises:
         ConfigError: as `write`.
     """
     for place, value in numbers(tree):
-        unbounded = place[-1] == "perplexity" or not _UNBOUNDED.isdisjoint(place)
-        if math.isnan(value) or (math.isinf(value) and not unbounded):
+        may_be_infinite = place[-1] == "perplexity" or not unbounded.isdisjoint(place)
+        if math.isnan(value) or (math.isinf(value) and not may_be_infinite):
             raise ConfigError(f"{path} was not written: {'.'.join(place)} is {value}; {NOT_FINITE}")
     write_json(path, tree)
 

@@ -4,17 +4,12 @@ The invariant: a file is valid JSON of the schema that it names. A trial that di
 infinite loss, which is null in the file.
 """
 
-import json
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from idp_jax.config.files import from_dict
-from idp_jax.config.groups import ConfigError
-from idp_jax.evaluation.results import NOT_FINITE, Part, VariantResult, numbers
+from idp_jax.evaluation.results import Part, VariantResult, read_as, write_finite
 from idp_jax.evaluation.statistics import Estimate, Number
-from idp_jax.jobs.files import write_json
 
 SWEEP_SCHEMA = "idp-jax.sweep/1"
 _UNBOUNDED = {"interval", "metrics", "groups", "loss", "low", "high", "perplexity"}
@@ -135,11 +130,7 @@ def write_sweep(results: SweepResults, path: str | Path) -> None:
     Raises:
         ConfigError: a number is none, or infinite where none may be.
     """
-    tree = asdict(results)
-    for place, value in numbers(tree):
-        if math.isnan(value) or (math.isinf(value) and _UNBOUNDED.isdisjoint(place)):
-            raise ConfigError(f"{path} was not written: {'.'.join(place)} is {value}; {NOT_FINITE}")
-    write_json(path, tree)
+    write_finite(asdict(results), path, _UNBOUNDED)
 
 
 def read_sweep(path: str | Path) -> SweepResults:
@@ -148,12 +139,4 @@ def read_sweep(path: str | Path) -> SweepResults:
     Raises:
         ConfigError: the file is missing, no JSON, of another schema, or lacks or misuses a key.
     """
-    try:
-        tree = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict) or tree.get("schema") != SWEEP_SCHEMA:
-        raise ConfigError(f"{path} is no file of {SWEEP_SCHEMA}; give a sweep's sweep.json")
-    return from_dict(SweepResults, tree, str(path))
+    return read_as(SweepResults, SWEEP_SCHEMA, path)

@@ -157,7 +157,7 @@ def test_a_file_of_a_sweep_is_read_as_it_was_written(tmp_path):
     with pytest.raises(ConfigError, match=r"recipes\.0\.seconds is nan"):
         write_sweep(dataclasses.replace(found, recipes=[bad]), tmp_path / "other.json")
     (tmp_path / "sweep.json").write_text('{"schema": "other"}')
-    with pytest.raises(ConfigError, match="is no file of idp-jax.sweep/1"):
+    with pytest.raises(ConfigError, match="is not idp-jax.sweep/1"):
         read_sweep(tmp_path / "sweep.json")
 
 
