@@ -9,6 +9,7 @@ perplexity that no float holds) is null in the file, and is read back as what it
 import json
 import math
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -227,7 +228,9 @@ def write(results: Results, path: str | Path) -> None:
     write_finite(asdict(results), path)
 
 
-def write_finite(tree: dict[str, Any], path: str | Path, unbounded: frozenset[str] | set[str] = _UNBOUNDED) -> None:
+def write_finite(
+    tree: dict[str, Any], path: str | Path, unbounded: AbstractSet[str] = _UNBOUNDED
+) -> None:
     """Writes results of any schema.
 
     Args:

@@ -44,8 +44,14 @@ def part_of(
     centres, labels = _clusters(means, count, text.seed)
     held_out = _means(decoder, text.validation)
     nearest = np.square(held_out[:, None] - centres).sum(-1).argmin(-1) == number
-    validation = text.validation[nearest] if nearest.any() else text.validation
-    return replace(text, chosen=np.flatnonzero(labels == number), validation=validation)
+    kept = nearest if nearest.any() else np.ones_like(nearest)
+    segments = text.validation_segments
+    return replace(
+        text,
+        chosen=np.flatnonzero(labels == number),
+        validation=text.validation[kept],
+        validation_segments=None if segments is None else segments[kept],
+    )
 
 
 def _means(decoder: Decoder, windows: np.ndarray) -> np.ndarray:

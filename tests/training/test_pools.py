@@ -18,6 +18,7 @@ from idp_jax.evaluation.perplexity import perplexity
 from idp_jax.recover.methods import METHODS
 from idp_jax.recover.starts import Start
 from idp_jax.training import train
+from idp_jax.training.clusters import part_of
 from tests.helpers import tiny_decoder, tiny_folder, tiny_tokenizer
 
 LENGTH = 16  # tokens of a window
@@ -189,6 +190,18 @@ def test_clusters_of_the_text_are_the_sources(files, tmp_path):
     windows = np.concatenate([rows_of(0), rows_of(1)])
     drawn = perplexity(repaired.with_selector("random"), windows, 16).mean_nll
     assert perplexity(repaired, windows, 16).mean_nll < drawn
+
+
+def test_a_cluster_keeps_the_documents_of_its_windows():
+    """Documents apart: what is validated on, too, has its own segments."""
+    rows = np.repeat(np.arange(6, dtype=np.int32)[:, None] % 2 * 60 + 5, LENGTH, 1)
+    segments = np.arange(6, dtype=np.int32)[:, None] + np.arange(LENGTH, dtype=np.int32) // 8
+    text = TrainingText("", None, LENGTH, rows[:4], rows, 0, 0, segments[:4], segments)
+    for number in (0, 1):
+        part = part_of(text, tiny_decoder("llama", num_layers=1), (number, 2), 0)
+        (row,) = {int(x) for x in part.validation[:, 0]}
+        (batch,) = part.validation_batches(2)
+        np.testing.assert_array_equal(batch.segments, segments[:4][rows[:4, 0] == row])
 
 
 def test_a_calibrated_score_uses_every_prompt(files, tmp_path):
