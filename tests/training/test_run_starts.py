@@ -18,10 +18,10 @@ from idp_jax.recover.methods import Run
 from idp_jax.training import train
 from idp_jax.training.starts import abstract_start, resolved, starts, text_parts
 from tests.helpers import close, keep, tiny_decoder, tiny_folder, tiny_ids
-from tests.training.test_run import LENGTH, files, optax_promotes, run_settings
+from tests.training.test_run import LENGTH, run_settings
 
 KEY = jax.random.key(0)
-__all__ = ["files", "optax_promotes"]  # fixtures
+pytestmark = pytest.mark.usefixtures("optax_promotes")
 
 
 def in_bytes(text: str) -> list[int]:
