@@ -76,4 +76,4 @@ $(INTEROP_INSTALLED): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(NEWEST) $(INTEROP) runs
+	rm -rf $(VENV) $(NEWEST) $(INTEROP) runs .jax_cache

@@ -1,4 +1,9 @@
-"""Test-wide settings: eight fake CPU devices, strict dtype promotion."""
+"""Test-wide settings: eight fake CPU devices, strict dtype promotion, programs compiled once.
+
+Most of the tests' time is compilation. So LLVM optimises little, and programs are kept on disk:
+both workers, tests that run other processes and the next run read them there. JAX keys them by
+the program, the options and its version.
+"""
 
 import gc
 import os
@@ -6,6 +11,10 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".jax_cache")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
