@@ -164,24 +164,28 @@ class Experiment(Settings):
 
 
 def _demo_adapters() -> Recipes:
+    """Learn from the uncompressed model; keys and values begin as its own of real text."""
+    rate = {"objective": "kl", "optimizer": {"learning_rate": 1e-2}}
+    start = {"init": {"tokens": "text", "model": "teacher", "frozen_tokens": 1}}
     return {
-        "idp": {
-            "method": "idp",
-            "pool_lengths": [10, 50],
-            "optimizer": {"learning_rate": 1e-2},
-        },
-        "lora": {"method": "lora", "optimizer": {"learning_rate": 1e-3}},
+        "prompt": {"method": "prompt", **rate},
+        "prefix": {"method": "prefix", **rate, **start},
+        "idp": {"method": "idp", "pool_lengths": [50, 50], "pool": {"of": "prefixes"}}
+        | rate
+        | start,
+        "lora": {"method": "lora", **rate, "optimizer": {"learning_rate": 1e-3}},
     }
 
 
 _DEMO_VARIANTS = (
     Variant("dense", "dense"),
     Variant("compressed", "compressed", "compressed"),
-    # The pool's long prompt by itself.
-    Variant("soft prompt", "repaired", "compressed", "idp/prompt_1_50_tokens"),
+    Variant("soft prompt", "repaired", "compressed", "prompt"),
+    Variant("prefix", "repaired", "compressed", "prefix"),
     Variant("IDP", "repaired", "compressed", "idp"),
     Variant("LoRA", "repaired", "compressed", "lora"),
     Variant("IDP, random choice", "control", "compressed", "idp", "random"),
+    Variant("dense + prefix", "control", None, "prefix"),
 )
 
 
@@ -197,3 +201,5 @@ class Demo(Experiment):
     """By name, settings of `train` that differ from the experiment's."""
     variants: Suppress[tuple[Variant, ...]] = _DEMO_VARIANTS
     """The rows of the table."""
+    train_tokens: int = 20_480
+    """Tokens that each prompt, and each other adapter, is trained on."""

@@ -20,8 +20,6 @@ from idp_jax.jobs.files import read_json, write_json
 from idp_jax.jobs.progress import Progress
 from idp_jax.recover.methods import METHODS
 
-_DIVERGED = "training diverged"  # what `training.fit` says
-
 
 class Plan(NamedTuple):
     """What a sweep trains.
@@ -104,9 +102,7 @@ class Trainings:
             with self._timed(record, known, asked, tokens) as note:
                 try:
                     result = training.train(config, progress=self._progress)
-                except ValueError as error:
-                    if _DIVERGED not in str(error):
-                        raise
+                except training.Diverged as error:
                     note["diverged"] = str(error)
                     self._say(f"  {error}")
         self._left -= tokens

@@ -2,7 +2,7 @@
 
 from idp_jax.data.batch import Batch
 from idp_jax.training.checkpoint import Checkpointer
-from idp_jax.training.loop import fit
+from idp_jax.training.loop import Diverged, fit
 from idp_jax.training.metrics import JsonLines, Sink
 from idp_jax.training.objectives import Mix, Objective, make_objective, next_token
 from idp_jax.training.run import train
@@ -11,6 +11,7 @@ from idp_jax.training.step import make_optimizer
 __all__ = [
     "Batch",
     "Checkpointer",
+    "Diverged",
     "JsonLines",
     "Mix",
     "Objective",

@@ -31,6 +31,10 @@ _DIVERGED = 0.1  # nats above the start, with no better step in between
 _LOWER = "a lower --optimizer.learning-rate may help"
 
 
+class Diverged(ValueError):
+    """Training made the model worse, or its numbers ceased to be finite."""
+
+
 class BatchIterator(Iterator[Batch], Protocol):
     """Batches without end that know where they are, see `data.stream.Batches`."""
 
@@ -69,8 +73,8 @@ def fit(
 
     Args:
         batches: training batches; host arrays, which are placed on the mesh here.
-        validation: batches of one size, whose mean next-token loss chooses the best adapter,
-            whatever the objective: another one's value is no perplexity.
+        validation: batches of one size, whose mean loss of all next tokens chooses the best
+            adapter, whatever the objective: another one's value is no perplexity.
         steps: the number of the last step; at 0 the start is validated, and nothing is trained.
         evaluate_every: steps between two validations.
         checkpoint_every: steps between two checkpoints; by default as between validations.
@@ -94,9 +98,9 @@ def fit(
         ("stopped_early").
 
     Raises:
-        ValueError: a loss is not finite, training has only made the loss larger, the text has ids
-            outside the vocabulary or is longer than learned positions, or the checkpoint is
-            damaged, or of a longer run.
+        Diverged: a loss ceased to be finite, or training has only made it larger.
+        ValueError: a loss is not finite from the start, the text has ids outside the vocabulary or
+            is longer than learned positions, or the checkpoint is damaged, or of a longer run.
     """
     check_windows(adapter, decoder, validation)
     train_step = make_train_step(optimizer, objective, steps=steps, key=key, schedule=schedule)
@@ -231,18 +235,21 @@ class _Run:
 
     def validate(self) -> None:
         """Measures the adapter as it is, and remembers it if it is the best."""
-        losses = []
+        losses, counts = [], []
         for batch in self.validation:
-            loss = evaluate_step(self.state.adapter, self.decoder, batch)
-            losses.append(jax.block_until_ready(loss))
+            loss, count = jax.block_until_ready(
+                evaluate_step(self.state.adapter, self.decoder, batch)
+            )
+            losses.append(loss)
+            counts.append(count)
             self.progress(self.step, self.steps, "validation")
-        loss = jnp.stack(losses).mean()
+        loss = jnp.average(jnp.stack(losses), weights=jnp.stack(counts))
         self.write({"validation_loss": float(loss)})
         self.state = keep_best(self.state, loss)
         best = float(self.state.best_loss)
         never_better = self.done and int(self.state.best_step) == 0
         if never_better and float(loss) > best + _DIVERGED:
-            raise ValueError(
+            raise Diverged(
                 f"training diverged: the validation loss rose from {best:.3f} before the first "
                 f"step to {float(loss):.3f} at step {self.step} and was never lower; {_LOWER}"
             )
@@ -256,7 +263,7 @@ class _Run:
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
             name = "loss" if "loss" in bad else bad[0]
-            raise ValueError(_not_finite(name.replace("_", " "), values[name], self.step))
+            raise _not_finite(name.replace("_", " "), values[name], self.step)
 
     def save(self) -> None:
         """Writes a checkpoint of this step."""
@@ -276,13 +283,13 @@ class _Run:
             stop.place = f"step {self.step}"
 
 
-def _not_finite(name: str, value: float, step: int) -> str:
+def _not_finite(name: str, value: float, step: int) -> ValueError:
     if not step:
-        return (
+        return ValueError(
             f"the {name} is {value} before the first step: it comes from the model or the text, "
             "not from training; check the model, or its --dtype"
         )
-    return f"the {name} is {value} at step {step}: training diverged; {_LOWER}"
+    return Diverged(f"the {name} is {value} at step {step}: training diverged; {_LOWER}")
 
 
 def _summary(run: _Run) -> dict[str, float]:

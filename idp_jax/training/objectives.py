@@ -119,12 +119,17 @@ def next_token(
 _NEXT_TOKEN = parse("ce")
 
 
-def _weight(batch: Batch) -> jax.Array:
-    """float32 [B, T], 1 / N for each of the N positions whose next token counts."""
+def counted_targets(batch: Batch) -> jax.Array:
+    """bool [B, T - 1], whether the next token of each position counts."""
     counted = jnp.ones(batch.tokens[:, 1:].shape, bool)
     if batch.loss_mask is not None:
         counted = counted & batch.loss_mask[:, 1:].astype(bool)
     if batch.segments is not None:  # the first token of a document is nobody's to foresee
         counted = counted & (batch.segments[:, 1:] == batch.segments[:, :-1])
-    counted = jnp.pad(counted.astype(jnp.float32), [(0, 0), (0, 1)])
+    return counted
+
+
+def _weight(batch: Batch) -> jax.Array:
+    """float32 [B, T], 1 / N for each of the N positions whose next token counts."""
+    counted = jnp.pad(counted_targets(batch).astype(jnp.float32), [(0, 0), (0, 1)])
     return counted / jnp.maximum(counted.sum(), 1)

@@ -17,7 +17,7 @@ from idp_jax.data.batch import Batch
 from idp_jax.models.decoder import Decoder
 from idp_jax.recover.methods import repair_for_training, trained
 from idp_jax.recover.repaired import Repaired
-from idp_jax.training.objectives import Objective, next_token
+from idp_jax.training.objectives import Objective, counted_targets, next_token
 
 
 class TrainState(struct.PyTreeNode):
@@ -156,11 +156,15 @@ def make_train_step(
 
 
 @jax.jit
-def evaluate_step(adapter: Any, decoder: Decoder, batch: Batch) -> jax.Array:
-    """Mean next-token cross-entropy of a batch under the repaired model, float32 scalar."""
+def evaluate_step(adapter: Any, decoder: Decoder, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Mean next-token cross-entropy of a batch under the repaired model, and its targets' count.
+
+    Both are float32 scalars.
+    """
     repaired = adapter.repair(decoder)
     _check_choice(repaired, batch)
-    return next_token(repaired, batch)[1]["ce"]
+    count = counted_targets(batch).sum(dtype=jnp.float32)
+    return next_token(repaired, batch)[1]["ce"], count
 
 
 def _check_choice(repaired: Repaired, batch: Batch) -> None:

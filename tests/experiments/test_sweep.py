@@ -17,6 +17,7 @@ from idp_jax.experiments.sweep_texts import held_out_files, write_held_out
 from idp_jax.experiments.sweep_trainings import Trainings, plan
 from idp_jax.jobs.progress import SILENT, Progress
 from idp_jax.jobs.signals import Interrupted
+from idp_jax.training import Diverged
 from tests.helpers import tiny_folder, tiny_tokenizer
 
 RECIPES = {
@@ -258,7 +259,7 @@ def test_a_training_that_diverges_counts_as_a_trial(sources, tmp_path, monkeypat
 
     def diverge(config, **options):
         calls.append(config)
-        raise ValueError("the loss is nan at step 3: training diverged; a lower rate may help")
+        raise Diverged("the loss is nan at step 3: training diverged; a lower rate may help")
 
     monkeypatch.setattr("idp_jax.training.train", diverge)
     found = Trainings(settings, SILENT, said.append).train(config, "one")

@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from idp_jax.config import Optimizer
+from idp_jax.data.batch import Batch
 from idp_jax.data.stream import TrainingText
 from idp_jax.models.storage import expand
 from idp_jax.recover import LoraAdapter, PrefixAdapter, SoftPrompt
@@ -165,10 +166,28 @@ def test_the_best_adapter_is_kept(tmp_path):
     best = rows[int(np.argmin(losses))]
     assert losses[-1] > best["validation_loss"] + 0.02
     assert 0 < summary["best_step"] == best["step"] < 20
-    first, second = (evaluate_step(adapter, model(), b) for b in other.validation_batches(2))
+    first, second = (evaluate_step(adapter, model(), b)[0] for b in other.validation_batches(2))
     loss = (first + second) / 2
     assert float(loss) == pytest.approx(best["validation_loss"], rel=1e-5)
     assert summary["validation_loss"] == pytest.approx(best["validation_loss"])
+
+
+def test_validation_counts_every_target_alike():
+    """Where documents stand apart, windows have targets of different number."""
+    rows = text().validation[:2]
+    segments = np.stack([np.zeros(LENGTH, np.int32), np.arange(LENGTH, dtype=np.int32) // 2])
+    batches = [Batch(rows[i : i + 1], segments=segments[i : i + 1]) for i in range(2)]
+    no_steps = {"steps": 0, "evaluate_every": 1}
+    fitted = lambda batches: fit(
+        start(), model(), next_token, optimizer_of(Optimizer(), 0.05, 20), text().batches(1),
+        batches, **no_steps,
+    )[1]["validation_loss"]  # fmt: skip
+    together = fitted([Batch(rows, segments=segments)])
+    first, second = (fitted([batch]) for batch in batches)
+    assert fitted(batches) == pytest.approx(together, rel=1e-5)
+    # Fifteen targets, and one in each of eight documents.
+    assert together == pytest.approx((15 * first + 8 * second) / 23, rel=1e-5)
+    assert abs(together - (first + second) / 2) > 1e-3
 
 
 @functools.cache
