@@ -50,6 +50,14 @@ def resident_memory() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.fixture
+def optimised():
+    """Programs are optimised, for tests of real models, where running takes longer than that."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.fixture(scope="module")
 def optax_promotes():
     """optax raises floats to int32 powers; our own code is traced strictly in the tests of it."""

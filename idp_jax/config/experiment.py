@@ -168,11 +168,16 @@ def _demo_adapters() -> Recipes:
     rate = {"objective": "kl", "optimizer": {"learning_rate": 1e-2}}
     start = {"init": {"tokens": "text", "model": "teacher", "frozen_tokens": 1}}
     return {
-        "prompt": {"method": "prompt", **rate},
         "prefix": {"method": "prefix", **rate, **start},
-        "idp": {"method": "idp", "pool_lengths": [50, 50], "pool": {"of": "prefixes"}}
-        | rate
-        | start,
+        "idp": {
+            "method": "idp",
+            "pool_lengths": [50, 50],
+            "pool": {"of": "prefixes"},
+            # The plain mean chose one prompt for every question.
+            "selector": "calibrated(score='mean_attention')",
+            **rate,
+            **start,
+        },
         "lora": {"method": "lora", **rate, "optimizer": {"learning_rate": 1e-3}},
     }
 
@@ -180,8 +185,7 @@ def _demo_adapters() -> Recipes:
 _DEMO_VARIANTS = (
     Variant("dense", "dense"),
     Variant("compressed", "compressed", "compressed"),
-    Variant("soft prompt", "repaired", "compressed", "prompt"),
-    Variant("prefix", "repaired", "compressed", "prefix"),
+    Variant("prefix", "repaired", "compressed", "idp/prompt_0_50_tokens"),
     Variant("IDP", "repaired", "compressed", "idp"),
     Variant("LoRA", "repaired", "compressed", "lora"),
     Variant("IDP, random choice", "control", "compressed", "idp", "random"),
@@ -201,5 +205,9 @@ class Demo(Experiment):
     """By name, settings of `train` that differ from the experiment's."""
     variants: Suppress[tuple[Variant, ...]] = _DEMO_VARIANTS
     """The rows of the table."""
-    train_tokens: int = 20_480
+    calibration_windows: int = 32
+    """Windows that a compression is calibrated on."""
+    train_tokens: int = 6_144
     """Tokens that each prompt, and each other adapter, is trained on."""
+    batch_size: int = 2
+    """Windows of a training step."""

@@ -135,7 +135,7 @@ class Teacher(Settings):
     temperature: float = 1.0
     """Both models' logits are divided by it."""
     cache: Path | None = None
-    """Folder that keeps its topk or sampled word, so that it runs once on a text."""
+    """Folder that keeps its word, so that it runs once on a text; of full, hidden states."""
 
     def __post_init__(self):
         super().__post_init__()

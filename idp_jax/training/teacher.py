@@ -23,6 +23,7 @@ from idp_jax.jobs.files import fingerprint
 from idp_jax.jobs.progress import SILENT, Progress
 from idp_jax.models.config import from_hf
 from idp_jax.models.decoder import Decoder
+from idp_jax.models.head import Head
 from idp_jax.sharding import shard_batch
 from idp_jax.training.cache import Cache, window_keys
 from idp_jax.training.objectives import Mix, make_objective
@@ -79,6 +80,13 @@ class Teacher:
             progress=self._progress.tracker("loading the teacher"),
         )
 
+    @cached_property
+    def head(self) -> Head:
+        """What makes logits of hidden states from the cache; the rest of the model is let go."""
+        head = self.decoder.output_head()
+        self.__dict__.pop("decoder")  # loaded again where the cache lacks a window
+        return head
+
     def release(self) -> None:
         """Lets go of a model that was asked for something else than the objective's sake."""
         if not self._is_asked:
@@ -94,12 +102,17 @@ class Teacher:
         segments = None if batch.segments is None else np.asarray(batch.segments)
 
         def ask() -> dict[str, np.ndarray]:
-            kept = self._word(batch).kept
-            assert kept is not None
-            return {name: np.asarray(getattr(kept, name)) for name in kept.FIELDS}
+            word = self._word(batch)
+            if word.kept is None:
+                return {"hidden": np.asarray(word.hidden, np.float32)}
+            return {name: np.asarray(getattr(word.kept, name)) for name in word.kept.FIELDS}
 
         rows = self._cache.rows(window_keys(tokens, segments), ask)
         settings = self._config.teacher
+        if settings.form == "full":
+            hidden = jnp.asarray(rows["hidden"], self.head.kernel.dtype)
+            word = shard_batch(Word(hidden, temperature=settings.temperature), self._mesh)
+            return batch._replace(teacher=word.replace(head=self.head))
         kept = FORMS[settings.form](**rows, temperature=settings.temperature)
         word = Word(kept=kept, temperature=settings.temperature)
         return batch._replace(teacher=shard_batch(word, self._mesh))
@@ -133,8 +146,12 @@ class Teacher:
             "dtype": config.dtype,
             "seed": config.seed if settings.form == "sampled" else None,
         }
-        size = from_hf(open_config(settings.model)).vocab_size
-        ids = np.uint16 if size <= 2**16 else np.uint32
+        model = from_hf(open_config(settings.model))
+        if settings.form == "full":
+            identity |= {"tokens": None, "temperature": None}  # hidden states depend on neither
+            shapes = {"hidden": (np.float32, model.embedding_dim)}
+            return Cache(settings.cache, identity, config.data.sequence_length, shapes)
+        ids = np.uint16 if model.vocab_size <= 2**16 else np.uint32
         shapes = {
             name: (ids if name == "ids" else np.float32, settings.tokens * (axes - 2))
             for name, axes in FORMS[settings.form].FIELDS.items()
@@ -192,16 +209,17 @@ def _check_sizes(config: Train, objective: Mix, theirs) -> None:
 
 
 def _check_cache(config: Train, objective: Mix) -> None:
-    cache = config.teacher.cache
-    if config.teacher.form == "full":
+    cache, form = config.teacher.cache, config.teacher.form
+    if not (objective.divergent or objective.hidden):
         raise ConfigError(
-            f"--teacher.cache {cache} cannot keep --teacher.form full, a number for every token of "
-            "the vocabulary; give --teacher.form topk or sampled"
+            f"--teacher.cache {cache} is never read: --objective {config.objective!r} needs no "
+            "teacher; leave it out"
         )
-    if objective.hidden or not objective.divergent:
+    if form != "full" and objective.hidden:
         raise ConfigError(
-            f"--teacher.cache {cache} keeps what kl needs, and nothing else: --objective "
-            f"{config.objective!r} cannot be trained from it; leave it out"
+            f"--teacher.cache {cache} of --teacher.form {form} keeps what kl needs, and nothing "
+            f"else: --objective {config.objective!r} cannot be trained from it; give "
+            "--teacher.form full"
         )
     if jax.process_count() > 1:
         raise ConfigError(

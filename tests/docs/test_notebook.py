@@ -12,6 +12,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 @needs_smollm2
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("name", ["first_minute", "pool_study"])
 def test_a_notebook_runs_and_says_what_it_shows(name, capsys):
     cells = json.loads((DOCS / f"{name}.ipynb").read_text())["cells"]

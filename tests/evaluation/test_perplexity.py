@@ -82,6 +82,7 @@ def test_ids_outside_the_vocabulary_are_refused():
 @needs_data
 @pytest.mark.slow
 @needs_smollm2
+@pytest.mark.usefixtures("optimised")
 def test_smollm2_on_wikitext():
     """transformers gives 28.712 on the same windows of the dequantised model."""
     from idp_jax import load_model, load_tokenizer

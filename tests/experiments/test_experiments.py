@@ -163,8 +163,7 @@ def test_what_cannot_be_made_is_said_first(tmp_path, changes, message):
 def test_the_demo_is_an_experiment_of_defaults():
     demo = Demo()
     assert [row.role for row in demo.rows] == [
-        "dense", "compressed", "repaired", "repaired", "repaired", "repaired",
-        "control", "control",
+        "dense", "compressed", "repaired", "repaired", "repaired", "control", "control",
     ]  # fmt: skip
     stages.check(demo)
     assert demo.title == "smollm2-135m, gptq 3 bit group 64"

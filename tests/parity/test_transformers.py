@@ -138,6 +138,7 @@ def smollm2():
 
 
 @needs_smollm2
+@pytest.mark.usefixtures("optimised")
 def test_smollm2_logits_match(smollm2):
     theirs, ours = smollm2
     rows = [load_tokenizer("smollm2-135m")(text)["input_ids"] for text in TEXTS]

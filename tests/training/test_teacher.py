@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from idp_jax import formats
-from idp_jax.config import ConfigError, Data, Teacher, Train
+from idp_jax.config import ConfigError, Data, Init, Teacher, Train
 from idp_jax.data.batch import Batch
 from idp_jax.jobs.files import contents
 from idp_jax.recover import Repaired
@@ -90,7 +90,7 @@ def test_the_divergence_goes_down(files, tmp_path):
     assert np.mean(found[-8:]) < np.mean(found[:8])
 
 
-@pytest.mark.parametrize("form", ["topk", "sampled"])
+@pytest.mark.parametrize("form", ["full", "topk", "sampled"])
 def test_from_the_cache_training_is_the_same_bit_for_bit(files, tmp_path, form, monkeypatch):
     alone = settings(files, tmp_path / "alone", form=form)
     first = settings(files, tmp_path / "first", form=form, cache=tmp_path / "cache")
@@ -99,10 +99,12 @@ def test_from_the_cache_training_is_the_same_bit_for_bit(files, tmp_path, form, 
     before = contents(tmp_path / "cache")
     assert "cache.json" in before and f"windows-{LENGTH}.bin" in before
 
+    monkeypatch.setattr(teacher, "hear", lambda *a, **o: pytest.fail("the teacher runs again"))
     load = formats.load_model
 
     def loaded(path, **options):
-        assert path != str(files / "dense"), "the teacher is loaded again"
+        # Of hidden states it is its head that makes logits.
+        assert form == "full" or path != str(files / "dense"), "the teacher is loaded again"
         return load(path, **options)
 
     monkeypatch.setattr(formats, "load_model", loaded)
@@ -111,6 +113,14 @@ def test_from_the_cache_training_is_the_same_bit_for_bit(files, tmp_path, form, 
     other = settings(files, tmp_path / "lora", form=form, cache=tmp_path / "cache", method="lora")
     assert len(losses(other)) == 4  # another method, the same text
     assert contents(tmp_path / "cache") == before
+
+
+def test_hidden_states_of_the_cache_serve_every_term(files, tmp_path):
+    asked = {"objective": "kl + hidden_mse", "temperature": 2.0}
+    alone = losses(settings(files, tmp_path / "alone", **asked))
+    # At another temperature: hidden states are the same.
+    losses(settings(files, tmp_path / "first", cache=tmp_path / "cache"))
+    assert losses(settings(files, tmp_path / "cached", cache=tmp_path / "cache", **asked)) == alone
 
 
 def test_a_cache_is_shared_by_batches_of_another_size_and_order(files, tmp_path, monkeypatch):
@@ -127,14 +137,17 @@ BAD = {
     "unknown": ({"objective": "kd"}, "no term 'kd'; there are ce, kl, hidden_mse, cka"),
     "absent": ({"teacher": Teacher("/none")}, "no model at /none"),
     "unused": ({"objective": "ce"}, "dense is never asked: --objective 'ce' needs no teacher"),
-    "full": ({"cache": "c"}, "--teacher.cache c cannot keep --teacher.form full"),
+    "never-read": (
+        {"cache": "c", "objective": "ce", "init": Init(model="teacher"), "method": "prefix"},
+        "--teacher.cache c is never read: --objective 'ce' needs no teacher",
+    ),
     "no-model": (
         {"objective": "ce", "teacher": Teacher(cache="c")},
         "--teacher.cache c needs its --teacher.model",
     ),
     "not-kl": (
         {"cache": "c", "form": "topk", "objective": "kl + hidden_mse"},
-        "--teacher.cache c keeps what kl needs, and nothing else",
+        "--teacher.cache c of --teacher.form topk keeps what kl needs, and nothing else",
     ),
     "tokens": ({"teacher": 300}, "--teacher.tokens 300 is more than the vocabulary's 259"),
 }
