@@ -6,7 +6,7 @@ code.
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,15 @@ from idp_jax.config.places import check_apart
 Recipes = dict[str, dict[str, Any]]
 
 
-def taught(recipe: dict[str, Any], model: str, origin: str) -> Train:
+def taught(recipe: dict[str, Any], model: str, origin: str, cache: Path | None = None) -> Train:
     """A recipe's training, with the uncompressed model as its teacher where it needs one.
 
     Args:
         recipe: settings of `train`; a teacher's model that it names itself stays.
         model: the uncompressed model.
         origin: what an error names.
+        cache: a folder for the hidden states of this teacher, which trainings share where their
+            objectives are computed from all of its word.
 
     Raises:
         ConfigError: a setting that is none, or that is out of range.
@@ -35,16 +37,23 @@ def taught(recipe: dict[str, Any], model: str, origin: str) -> Train:
     own = recipe.get("teacher") or {}
     # Only the whole settings tell whether they need it, and some are none without it.
     found = from_dict(Train, {**recipe, "teacher": {"model": model, **own}}, origin)
-    if "model" in own or _needs_teacher(found):
+    if "model" in own:
         return found
-    return from_dict(Train, recipe, origin)
+    if not (_heard(found) or _starts_from_teacher(found)):
+        return from_dict(Train, recipe, origin)
+    if cache is None or "cache" in own or found.teacher.form != "full" or not _heard(found):
+        return found
+    return replace(found, teacher=replace(found.teacher, cache=cache / found.dtype))
 
 
-def _needs_teacher(settings: Train) -> bool:
-    """Whether the uncompressed model stands beside a training: for its loss, or for its start."""
-    losses = set(re.findall(r"\b[a-z_]\w*", settings.objective))
+def _heard(settings: Train) -> bool:
+    """Whether the uncompressed model stands beside a training for its loss."""
+    return set(re.findall(r"\b[a-z_]\w*", settings.objective)) != {"ce"}
+
+
+def _starts_from_teacher(settings: Train) -> bool:
     starts = settings.init.model, getattr(settings.lora, "start", None)
-    return losses != {"ce"} or starts[0] == "teacher" or starts[1] == "eora"
+    return starts[0] == "teacher" or starts[1] == "eora"
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,9 @@ class Experiment(Settings):
     """Folder with a local copy of every task's data, TASK/{train,validation,test}.jsonl[.gz]."""
     items: int | None = None
     """Items of each task; by default all."""
+    cache_teacher: bool = False
+    """Keep the uncompressed model's hidden states of the training text on disk (width x 4 bytes a
+    token), so that it runs once for all adapters that learn from it."""
     timing: Timing = field(default_factory=lambda: Timing(prompt_length=64, new_tokens=16))
     seed: int = 0
     """Of sampled text, initial values, the order of windows and resampled intervals."""
@@ -205,9 +217,9 @@ class Demo(Experiment):
     """By name, settings of `train` that differ from the experiment's."""
     variants: Suppress[tuple[Variant, ...]] = _DEMO_VARIANTS
     """The rows of the table."""
-    calibration_windows: int = 32
-    """Windows that a compression is calibrated on."""
-    train_tokens: int = 6_144
+    train_tokens: int = 10_240
     """Tokens that each prompt, and each other adapter, is trained on."""
     batch_size: int = 2
     """Windows of a training step."""
+    cache_teacher: bool = True
+    """Keep the uncompressed model's hidden states of the training text, as `Experiment` says."""

@@ -106,6 +106,9 @@ class Sweep(Settings):
     """Of the trainings that are reported."""
     seed: int = 0
     """Of trials, calibration and resampled intervals."""
+    cache_teacher: bool = False
+    """Keep the uncompressed model's hidden states of the training text on disk (width x 4 bytes a
+    token), so that it runs once for all recipes that learn from it."""
     dense_controls: bool = False
     """Train each recipe beside the uncompressed model, too: what it gains there is no repair."""
     reference: str | None = None
@@ -202,4 +205,5 @@ class Sweep(Settings):
         }
         optimizer = {**(own.get("optimizer") or {}), "learning_rate": rate}
         tree = {**own, **common, **settings, "optimizer": optimizer}
-        return taught(tree, self.model, f"recipes.{recipe}")
+        cache = self.out / "teacher" if self.cache_teacher else None
+        return taught(tree, self.model, f"recipes.{recipe}", cache)

@@ -153,7 +153,8 @@ def _train(settings: Experiment, variant: Variant) -> Train:
         "checkpoint_every": settings.evaluate_every,
         "seed": settings.seed,
     }
-    return taught(common | settings.adapters[name], settings.model, f"adapters.{name}")
+    cache = settings.out / "teacher" if settings.cache_teacher else None
+    return taught(common | settings.adapters[name], settings.model, f"adapters.{name}", cache)
 
 
 def result_file(settings: Experiment, variant: Variant) -> Path:

@@ -15,7 +15,7 @@ from tests.helpers import tiny_folder
 
 ADAPTERS = {
     "idp": {"method": "idp", "pool_lengths": [2, 4]},
-    "prompt": {"method": "prompt", "prompt_length": 3},
+    "prompt": {"method": "prompt", "prompt_length": 3, "objective": "kl"},
 }
 VARIANTS = [
     Variant("dense", "dense"),
@@ -32,7 +32,7 @@ def tree(folder, **changes) -> dict:
     """An experiment of seconds, as a file would say it."""
     common = {"model": str(folder / "model"), "out": str(folder / "out"), "items": 1}
     sizes = {"sequence_length": 16, "calibration_windows": 2, "validation_windows": 4}
-    training = {"train_tokens": 64, "batch_size": 2, "evaluate_every": 1}
+    training = {"train_tokens": 64, "batch_size": 2, "evaluate_every": 1, "cache_teacher": True}
     timing = {"prompt_length": 4, "new_tokens": 1, "repeats": 1}
     recipes = {"compression": {"group_size": 32}, "compressions": {"four": {"bits": 4}}}
     recipes |= {"adapters": ADAPTERS, "variants": VARIANTS, "tasks": "knowledge_arts"}
@@ -70,6 +70,7 @@ def check_variants(settings, results):
     report = json.loads((settings.out / "models" / "four" / "compression.json").read_text())
     assert report["config"]["bits"] == 4 and report["config"]["group_size"] == 32
     assert (settings.out / "figure.png").stat().st_size > 1000
+    assert (settings.out / "teacher" / "float32" / "cache.json").is_file()
     assert [(pair.first, pair.second) for pair in results.comparisons] == [
         ("dense", "small"),
         ("small", "pool, random"),

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -249,6 +250,24 @@ def test_the_uncompressed_model_teaches_where_a_recipe_asks_for_it(sources, tmp_
     dense = settings.model
     assert teachers == {"ce": None, "kl": dense, "start": dense, "own": "other"}
     assert made["own"].teacher.temperature == 2.0 and made["ce"].learning_rate == 0.1
+    assert all(config.teacher.cache is None for config in made.values())
+
+
+def test_trainings_share_what_the_uncompressed_model_said(sources, tmp_path):
+    recipes = {
+        "ce": {},
+        "kl": {"objective": "kl + 0.5*ce"},
+        "start": {"method": "prefix", "init": {"model": "teacher"}},
+        "other": {"objective": "kl", "teacher": {"model": "other"}},
+        "short": {"objective": "kl", "teacher": {"form": "topk"}},
+        "own": {"objective": "kl", "teacher": {"cache": "own"}},
+    }
+    settings = from_dict(Sweep, tree(sources, recipes=recipes, learning_rates={}))
+    settings = dataclasses.replace(settings, cache_teacher=True)
+    made = {name: settings.training(name, 0.1, "m", tmp_path, tokens=4096) for name in recipes}
+    caches = {name: config.teacher.cache for name, config in made.items()}
+    none = dict.fromkeys(("ce", "start", "other", "short"))
+    assert caches == none | {"kl": settings.out / "teacher" / "float32", "own": Path("own")}
 
 
 def test_a_training_that_diverges_counts_as_a_trial(sources, tmp_path, monkeypatch):
