@@ -5,6 +5,7 @@ both workers, tests that run other processes and the next run read them there. J
 the program, the options and its version.
 """
 
+import ctypes
 import gc
 import os
 from pathlib import Path
@@ -32,12 +33,15 @@ def _few_programs():
 
     JAX keeps every program that it compiled. Over thousands of tests a worker grew to 6 GB, and
     then died inside the compiler now and then. What is let go does not all go back to the system,
-    so growth counts; to clear after every module would compile much again.
+    so growth counts; to clear after every module would read much again.
     """
     yield
     if resident_memory() > _grown_from[0] + 2e9:
         jax.clear_caches()
         gc.collect()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
+        if trim is not None:
+            trim(0)
         _grown_from[0] = resident_memory()
 
 
