@@ -54,7 +54,7 @@ def comparison(
         axis.tick_params(axis="x", rotation=25)
         axis.spines[["top", "right"]].set_visible(False)
     if pool:
-        names = [f"{length} tokens" for length in pool.prompt_lengths]
+        names = [name.replace(", ", "\n") for name in pool.prompt_names]
         bars = axes[2].bar(names, pool.choices, color=_COLOURS[pool.role])
         axes[2].bar_label(bars, padding=2)
         axes[2].set(title="choices of the pool", ylabel="questions")

@@ -138,8 +138,8 @@ def _direction(change: Estimate, nothing: float) -> str:
 
 def chosen(variant: VariantResult, counts: Sequence[int]) -> str:
     """How often each prompt of a pool was chosen."""
-    pairs = zip(variant.prompt_lengths, counts, strict=True)
-    return ", ".join(f"{length} tokens {count}x" for length, count in pairs)
+    pairs = zip(variant.prompt_names, counts, strict=True)
+    return ", ".join(f"{name} {count}x" for name, count in pairs)
 
 
 def _accuracy(task: TaskResult) -> str:

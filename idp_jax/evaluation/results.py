@@ -169,6 +169,14 @@ class VariantResult(TaskScores):
     perplexity: PerplexityResult | None = None
     latency: LatencyResult | None = None
 
+    @property
+    def prompt_names(self) -> list[str]:
+        """The prompts of a pool for people: by length, and by number where that is not enough."""
+        lengths = self.prompt_lengths
+        if len(set(lengths)) == len(lengths):
+            return [f"{length} tokens" for length in lengths]
+        return [f"prompt {number}, {length} tokens" for number, length in enumerate(lengths)]
+
 
 @dataclass(frozen=True)
 class Comparison(Part):

@@ -152,6 +152,12 @@ def test_a_missing_file_is_named(tmp_path):
         read(tmp_path / "r.json")
 
 
+def test_prompts_of_one_length_have_numbers():
+    named = lambda *lengths: dataclasses.replace(variant(), prompt_lengths=[*lengths]).prompt_names
+    assert named(3, 5) == ["3 tokens", "5 tokens"] and named() == []
+    assert named(5, 5) == ["prompt 0, 5 tokens", "prompt 1, 5 tokens"]
+
+
 def test_choices_are_counted_over_tasks():
     assert variant(tasks={"t": task(), "u": task(choices=[0, 3])}).choices == [1, 5]
     assert variant(tasks={"t": task(choices=None)}).choices is None
