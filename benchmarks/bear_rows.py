@@ -1,7 +1,7 @@
 """Writes the BEAR facts as rows of the harness's task `bear`, for --task-data.
 
     python benchmarks/bear_rows.py --facts DATA/bear --out OUT --per-relation 5
-    idp-jax eval MODEL --tasks bear --task-data OUT
+    idp-jax eval --model MODEL --tasks bear --task-data OUT --out bear.json
 
 A row is a fact in one template: the whole sentence once for each option of its relation (Wiland et
 al. 2024, arXiv 2404.04113). All of them are 7,731 facts times 27 options on average; a sample of as
@@ -48,6 +48,11 @@ def main() -> None:
     parser.add_argument("--template", type=int, default=0, choices=range(3))
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    if given.per_relation is not None and given.per_relation < 1:
+        parser.error(f"--per-relation {given.per_relation} must be at least 1")
+    for name in ("facts.jsonl", "relations.json"):
+        if not (given.facts / name).is_file():
+            parser.error(f"--facts {given.facts} holds no {name}")
     found = rows(given.facts, given.per_relation, given.template, given.seed)
     file = given.out / "bear" / "test.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -130,11 +130,9 @@ def _train(
     teacher.release()
     trainings = _Trainings(config, decoder, teacher, text, mesh, progress, say)
     done = [trainings.fit(*each) for each in zip(runs, adapters, keys, strict=True)]
-    best, last = (
-        method.combine(config, list(parts), decoder, text.first)
-        for parts in list(zip(*done, strict=True))[:2]
-    )
-    result = _result(config, best, [summary for _, _, summary in done])
+    bests, lasts, summaries = (list(parts) for parts in zip(*done, strict=True))
+    best, last = (method.combine(config, parts, decoder, text.first) for parts in (bests, lasts))
+    result = _result(config, best, summaries)
     whole = {name: gather(adapter) for name, adapter in zip(ADAPTERS, (best, last), strict=True)}
 
     def write() -> None:

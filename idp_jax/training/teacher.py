@@ -66,7 +66,7 @@ class Teacher:
     @property
     def _is_asked(self) -> bool:
         """Whether the objective wants to hear of every batch."""
-        return any(term.needs_teacher is not False for term in self._objective.terms)
+        return _asks(self._objective)
 
     @cached_property
     def decoder(self) -> Decoder:
@@ -82,9 +82,14 @@ class Teacher:
 
     @cached_property
     def head(self) -> Head:
-        """What makes logits of hidden states from the cache; the rest of the model is let go."""
+        """What makes logits of hidden states from the cache.
+
+        A model that is loaded for its sake alone is let go of.
+        """
+        needed = "decoder" in self.__dict__
         head = self.decoder.output_head()
-        self.__dict__.pop("decoder")  # loaded again where the cache lacks a window
+        if not needed:
+            self.__dict__.pop("decoder")
         return head
 
     def release(self) -> None:
@@ -159,6 +164,11 @@ class Teacher:
         return Cache(settings.cache, identity, config.data.sequence_length, shapes)
 
 
+def _asks(objective: Mix) -> bool:
+    """Whether a term may need the teacher; nobody knows it of a file's."""
+    return any(term.needs_teacher is not False for term in objective.terms)
+
+
 def check_teacher(config: Train) -> None:
     """Refuses a teacher that is missing, never asked, or no teacher of this model; loads nothing.
 
@@ -177,8 +187,7 @@ def check_teacher(config: Train) -> None:
             raise ConfigError(f"--teacher.cache {settings.cache} needs its --teacher.model")
         return
     theirs = from_hf(open_config(settings.model))
-    own = any(term.needs_teacher is None for term in objective.terms)
-    if needing is None and not own:
+    if not _asks(objective):
         if config.data.train != SELF and config.init.model != "teacher":
             raise ConfigError(
                 f"--teacher.model {settings.model} is never asked: --objective "
@@ -210,12 +219,12 @@ def _check_sizes(config: Train, objective: Mix, theirs) -> None:
 
 def _check_cache(config: Train, objective: Mix) -> None:
     cache, form = config.teacher.cache, config.teacher.form
-    if not (objective.divergent or objective.hidden):
+    if not _asks(objective):
         raise ConfigError(
             f"--teacher.cache {cache} is never read: --objective {config.objective!r} needs no "
             "teacher; leave it out"
         )
-    if form != "full" and objective.hidden:
+    if form != "full" and (objective.hidden or not objective.divergent):
         raise ConfigError(
             f"--teacher.cache {cache} of --teacher.form {form} keeps what kl needs, and nothing "
             f"else: --objective {config.objective!r} cannot be trained from it; give "

@@ -16,7 +16,7 @@ from idp_jax.jobs.signals import Interrupted
 from idp_jax.models import Decoder
 from idp_jax.recover import LoraAdapter, PrefixAdapter, SoftPrompt
 from idp_jax.sharding import make_mesh, shard
-from idp_jax.training import Checkpointer, JsonLines, fit, loop, next_token
+from idp_jax.training import Checkpointer, Diverged, JsonLines, fit, loop, next_token
 from idp_jax.training.step import make_optimizer, make_train_step
 from tests.helpers import tiny_decoder
 
@@ -209,7 +209,7 @@ def test_a_model_that_is_not_finite_is_not_trained(tmp_path):
 @pytest.mark.parametrize("kind", ["prompt", "lora"])
 def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(tmp_path, kind, value):
     bad = lambda repaired, batch: (next_token(repaired, batch)[0] * jnp.float32(value), {})
-    with pytest.raises(ValueError, match=rf"loss is {value} at step 1: .*learning-rate may help"):
+    with pytest.raises(Diverged, match=rf"loss is {value} at step 1: .*learning-rate may help"):
         run_fit(tmp_path, kind, objective=bad)
     rows = [json.loads(line, parse_constant=pytest.fail) for line in text_of(tmp_path).splitlines()]
     assert rows[-1]["step"] == 1 and rows[-1]["loss"] is None
@@ -220,7 +220,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(tmp_path, kind, val
 
 def test_a_run_that_only_made_it_worse_is_no_success(tmp_path):
     for _ in range(2):  # the second call goes on from a checkpoint, to the same end
-        with pytest.raises(ValueError, match="rose from .* at step 12 .*learning-rate may help"):
+        with pytest.raises(Diverged, match="rose from .* at step 12 .*learning-rate may help"):
             run_fit(tmp_path, "lora", rate=1e6)
 
 

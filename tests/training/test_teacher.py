@@ -95,21 +95,19 @@ def test_from_the_cache_training_is_the_same_bit_for_bit(files, tmp_path, form, 
     alone = settings(files, tmp_path / "alone", form=form)
     first = settings(files, tmp_path / "first", form=form, cache=tmp_path / "cache")
     expected = losses(alone)
-    assert losses(first) == expected
+    load, loaded = formats.load_model, []
+    counted = lambda path, **options: loaded.append(path) or load(path, **options)
+    monkeypatch.setattr(formats, "load_model", counted)
+    assert losses(first) == expected and loaded.count(str(files / "dense")) == 1
     before = contents(tmp_path / "cache")
     assert "cache.json" in before and f"windows-{LENGTH}.bin" in before
 
     monkeypatch.setattr(teacher, "hear", lambda *a, **o: pytest.fail("the teacher runs again"))
-    load = formats.load_model
-
-    def loaded(path, **options):
-        # Of hidden states it is its head that makes logits.
-        assert form == "full" or path != str(files / "dense"), "the teacher is loaded again"
-        return load(path, **options)
-
-    monkeypatch.setattr(formats, "load_model", loaded)
+    loaded.clear()
     again = settings(files, tmp_path / "again", form=form, cache=tmp_path / "cache")
-    assert losses(again) == expected  # the second time without the teacher
+    assert losses(again) == expected
+    # Of hidden states the teacher's head makes logits; the short forms need nothing of it.
+    assert loaded.count(str(files / "dense")) == (1 if form == "full" else 0)
     other = settings(files, tmp_path / "lora", form=form, cache=tmp_path / "cache", method="lora")
     assert len(losses(other)) == 4  # another method, the same text
     assert contents(tmp_path / "cache") == before
@@ -121,6 +119,17 @@ def test_hidden_states_of_the_cache_serve_every_term(files, tmp_path):
     # At another temperature: hidden states are the same.
     losses(settings(files, tmp_path / "first", cache=tmp_path / "cache"))
     assert losses(settings(files, tmp_path / "cached", cache=tmp_path / "cache", **asked)) == alone
+
+
+def test_a_term_of_ones_own_reads_from_the_cache(files, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def far(logits, positions):\n    return positions.teacher.divergence(logits)\n"
+    )
+    asked = {"objective": f"{tmp_path / 'mine.py'}:far", "cache": tmp_path / "cache"}
+    found = losses(settings(files, tmp_path / "own", **asked))
+    assert found == losses(settings(files, tmp_path / "kl"))
+    with pytest.raises(ConfigError, match="of --teacher.form topk keeps what kl needs"):
+        train(settings(files, tmp_path / "short", form="topk", **asked))
 
 
 def test_a_cache_is_shared_by_batches_of_another_size_and_order(files, tmp_path, monkeypatch):
