@@ -186,7 +186,7 @@ def _demo_adapters() -> Recipes:
             "pool_lengths": [50, 50],
             "pool": {"of": "prefixes"},
             # The plain mean chose one prompt for every question.
-            "selector": "calibrated(score='mean_attention')",
+            "selector": "calibrated(score='mean_logit')",
             **rate,
             **start,
         },

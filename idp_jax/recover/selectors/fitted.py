@@ -68,10 +68,12 @@ class NearestTexts(nnx.Module):
 
 
 class Calibrated(nnx.Module):
-    """An attention score in units of itself: less its mean over training text, by its spread there.
+    """What an input pays to a prompt beyond all of them, in units of itself over training text.
 
-    What is the same for every input, such as a prompt's length, its sink or its distance, falls
-    out, so that prompts are chosen for what an input pays more than inputs do on average.
+    An attention score less its mean over the prompts; then less the mean of that over training
+    text, by its spread there. What is the same for every input, such as a prompt's length, its sink
+    or its distance, falls out, so that prompts are chosen for what an input pays more than inputs
+    do on average.
 
     Args:
         score: one of the attention scores by name.
@@ -93,16 +95,19 @@ class Calibrated(nnx.Module):
         self.mean = nnx.Param(jnp.zeros((prompts,), jnp.float32))
         self.spread = nnx.Param(jnp.ones((prompts,), jnp.float32))
 
-    def _plain(self, inputs: ScoreInputs) -> jax.Array:
-        return ATTENTION[self.score](inputs, layer=self.layer)
+    def _relative(self, inputs: ScoreInputs) -> jax.Array:
+        # Inputs differ most in what they pay to all prompts alike (a short one pays more); by
+        # spreads of each prompt's own, this alone would choose.
+        scores = ATTENTION[self.score](inputs, layer=self.layer)
+        return scores - scores.mean(-1, keepdims=True)
 
     def __call__(self, inputs: ScoreInputs) -> jax.Array:
         """Scores [B, M]."""
-        return (self._plain(inputs) - self.mean[...]) / self.spread[...]
+        return (self._relative(inputs) - self.mean[...]) / self.spread[...]
 
     def fitted(self, repaired: Any, windows: np.ndarray) -> "Calibrated":
-        """Takes mean and spread of every prompt's score over the windows."""
-        (scores,) = _over(repaired, windows, lambda inputs: (self._plain(inputs),))
+        """Takes mean and spread of every prompt's relative score over the windows."""
+        (scores,) = _over(repaired, windows, lambda inputs: (self._relative(inputs),))
         return _with(self, mean=scores.mean(0), spread=jnp.maximum(scores.std(0), _LEAST))
 
 
