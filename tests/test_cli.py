@@ -235,7 +235,7 @@ def test_another_run_in_the_same_folder(files, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run(*training(files, tmp_path / "out", "--method", "lora", "--lora.rank", 3))
     assert stop.value.code == 2
-    assert "holds a run with lora = " in capsys.readouterr().err
+    assert "holds a run with lora.rank = 2, this one has 3" in capsys.readouterr().err
 
 
 TORCH_STAYS = """

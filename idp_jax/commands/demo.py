@@ -15,7 +15,7 @@ def run(settings: config.Experiment) -> None:
     started = time.perf_counter()
     say = lambda stage: console.print(stage, highlight=False)
     results = experiments.run(settings, progress=Bars(), begin=say)
-    out = Console(width=None if sys.stdout.isatty() else WIDTH)
+    out = Console(width=None if sys.stdout.isatty() else WIDTH, markup=False)
     budget = f"{settings.train_tokens:,} training tokens per adapter"
     show(comparison_table(results.variants, f"{settings.title}; {budget}"), out)
     show(task_table(results.variants, f"{settings.tasks}, % [95 %]"), out)

@@ -12,11 +12,11 @@ from idp_jax.jobs.progress import WIDTH, Bars, console
 
 def run(settings: config.Sweep) -> None:
     """Runs what is not yet done and prints the tables."""
-    say = lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
+    say = lambda line: console.print(line, highlight=False, soft_wrap=True)
     results = experiments.run_sweep(settings, progress=Bars(), say=say)
     if results is None:
         return
-    out = Console(width=None if sys.stdout.isatty() else WIDTH)
+    out = Console(width=None if sys.stdout.isatty() else WIDTH, markup=False)
     names = dict.fromkeys(row.compression for row in results.recipes)
     for name in names:
         for about in ("recovery", "cost"):
@@ -26,7 +26,7 @@ def run(settings: config.Sweep) -> None:
             for row in rows_of(results, name, shown):
                 table.add_row(*row)
             show(table, out)
-    out.print(legend(results), highlight=False, markup=False)
+    out.print(legend(results), highlight=False)
     out.print(
         f"everything is in {settings.out}/ (sweep.json, sweep.md, sweep.png)", highlight=False
     )

@@ -8,6 +8,7 @@ from idp_jax.formats.source import open_config
 from idp_jax.jobs.progress import Bars, console
 from idp_jax.models.config import from_hf
 from idp_jax.training.plan import measured_rate, plan
+from idp_jax.training.teacher import check_teacher
 
 
 def run(settings: config.Train) -> None:
@@ -35,6 +36,7 @@ def run(settings: config.Train) -> None:
 
 def _plan(settings: config.Train) -> None:
     """Prints what the run would take here; of the model its config.json is enough."""
+    check_teacher(settings)
     model = from_hf(open_config(settings.model))
     plans = plan(settings, None)
     tokens = settings.batch_size * settings.data.sequence_length

@@ -39,7 +39,7 @@ def taught(recipe: dict[str, Any], model: str, origin: str, cache: Path | None =
     found = from_dict(Train, {**recipe, "teacher": {"model": model, **own}}, origin)
     if "model" in own:
         return found
-    if not (_heard(found) or _starts_from_teacher(found)):
+    if not (_heard(found) or found.starts_from_teacher):
         return from_dict(Train, recipe, origin)
     if cache is None or "cache" in own or found.teacher.form != "full" or not _heard(found):
         return found
@@ -49,11 +49,6 @@ def taught(recipe: dict[str, Any], model: str, origin: str, cache: Path | None =
 def _heard(settings: Train) -> bool:
     """Whether the uncompressed model stands beside a training for its loss."""
     return set(re.findall(r"\b[a-z_]\w*", settings.objective)) != {"ce"}
-
-
-def _starts_from_teacher(settings: Train) -> bool:
-    starts = settings.init.model, getattr(settings.lora, "start", None)
-    return starts[0] == "teacher" or starts[1] == "eora"
 
 
 @dataclass(frozen=True)
@@ -185,7 +180,7 @@ def _demo_adapters() -> Recipes:
             "method": "idp",
             "pool_lengths": [50, 50],
             "pool": {"of": "prefixes"},
-            # The plain mean chose one prompt for every question.
+            # What a prompt gets by an attention changes with the input's length; this less so.
             "selector": "calibrated(score='mean_logit')",
             **rate,
             **start,
@@ -222,4 +217,5 @@ class Demo(Experiment):
     batch_size: int = 2
     """Windows of a training step."""
     cache_teacher: bool = True
-    """Keep the uncompressed model's hidden states of the training text, as `Experiment` says."""
+    """Keep the uncompressed model's hidden states of the training text on disk (width x 4 bytes a
+    token), so that it runs once for all adapters that learn from it."""

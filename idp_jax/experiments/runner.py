@@ -41,7 +41,7 @@ def run(
     stages.check(settings)
     inputs = stages.inputs(settings)  # a model that is not there leaves no folder behind
     check_writable(settings.out, stages.needed(settings))
-    with run_folder(settings.out, settings, inputs=inputs):
+    with run_folder(settings.out, settings, free=("out", "cache_teacher"), inputs=inputs):
         return _run(settings, progress, begin)
 
 

@@ -32,7 +32,7 @@ _CALIBRATION_BATCH = 16  # windows
 # A sweep may grow: every folder below holds its own settings, and refuses others.
 _FREE = (
     *("out", "plan", "recipes", "learning_rates", "factors", "compressions", "seeds"),
-    *("dense_controls", "reference", "tasks", "task_data", "items"),
+    *("dense_controls", "reference", "tasks", "task_data", "items", "cache_teacher"),
 )
 
 

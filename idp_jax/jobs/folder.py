@@ -8,7 +8,7 @@ before, and no second one works there.
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def claim(
     """Writes the configuration to `out`/config.yaml, or checks that the job there has the same.
 
     Args:
-        free: settings that may change from call to call.
+        free: settings that may change from call to call, such as "out" or "teacher.cache".
         why: reasons, by setting, that a user may not see by himself.
         inputs: the fingerprints of what the job reads, by its name; see `files.fingerprint`.
 
@@ -53,14 +53,34 @@ def claim(
         write_text(file, yaml.safe_dump(wanted, sort_keys=False))
         return
     found = _read_settings(file)
-    for key in sorted((set(found) | set(wanted)) - {"inputs"}):
-        if key not in free and found.get(key) != wanted.get(key):
-            reason = f" ({why[key]})" if key in why else ""
-            raise ConfigError(
-                f"{out} holds a run with {key} = {found.get(key)!r}, this one has "
-                f"{wanted.get(key)!r}{reason}; give another --out, or remove the folder"
-            )
+    for key, before, now in differences(found, wanted, (*free, "inputs")):
+        reason = f" ({why[key]})" if key in why else ""
+        raise ConfigError(
+            f"{out} holds a run with {key} = {before!r}, this one has {now!r}{reason}; give "
+            "another --out, or remove the folder"
+        )
     _check_inputs(out, found.get("inputs"), wanted["inputs"])
+
+
+def differences(found: Any, wanted: Any, free: Iterable[str]) -> list[tuple[str, Any, Any]]:
+    """The settings in which two trees differ, (name, in the one, in the other), but for `free`."""
+    before, now = _flat(found), _flat(wanted)
+    free = tuple(free)
+    held = lambda key: any(key == name or key.startswith(f"{name}.") for name in free)
+    return [
+        (key, before.get(key), now.get(key))
+        for key in sorted(before.keys() | now.keys())
+        if not held(key) and before.get(key) != now.get(key)
+    ]
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Settings by their whole names, such as teacher.model."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    dot = f"{prefix}." if prefix else ""
+    flat = (_flat(value, f"{dot}{key}") for key, value in tree.items())
+    return {key: value for part in flat for key, value in part.items()}
 
 
 def _check_inputs(out: Path, found: Any, wanted: Inputs) -> None:

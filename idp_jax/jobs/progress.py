@@ -25,7 +25,8 @@ from idp_jax.jobs import signals
 
 T = TypeVar("T")
 WIDTH = 100  # columns of what is printed at most, and where nothing says how wide a terminal is
-console = Console(stderr=True, width=None if sys.stderr.isatty() else WIDTH)
+# Names of files and models are no markup.
+console = Console(stderr=True, width=None if sys.stderr.isatty() else WIDTH, markup=False)
 _LINE_EVERY = 30.0  # seconds, where there is no terminal
 
 
@@ -86,7 +87,7 @@ def _drawn(description: str, unit: str) -> Iterator[Callable[..., None]]:
         yield _Lines(description)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(unit),

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from idp_jax.config import ConfigError, Train
 from idp_jax.data.batch import Batch
@@ -14,7 +16,8 @@ from idp_jax.models.abstract import abstract
 from idp_jax.models.config import from_hf
 from idp_jax.models.decoder import Decoder
 from idp_jax.recover.methods import METHODS, Adapter, Run, parameter_count
-from idp_jax.recover.selection import check_selector
+from idp_jax.recover.pool import Pool
+from idp_jax.recover.selection import check_selector, find_selector
 from idp_jax.sharding import parts
 from idp_jax.training.sinks import check_sinks
 from idp_jax.training.starts import abstract_start, resolved
@@ -41,12 +44,32 @@ def check(config: Train, mesh: jax.sharding.Mesh | None) -> int:
             f"{rows} devices; choose a multiple of {rows}"
         )
     decoder = abstract(from_hf(open_config(config.model)))
-    count = 0
-    for run in METHODS[config.method].runs(resolved(config)):
-        adapter = abstract_adapter(config, run, decoder)
+    runs = METHODS[config.method].runs(resolved(config))
+    adapters = [abstract_adapter(config, run, decoder) for run in runs]
+    for adapter in adapters:
         check_positions(adapter, decoder, config.data.sequence_length)
-        count += parameter_count(adapter)
-    return count
+    if config.method == "idp":
+        _check_choice(config, adapters, decoder)
+    return sum(parameter_count(adapter) for adapter in adapters)
+
+
+def _check_choice(config: Train, adapters: list[Adapter], decoder: Decoder) -> None:
+    """Tries the selector on a window's shape: one that fails would do so behind the training."""
+    ids = jax.ShapeDtypeStruct((1, config.data.sequence_length), jnp.int32)
+
+    def score(adapters: list[Any], decoder: Decoder, ids: jax.Array):
+        start = (decoder, len(adapters), jax.random.key(config.seed))
+        joint = config.pool.training == "joint"
+        pool = adapters[0] if joint else Pool(adapters, find_selector(config.selector, start))
+        return pool.repair(decoder).scores(ids)
+
+    try:
+        jax.eval_shape(score, adapters, decoder, ids)
+    except ValueError:  # says what is wrong, and of which selector
+        raise
+    except Exception as error:  # whatever a user's file raises
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise ConfigError(f"--selector {config.selector} fails on an input: {reason}") from error
 
 
 def abstract_adapter(config: Train, run: Run, decoder: Decoder) -> Adapter:

@@ -8,6 +8,7 @@ from idp_jax.config import ConfigError, Train
 from idp_jax.config.files import to_dict
 from idp_jax.data.sources import SELF
 from idp_jax.jobs.files import contents, fingerprint, read_json
+from idp_jax.jobs.folder import differences
 from idp_jax.training.starts import report_file
 
 ADAPTERS = ("adapter", "last")
@@ -52,9 +53,8 @@ def finished(config: Train, free: tuple[str, ...]) -> dict[str, Any] | None:
     result, asked = read_json(file, remedy), to_dict(config)
     known = result.get("config")
     files: dict[str, Any] = {name: result.get(name) for name in ADAPTERS}
-    fixed = set(asked) - set(free)
     known = known if isinstance(known, dict) else {}
-    if any(known.get(key) != asked[key] for key in fixed) or not _are_files(files):
+    if differences(known, asked, free) or not _are_files(files):
         raise ConfigError(f"{file} is not what this run found; {remedy}")
     # One that is gone is written again, from the last checkpoint.
     folders = {name: Path(config.out) / name for name in ADAPTERS}

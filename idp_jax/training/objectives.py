@@ -45,8 +45,8 @@ class Mix:
 
     @property
     def divergent(self) -> bool:
-        """Whether a term needs the teacher's word on the next token."""
-        return any(term.needs_teacher and not term.of_hidden for term in self.terms)
+        """Whether a term reads the teacher's word on the next token, or may do so."""
+        return any(term.needs_teacher is not False and not term.of_hidden for term in self.terms)
 
     def __call__(self, repaired: Repaired, batch: Batch) -> tuple[jax.Array, dict]:
         """The loss, and every term and every penalty of the repair by name.
@@ -93,15 +93,24 @@ class Mix:
             targets, weight, said = rows
             if head is not None and said is not None:
                 said = Full(head(said), word.temperature)
-            values = {
-                term.name: (term.function(logits, Positions(targets, said)) * weight).sum()
-                for term in terms
-            }
+            at = Positions(targets, said)
+            values = {term.name: (_each(term, logits, at) * weight).sum() for term in terms}
             return self._sum(values), values
 
         head = word.head if word.kept is None else None
         targets = jnp.roll(batch.tokens, -1, 1)
         return summed(score, hidden, repaired.decoder.output_head(), (targets, weight, said), head)
+
+
+def _each(term: Term, logits: jax.Array, positions: Positions) -> jax.Array:
+    """A term of every position, [B, W]; ValueError where a function of one's own gives another."""
+    found = term.function(logits, positions)
+    if jnp.shape(found) != logits.shape[:2]:
+        raise ValueError(
+            f"the term {term.name} gives values {jnp.shape(found)}; it must give one for each of "
+            f"the positions {logits.shape[:2]}"
+        )
+    return found
 
 
 def make_objective(text: str, *, remat: bool = False) -> Mix:

@@ -42,7 +42,7 @@ from idp_jax.training.teacher import Teacher
 from idp_jax.training.text import open_text, self_text
 
 # What may change between two calls that work on the same run: it does not change what is trained.
-_FREE = ("out", "mesh", "evaluate_every", "checkpoint_every", "tracking", "plan")
+_FREE = ("out", "mesh", "evaluate_every", "checkpoint_every", "tracking", "plan", "teacher.cache")
 
 
 def train(

@@ -49,7 +49,9 @@ def where(config: Train) -> str:
             others.append(f"TensorBoard (tensorboard --logdir {out})")
         else:
             others.append('no TensorBoard (pip install "idp-jax[tracking]")')
-    return f"numbers of every step: {', '.join([str(out / 'metrics.jsonl'), *others])}"
+    apart = config.method == "idp" and config.pool.training != "joint"
+    file = out / ("prompt_*" if apart else "") / "metrics.jsonl"
+    return f"numbers of every step: {', '.join([str(file), *others])}"
 
 
 def make_sinks(config: Train, folder: Path) -> list[Sink]:

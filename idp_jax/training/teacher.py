@@ -1,8 +1,9 @@
 """The uncompressed model beside a training: what it says of every batch, at once or from disk.
 
-It is loaded when it is first asked, so a training whose text is all in the cache never holds it. On
-a batch it runs once; its hidden states go to the objective, which makes its logits chunk by chunk,
-or its word is shortened here, chunk by chunk as well.
+It is loaded when it is first asked. A training whose text is all in the cache never runs it, and
+needs it for its head alone, if at all. On a batch it runs once; its hidden states go to the
+objective, which makes its logits chunk by chunk, or its word is shortened here, chunk by chunk as
+well.
 """
 
 import hashlib
@@ -188,7 +189,7 @@ def check_teacher(config: Train) -> None:
         return
     theirs = from_hf(open_config(settings.model))
     if not _asks(objective):
-        if config.data.train != SELF and config.init.model != "teacher":
+        if config.data.train != SELF and not config.starts_from_teacher:
             raise ConfigError(
                 f"--teacher.model {settings.model} is never asked: --objective "
                 f"{config.objective!r} needs no teacher; give --objective kl, or leave it out"

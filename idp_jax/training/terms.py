@@ -21,6 +21,9 @@ _TERM = re.compile(r"(?:([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*\*\s*)?([^*\s][^*]*)")
 _PLUS = re.compile(r"(?<![0-9.][eE])\+(?![^(]*\))")  # not in 1e+3, nor within brackets
 
 
+_TAKEN = ("loss", "gradient_norm", "learning_rate")  # by `training.step`
+
+
 class Positions(NamedTuple):
     """What is known of a chunk of positions beside the student's logits.
 
@@ -132,5 +135,11 @@ def _term(part: str, text: str) -> Term:
     function = partial(found.target, **found.options) if found.options else found.target
     path = matched[2].partition("(")[0].strip()
     if path not in known:  # one of the user's own
-        return Term(path.rpartition(":")[2], weight, function)
+        name = path.rpartition(":")[2]
+        if name in _TAKEN:
+            raise ConfigError(
+                f"--objective {text!r}: {name} is what a step logs beside the terms; give the "
+                "function another name"
+            )
+        return Term(name, weight, function)
     return Term(path, weight, function, path in HIDDEN_TERMS, path != "ce")

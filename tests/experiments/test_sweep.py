@@ -150,7 +150,8 @@ def check_going_on(sources, found, monkeypatch):
         assert without_times(run_sweep(from_dict(Sweep, tree(sources)))) == without_times(found)
     more = {**RECIPES, "prefix": {"method": "prefix", "prompt_length": 1}}
     rates = {**RATES, "prefix": [1e-3, 1e-2]}
-    grown = run_sweep(from_dict(Sweep, tree(sources, recipes=more, learning_rates=rates)))
+    grown = {"recipes": more, "learning_rates": rates, "cache_teacher": True}
+    grown = run_sweep(from_dict(Sweep, tree(sources, **grown)))
     assert grown.recipes[:2] == found.recipes and grown.recipes[2].recipe == "prefix"
     with pytest.raises(ConfigError, match="holds a run with trial_tokens = 64"):
         run_sweep(from_dict(Sweep, tree(sources, trial_tokens=32)))

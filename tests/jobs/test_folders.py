@@ -9,7 +9,14 @@ import yaml
 
 from idp_jax.config import ConfigError
 from idp_jax.jobs.files import fingerprint, write_file, write_text
-from idp_jax.jobs.folder import check_absent, claim, release, run_folder, written_folder
+from idp_jax.jobs.folder import (
+    check_absent,
+    claim,
+    differences,
+    release,
+    run_folder,
+    written_folder,
+)
 from idp_jax.jobs.marker import MARKER
 
 
@@ -29,6 +36,14 @@ def test_a_claim_holds_for_one_configuration(tmp_path):
         claim(out, Settings(seed=1))
     release(out)
     assert not out.exists()
+
+
+def test_settings_differ_by_their_whole_names():
+    found = {"lora": {"rank": 2}, "teacher": {"cache": None, "model": "m"}, "rates": [1, 2]}
+    wanted = {"lora": {"rank": 4}, "teacher": {"cache": "c", "model": "m"}, "rates": [1, 2], "x": 0}
+    assert differences(found, wanted, ("teacher.cache",)) == [("lora.rank", 2, 4), ("x", None, 0)]
+    assert differences(found, wanted, ("teacher", "lora", "x")) == []
+    assert differences(found, found, ()) == []
 
 
 def test_a_claim_that_led_to_something_stays(tmp_path):

@@ -232,6 +232,16 @@ def test_a_pool_of_prefixes(files, tmp_path):
     np.testing.assert_allclose(repaired(ids)[0], alone(ids)[0], atol=2e-5)
 
 
+def flat(inputs):
+    """No selector: one number a row."""
+    return inputs.real.sum(-1)
+
+
+def boom(inputs):
+    """No selector: it asks for what there is not."""
+    return inputs.best
+
+
 REFUSED = {
     "apart": ({"selector": "linear_router"}, "has parameters.*give --pool.training joint"),
     "fitted": (
@@ -252,6 +262,10 @@ REFUSED = {
     ),
     "layer": ({"selector": "mlp_router(layer=2)", "pool": JOINT}, "layer 2 is none of the"),
     "unknown": ({"selector": "best", "pool": JOINT}, "no selector 'best'"),
+    "index": ({"selector": "fixed(index=2)"}, "index=2.: the pool has 2 prompts"),
+    "shape": ({"selector": f"{__name__}:flat"}, "flat gives scores .*must give"),
+    "fails": ({"selector": f"{__name__}:boom"}, "boom fails on an input: AttributeError: .*best"),
+    "fails-jointly": ({"selector": f"{__name__}:boom", "pool": JOINT}, "fails on an input"),
 }
 
 

@@ -91,7 +91,7 @@ def test_a_run_on_documents_apart(files, tmp_path):
             likelihood = np.asarray(jax.nn.log_softmax(repaired(alone)))[0, :-1]
             losses += (-likelihood[np.arange(alone.size - 1), alone[0, 1:]]).tolist()
     assert result["validation_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
-    with pytest.raises(ConfigError, match="'documents': 'apart'.* this one"):
+    with pytest.raises(ConfigError, match="data.documents = 'apart', this one"):
         train(replace(config, data=replace(config.data, documents="joined")))
 
 

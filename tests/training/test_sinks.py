@@ -4,6 +4,7 @@ import json
 import struct
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -125,6 +126,8 @@ def test_a_package_that_is_missing_is_named_before_anything_is_loaded(tmp_path, 
     config = settings(tmp_path, "tensorboard")
     check_sinks(config)  # is left out
     assert 'no TensorBoard (pip install "idp-jax[tracking]")' in where(config)
+    assert f"{Path(config.out) / 'metrics.jsonl'}, " in where(config)
+    assert "prompt_*/metrics.jsonl, " in where(replace(config, method="idp"))
     files = [Path(sink.path).name for sink in make_sinks(config, tmp_path / "run")]
     assert files == ["metrics.jsonl", "timing.jsonl"]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from idp_jax import formats
-from idp_jax.config import ConfigError, Data, Init, Teacher, Train
+from idp_jax.config import ConfigError, Data, Init, Lora, Teacher, Train
 from idp_jax.data.batch import Batch
 from idp_jax.jobs.files import contents
 from idp_jax.recover import Repaired
@@ -128,8 +128,14 @@ def test_a_term_of_ones_own_reads_from_the_cache(files, tmp_path):
     asked = {"objective": f"{tmp_path / 'mine.py'}:far", "cache": tmp_path / "cache"}
     found = losses(settings(files, tmp_path / "own", **asked))
     assert found == losses(settings(files, tmp_path / "kl"))
-    with pytest.raises(ConfigError, match="of --teacher.form topk keeps what kl needs"):
-        train(settings(files, tmp_path / "short", form="topk", **asked))
+    asked |= {"form": "topk", "cache": tmp_path / "short"}
+    short = losses(settings(files, tmp_path / "own-short", **asked))
+    assert short == losses(settings(files, tmp_path / "kl-short", form="topk")) != found
+
+
+def test_eora_and_cross_entropy_use_the_teacher(files, tmp_path):
+    lora = Lora(rank=2, start="eora", windows=2)
+    assert losses(settings(files, tmp_path / "run", objective="ce", method="lora", lora=lora))
 
 
 def test_a_cache_is_shared_by_batches_of_another_size_and_order(files, tmp_path, monkeypatch):

@@ -289,6 +289,11 @@ def test_a_sum_is_read():
     assert [t.needs_teacher for t in terms] == [True, False, True]
 
 
+def gradient_norm(logits, positions):
+    """A term whose name a step logs already."""
+    return positions.targets * logits[..., 0]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -299,6 +304,10 @@ def test_a_sum_is_read():
         ("0*ce", "weight of ce must be a number above 0"),
         ("1.2.3*ce", "weight of ce must be a number above 0"),
         ("ce + 2*ce", "names ce twice"),
+        (
+            f"{__name__}:gradient_norm",
+            "gradient_norm is what a step logs beside the terms; give the",
+        ),
         ("none.py:f", "there is no file none.py with a term"),
     ],
 )

@@ -20,6 +20,9 @@ def random_scores(inputs: ScoreInputs, *, seed: int = 0) -> jax.Array:
 
 
 def fixed_scores(inputs: ScoreInputs, *, index: int = 0) -> jax.Array:
-    """A control: prompt `index` for every input."""
-    chosen = jnp.arange(inputs.prompt_mask.shape[0]) == index
+    """A control: prompt `index` for every input; ValueError where the pool has none such."""
+    prompts = inputs.prompt_mask.shape[0]
+    if not 0 <= index < prompts:
+        raise ValueError(f"fixed(index={index}): the pool has {prompts} prompts; the first is 0")
+    chosen = jnp.arange(prompts) == index
     return jnp.broadcast_to(chosen.astype(jnp.float32), (inputs.real.shape[0], chosen.size))
