@@ -9,6 +9,7 @@ from rich.console import Console
 from idp_jax.commands.tables import change_table, comparison_table, show, task_table, variant_table
 from idp_jax.evaluation import compare
 from idp_jax.evaluation.statistics import perplexity_interval
+from idp_jax.jobs import progress
 from tests.evaluation.test_results import task, text, variant
 
 LOSSES = (3.0, 3.2, 3.4, 3.1)
@@ -67,3 +68,9 @@ def test_a_direction_needs_an_interval_that_excludes_no_change():
         variant("a", perplexity=text(LOSSES)), variant("b", perplexity=text((2.9, 3.4, 3.2, 3.2)))
     )
     assert "lower" not in shown(change_table([mixed], "changes"))
+
+
+def test_names_in_brackets_are_no_markup():
+    with progress.console.capture() as said:
+        progress.console.print("written to runs/[bold]a[/b]", highlight=False)
+    assert said.get() == "written to runs/[bold]a[/b]\n"
