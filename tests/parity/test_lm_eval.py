@@ -53,7 +53,7 @@ def answers(model, tasks) -> dict:
 
 @pytest.fixture(scope="module", params=["llama", "opt"])
 def folder(request, tmp_path_factory):
-    """Random, so the protocol is measured: rows of bytes are long, and some are cut at 256."""
+    """Random, so the protocol is measured: rows of bytes are long, and some are cut at 512."""
     path = tmp_path_factory.mktemp("model") / request.param
     return tiny_folder(path, request.param, max_positions=1024)
 
@@ -70,7 +70,7 @@ def theirs(folder):
             pretrained=model,
             tokenizer=load_tokenizer(folder),
             batch_size=4,
-            max_length=256,
+            max_length=512,
             device="cpu",
         )
         return answers(backend, TASKS)
@@ -89,7 +89,7 @@ def same_response(ours, theirs, tokens: int) -> None:
 def test_same_answers_on_every_task(folder, theirs):
     batch_size = 1 if folder.name == "opt" else 8
     tokenizer = load_tokenizer(folder)
-    harness = HarnessLM(load_model(folder), tokenizer, batch_size, max_length=256)
+    harness = HarnessLM(load_model(folder), tokenizer, batch_size, max_length=512)
     # Another order of tasks is another order of requests.
     ours = answers(harness, TASKS[:: -1 if batch_size == 1 else 1])
     for task, (rows, metrics) in theirs.items():
