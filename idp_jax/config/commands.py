@@ -122,11 +122,15 @@ class Train(Loading):
     @property
     def starts_from_teacher(self) -> bool:
         """Whether the start is made with the uncompressed model."""
-        return self.init.model == "teacher" or (self.method == "lora" and self.lora.start == "eora")
+        return self.init.model == "teacher" or self._is_eora
+
+    @property
+    def _is_eora(self) -> bool:
+        return self.method == "lora" and self.lora.start == "eora"
 
     def _check_start(self) -> None:
         """Refuses a start that the method does not have."""
-        if self.method == "lora" and self.starts_from_teacher and self.teacher.model is None:
+        if self._is_eora and self.teacher.model is None:
             raise ConfigError("--lora.start eora needs the uncompressed model: --teacher.model")
         of_prefixes = self.method == "idp" and self.pool.of == "prefixes"
         if self.init.model == "teacher" and self.method != "prefix" and not of_prefixes:

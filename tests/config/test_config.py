@@ -148,6 +148,11 @@ BAD = {
         {"init": {"model": "teacher"}, "teacher": {"model": "t"}},
         r"--init\.model teacher is a start of --method prefix; prompt has no keys",
     ),
+    "keys-of-low-rank": (
+        Train,
+        {"method": "lora", "init": {"model": "teacher"}},
+        r"--init\.model teacher is a start of --method prefix; lora has no keys",
+    ),
     "no-teacher": (
         Train,
         {"method": "prefix", "init": {"model": "teacher"}},

@@ -97,7 +97,7 @@ class Calibrated(nnx.Module):
 
     def _relative(self, inputs: ScoreInputs) -> jax.Array:
         # Inputs differ most in what they pay to all prompts alike (a short one pays more); by
-        # spreads of each prompt's own, this alone would choose.
+        # spreads of each prompt's own, this would choose, too.
         scores = ATTENTION[self.score](inputs, layer=self.layer)
         return scores - scores.mean(-1, keepdims=True)
 
