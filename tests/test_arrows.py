@@ -20,7 +20,7 @@ ARROWS = {
     "models": {"jobs", "kernels", "sharding", "weights"},
     "recover": {"config", "models", "weights"},
     "formats": {"config", "jobs", "kernels", "models", "recover", "sharding", "weights"},
-    "inference": {"models", "recover"},
+    "inference": {"models", "processes", "recover"},
     "data": {"inference", "models"},
     "compression": {
         *("config", "data", "formats", "jobs", "kernels"),

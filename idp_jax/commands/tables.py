@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from idp_jax.compression.plan import Plan
 from idp_jax.config import Train
@@ -156,20 +157,20 @@ def plan_table(plan: Plan, title: str, rates: dict[str, float] | None = None) ->
     for place, held in ((on, plan.device), ("on the host", plan.host)):
         for name, size in held.items():
             table.add_row(name, f"{size / 1e9:.2f}")
-        table.add_row(f"[bold]{place}[/bold]", f"{sum(held.values()) / 1e9:.2f}", end_section=True)
+        table.add_row(_bold(place), f"{sum(held.values()) / 1e9:.2f}", end_section=True)
     table.add_row("embeddings, while the text enters", f"{plan.entry / 1e9:.2f}")
     if plan.devices == 1:
-        table.add_row("[bold]at most, on a CPU[/bold]", f"{plan.peak / 1e9:.2f}")
+        table.add_row(_bold("at most, on a CPU"), f"{plan.peak / 1e9:.2f}")
     table.add_section()
     table.add_row("the result's matrices, on disk", f"{plan.disk / 1e9:.2f}", end_section=True)
     if rates is None:
         return table
-    table.add_row("[bold]time[/bold]", "[bold]s[/bold]", end_section=True)
+    table.add_row(_bold("time"), _bold("s"), end_section=True)
     seconds = plan.seconds(rates)
     for kind, value in seconds.items():
         rate = "" if kind == "compilation" else f", at {rates[kind] / 1e9:.3g} G/s"
         table.add_row(f"{kind}{rate}", f"{value:,.0f}")
-    table.add_row("[bold]in all[/bold]", f"{sum(seconds.values()):,.0f}")
+    table.add_row(_bold("in all"), f"{sum(seconds.values()):,.0f}")
     return table
 
 
@@ -183,12 +184,12 @@ def training_table(plans: Sequence[TrainingPlan], settings: Train, rate: float) 
     table.add_section()
     table.add_row("GB, model and state", *(gb(plan.held) for plan in plans))
     table.add_row("GB, in a step", *(gb(plan.work) for plan in plans))
-    table.add_row("[bold]GB in all[/bold]", *(gb(plan.bytes) for plan in plans))
+    table.add_row(_bold("GB in all"), *(gb(plan.bytes) for plan in plans))
     table.add_row("GB that are free here", *(gb(plan.room) for plan in plans), end_section=True)
     times = [plan.seconds(rate) for plan in plans]
     table.add_row(f"time, at {rate / 1e9:.3g} G operations/s", *map(clock, times))
     if len(plans) > 1:
-        table.add_row("[bold]in all[/bold]", clock(sum(times)), *[""] * (len(plans) - 1))
+        table.add_row(_bold("in all"), clock(sum(times)), *[""] * (len(plans) - 1))
     return table
 
 
@@ -212,6 +213,10 @@ def compression_table(rows: list[dict[str, Any]], title: str) -> Table:
         cells = (f"{_SHOWN[key](found):.4g}" if found else "" for key, found in values.items())
         table.add_row(name, ", ".join(forms), *cells)
     return table
+
+
+def _bold(text: str) -> Text:
+    return Text(text, style="bold")
 
 
 def _form(row: dict[str, Any]) -> str:

@@ -32,7 +32,7 @@ from idp_jax.evaluation.answers import effective, left_padded
 from idp_jax.evaluation.journal import Journal
 from idp_jax.evaluation.requests import Request, Score, common_prefix, score_requests
 from idp_jax.evaluation.results import NOT_FINITE
-from idp_jax.inference.generation import generate
+from idp_jax.inference.generation import continued
 from idp_jax.jobs.progress import SILENT, Progress
 from idp_jax.models import Decoder
 from idp_jax.processes import gather
@@ -246,7 +246,6 @@ class HarnessLM(TemplateLM):
             )
         room = self.max_length - count
         prompts = [self.tok_encode(request.args[0])[-room:] for request in requests]
-        self._check_generate(requests, prompts)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         starts = range(0, len(order), self.batch_size)
         stop_ids = self._stop_ids(until)
@@ -260,31 +259,32 @@ class HarnessLM(TemplateLM):
             compute = partial(self._generate, ids, mask, *parts)
             tokens, choices = self.journal(compute, "generation", ids, mask, parts, self.seed)
             for number, index in enumerate(members):
+                if tokens[number] is None:
+                    self._refuse(requests[index], f"logits behind it are not finite: {NOT_FINITE}")
+                    continue
                 text = self._text(np.asarray(tokens[number]), stop_ids, until)
                 answers[index] = text, None if choices is None else int(choices[number])
         return answers
 
     def _generate(self, ids, mask, count: int, stop_ids: list[int], options: dict, start: int):
-        """New tokens of a batch and the pool's choices, as lists; `start` draws its samples."""
+        """New tokens of a batch and the pool's choices, as lists; `start` draws its samples.
+
+        A row whose logits are not finite has None for its tokens.
+        """
         choices = gather(_choose(self.repaired, ids, mask))
-        tokens = generate(
+        tokens, finite = continued(
             self.repaired,
             ids,
             mask,
-            max_new_tokens=count,
-            stop_ids=stop_ids,
+            count,
+            stop_ids,
             temperature=options["temperature"] if options["do_sample"] else 0.0,
             top_k=options.get("top_k"),
             key=jax.random.fold_in(jax.random.key(self.seed), start),
         )
-        listed = np.asarray(gather(tokens)).tolist()
+        rows = zip(np.asarray(gather(tokens)).tolist(), np.asarray(gather(finite)), strict=True)
+        listed = [row if well else None for row, well in rows]
         return listed, None if choices is None else np.asarray(choices).tolist()
-
-    def _check_generate(self, requests: list, prompts: list[list[int]]) -> None:
-        """The likeliest of logits that are not numbers would be a token like any other."""
-        scores = self._score([Request(prompt or [self.prefix_token_id], [0]) for prompt in prompts])
-        for request, score in zip(requests, scores, strict=True):
-            self._check_finite(request, score.logprob)
 
     def _text(self, tokens: np.ndarray, stop_ids: list[int], until: list[str]) -> str:
         ends = np.flatnonzero(np.isin(tokens, stop_ids))

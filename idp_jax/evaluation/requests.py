@@ -156,9 +156,11 @@ def _answers(
 
     def compute():
         logprob, greedy, choice = _run(repaired, *arrays)
+        prompts = 0 if repaired.prefix is None else repaired.prefix.batch
         found, end = [], 0
         for number, row in enumerate(batch):
-            chosen = None if choice is None else int(choice[number])
+            # A choice of none has no number, nor has what is scored behind it.
+            chosen = None if choice is None or choice[number] == prompts else int(choice[number])
             found.append([])
             for _, count in row.answers:
                 start, end = end, end + count

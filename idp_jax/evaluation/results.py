@@ -21,7 +21,7 @@ from idp_jax.evaluation.statistics import Estimate, Number
 from idp_jax.jobs.files import write_json
 
 SCHEMA = "idp-jax.results/1"
-NOT_FINITE = "the model or its adapter holds numbers that cannot be computed with"
+NOT_FINITE = "the model, its adapter or its selector gives numbers that cannot be computed with"
 # Beside a perplexity itself.
 _UNBOUNDED = frozenset({"interval", "metrics", "groups", "comparisons", "measures"})
 ACCURACIES = ("acc", "exact_match")  # a task's main metric: the first of these that it has

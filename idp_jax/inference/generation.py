@@ -18,6 +18,7 @@ from idp_jax.inference.text import decode, encode, is_text
 from idp_jax.models import KV, Decoder
 from idp_jax.models.cache import concatenate
 from idp_jax.models.inputs import token_arrays
+from idp_jax.processes import gather
 from idp_jax.recover import Repaired
 
 
@@ -95,35 +96,51 @@ def generate(
 
     Raises:
         ValueError: an empty prompt, a bad setting, text without a tokenizer, an id outside the
-            vocabulary, or more tokens than learned positions.
+            vocabulary, more tokens than learned positions, or logits that are not finite.
     """
     repaired = Repaired.of(repaired)
     settings = {"temperature": temperature, "top_k": top_k, "key": key}
     if not is_text(prompts):
         ids, mask = token_arrays(prompts, attention_mask)
         stops = () if stop_ids is None else stop_ids
-        return _generate_ids(repaired, ids, mask, max_new_tokens, stops, **settings)
+        return _checked(*continued(repaired, ids, mask, max_new_tokens, stops, **settings))
     if tokenizer is None:
         raise ValueError("text needs a tokenizer: generate(model, text, tokenizer=...)")
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     stops = repaired.decoder.config.eos_token_ids if stop_ids is None else stop_ids
     ids, mask = encode(tokenizer, texts)
-    rows = _generate_ids(repaired, ids, mask, max_new_tokens, stops, **settings)
+    rows = _checked(*continued(repaired, ids, mask, max_new_tokens, stops, **settings))
     written = decode(tokenizer, np.asarray(rows), stops)
     return written[0] if isinstance(prompts, str) else written
 
 
-def _generate_ids(
+def _checked(rows: jax.Array, finite: jax.Array) -> jax.Array:
+    """The likeliest of logits that are not numbers would be a token like any other."""
+    bad = np.flatnonzero(~np.asarray(gather(finite)))
+    if len(bad):
+        raise ValueError(
+            f"the logits behind prompt {bad[0]} of {len(finite)} are not finite (NaN or infinity): "
+            "the model, its adapter or its selector gives numbers that cannot be computed with"
+        )
+    return rows
+
+
+def continued(
     repaired: Repaired, ids, mask, max_new_tokens: int, stop_ids, *, temperature, top_k, key
-) -> jax.Array:
-    """Prepares the arrays of a few shapes that the compiled part knows."""
+) -> tuple[jax.Array, jax.Array]:
+    """What `generate` does with ids, for callers that can do without a row.
+
+    Returns:
+        The new tokens, int32 [B, max_new_tokens], and whether all logits that they were picked by
+        are finite, bool [B].
+    """
     ids = np.asarray(ids)
     mask = np.ones_like(ids) if mask is None else np.asarray(mask)
     _check_input(repaired, ids, mask, max_new_tokens)
     vocabulary = repaired.decoder.config.vocab_size
     _check_settings(vocabulary, temperature, top_k, key)
     if max_new_tokens == 0:
-        return jnp.zeros((ids.shape[0], 0), jnp.int32)
+        return jnp.zeros((ids.shape[0], 0), jnp.int32), jnp.ones(ids.shape[0], bool)
     ids, mask = _pad_left(ids, mask)
     stop = np.zeros(vocabulary, bool)
     stop[[token for token in stop_ids if 0 <= token < vocabulary]] = True
@@ -135,7 +152,8 @@ def _generate_ids(
         "greedy": greedy,
     }
     limit, scale = np.int32(max_new_tokens), np.float32(temperature)
-    return _generate(repaired, ids, mask, stop, limit, scale, key, **settings)[:, :max_new_tokens]
+    rows, finite = _generate(repaired, ids, mask, stop, limit, scale, key, **settings)
+    return rows[:, :max_new_tokens], finite
 
 
 def _check_input(
@@ -201,14 +219,21 @@ def decode_step(decoder: Decoder, tokens: jax.Array, cache: KV, slot) -> tuple[j
     return decoder.logits(hidden[:, 0]), cache.write(new, slot)
 
 
-def _pick(logits, key, temperature, *, greedy: bool, top_k: int | None) -> jax.Array:
+def _pick(logits, key, temperature, *, greedy: bool, top_k: int | None):
+    """The next tokens, int32 [B], and whether the logits that they were picked by are finite.
+
+    A NaN counts as the largest number, so that it is picked; it is enough to look at that one.
+    """
     if greedy:
-        return logits.argmax(-1).astype(jnp.int32)
-    if top_k is None:
-        return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
-    values, index = jax.lax.top_k(logits, top_k)
-    chosen = jax.random.categorical(key, values / temperature)
-    return jnp.take_along_axis(index, chosen[:, None], -1)[:, 0].astype(jnp.int32)
+        chosen = logits.argmax(-1)
+    elif top_k is None:
+        chosen = jax.random.categorical(key, logits / temperature)
+    else:
+        values, index = jax.lax.top_k(logits, top_k)
+        place = jax.random.categorical(key, values / temperature)
+        chosen = jnp.take_along_axis(index, place[:, None], -1)[:, 0]
+    found = jnp.take_along_axis(logits, chosen[:, None], -1)[:, 0]
+    return chosen.astype(jnp.int32), jnp.isfinite(found)
 
 
 @partial(jax.jit, static_argnames=("slots", "top_k", "greedy"))
@@ -216,22 +241,23 @@ def _generate(repaired, ids, mask, stop, limit, temperature, key, *, slots, top_
     pick = partial(_pick, temperature=temperature, greedy=greedy, top_k=top_k)
     logits, cache = prefill(repaired, ids, mask, slots)
     start = cache.length - slots
-    first = pick(logits, jax.random.fold_in(key, 0))
+    first, finite = pick(logits, jax.random.fold_in(key, 0))
     tokens = jnp.zeros((ids.shape[0], slots), jnp.int32).at[:, 0].set(first)
 
     def unfinished(state):
-        step, _, _, last = state
-        return (step < limit) & ~stop[last].all()
+        step, _, _, last, finite = state
+        return (step < limit) & ~(stop[last] | ~finite).all()
 
     def advance(state):
-        step, tokens, cache, last = state
+        step, tokens, cache, last, finite = state
         logits, cache = decode_step(repaired.decoder, last, cache, start + step - 1)
-        new = pick(logits, jax.random.fold_in(key, step))
+        new, well = pick(logits, jax.random.fold_in(key, step))
+        finite = finite & (well | stop[last])
         new = jnp.where(stop[last], last, new)
         tokens = jax.lax.dynamic_update_slice(tokens, new[:, None], (jnp.int32(0), step))
-        return step + 1, tokens, cache, new
+        return step + 1, tokens, cache, new, finite
 
-    step, tokens, _, last = jax.lax.while_loop(
-        unfinished, advance, (jnp.int32(1), tokens, cache, first)
+    step, tokens, _, last, finite = jax.lax.while_loop(
+        unfinished, advance, (jnp.int32(1), tokens, cache, first, finite)
     )
-    return jnp.where(jnp.arange(slots) < step, tokens, last[:, None])
+    return jnp.where(jnp.arange(slots) < step, tokens, last[:, None]), finite

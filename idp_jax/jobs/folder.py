@@ -183,7 +183,7 @@ def check_absent(
     """Refuses a place where something stands that may not be replaced.
 
     Args:
-        overwrite: a folder that this software wrote, and nobody added to, may be replaced.
+        overwrite: a folder that is as this software wrote it may be replaced.
         sources: what is read, by name; see `places.check_apart`.
 
     Raises:
@@ -208,8 +208,8 @@ def check_absent(
     added = foreign(out)
     if added is not None:
         raise ValueError(
-            f"{out} holds {added}, which idp-jax did not write there, so it is not replaced; move "
-            "that file, or give another --out"
+            f"{out} holds {added}, which was added or changed since idp-jax wrote the folder, so "
+            "it is not replaced; move that file, or give another --out"
         )
 
 

@@ -27,9 +27,10 @@ def is_marked(folder: Path) -> bool:
 
 
 def foreign(folder: Path) -> str | None:
-    """The first file in a marked folder that was not written with it."""
+    """The first file in a marked folder that was added to it, or changed, since it was written."""
+    found = _listed(contents(folder))
     known = _files(folder)
-    return next((name for name in contents(folder) if name not in known | {MARKER: ""}), None)
+    return next((name for name, value in found.items() if known.get(name) != value), None)
 
 
 def changed(folder: Path) -> str | None:

@@ -46,9 +46,14 @@ class KV(struct.PyTreeNode):
         return KV(rows(self.k, 1), rows(self.v, 1), mask, rows(self.next_position, 0))
 
     def rows(self, index: jax.Array) -> "KV":
-        """Row index[b] of this KV for every b: [B'] -> KV with B' rows."""
-        mask = self.mask[..., index, :]
-        return KV(self.k[:, index], self.v[:, index], mask, self.next_position[index])
+        """Row index[b] of this KV for every b: [B'] -> KV with B' rows.
+
+        A row that does not exist is not a number, so that nothing behind it passes for a result.
+        """
+        chosen = lambda x: x.at[:, index].get(mode="fill", fill_value=jnp.nan)
+        like = lambda x: x.at[..., index, :].get(mode="clip")
+        mask, next_position = like(self.mask), like(self.next_position[:, None])[:, 0]
+        return KV(chosen(self.k), chosen(self.v), mask, next_position)
 
     def layer_masks(self) -> jax.Array:
         """The mask of every layer, bool [L, B, S]."""

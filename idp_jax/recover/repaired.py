@@ -68,9 +68,15 @@ class Repaired(struct.PyTreeNode):
         return layer0_inputs(self.decoder, self.prefix, input_ids, mask, self.prompt_embeddings)
 
     def choose(self, input_ids, attention_mask=None) -> jax.Array | None:
-        """The prompt with the largest score for every row, int32 [B]; None as in `scores`."""
+        """The prompt with the largest score for every row, int32 [B]; None as in `scores`.
+
+        Where a score is not a number it is M, which no prompt has: see `KV.rows`.
+        """
         scores = self.scores(input_ids, attention_mask)
-        return None if scores is None else jnp.argmax(scores, -1).astype(jnp.int32)
+        if scores is None:
+            return None
+        best = jnp.argmax(scores, -1)
+        return jnp.where(jnp.isnan(scores).any(-1), scores.shape[-1], best).astype(jnp.int32)
 
     def past(self, input_ids, attention_mask=None) -> KV | None:
         """The stored keys and values for every row; one shared row where there is no choice."""

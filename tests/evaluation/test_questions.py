@@ -10,6 +10,7 @@ import pytest
 from idp_jax.evaluation.harness import HarnessLM
 from idp_jax.evaluation.harness_tasks import evaluate
 from idp_jax.evaluation.perplexity import perplexity
+from idp_jax.inference import generate
 from idp_jax.recover import Pool, Repaired, SoftPrompt
 from tests.evaluation.test_harness import TOKENS, ask, plain_score
 from tests.evaluation.test_task_data import ROW, write_rows
@@ -114,7 +115,7 @@ def test_a_model_that_cannot_be_computed_with_has_no_accuracy(data, task, bad):
     write_rows(data / "wikitext2" / "test.jsonl", 2, {"page": "A page of text."})
     model = tiny_decoder("llama", **SIZE)
     model.embedding = model.embedding[...].at[:, 3].set(bad)
-    with pytest.raises(ValueError, match="holds numbers that cannot be computed with") as error:
+    with pytest.raises(ValueError, match="numbers that cannot be computed with") as error:
         evaluate(model, tiny_tokenizer(), tasks=[task], task_data=data)
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="the loss of window 0 is nan"):
@@ -133,11 +134,34 @@ def test_a_generated_answer_that_cannot_be_computed_is_refused_alone(batch_size)
     harness = HarnessLM(model, TOKENS, batch_size, skip=True)
     answers = harness.generate_until(asked)
     assert list(harness.refused["task"]) == [1, 3]
-    assert "its log-probability is nan" in harness.refused["task"][1]
+    assert "logits behind it are not finite" in harness.refused["task"][1]
     good = HarnessLM(model, TOKENS, batch_size).generate_until(asked[::2])
     assert answers[::2] == good
     with pytest.raises(ValueError, match="item 1 of task cannot be scored"):
         HarnessLM(model, TOKENS, batch_size).generate_until(asked)
+
+
+def no_number(inputs):
+    """Not a number for inputs of a certain length."""
+    return jnp.where(inputs.real.sum(-1)[:, None] == 3, jnp.nan, by_parity(inputs))
+
+
+def test_a_selector_that_gives_no_number_has_no_accuracy(pool):
+    """The largest of scores that are not numbers would be a prompt like any other."""
+    repaired = pool.with_selector(no_number)
+    harness = HarnessLM(repaired, TOKENS, 4, skip=True)
+    asked = [ask("loglikelihood", text, " x", doc=doc) for doc, text in enumerate(["ab", "abc"])]
+    asked += [
+        ask("generate_until", text, {"until": ["."], "max_gen_toks": 2}, doc=doc)
+        for doc, text in enumerate(["ab", "abc"], 2)
+    ]
+    harness.loglikelihood(asked[:2])
+    harness.generate_until(asked[2:])
+    assert list(harness.refused["task"]) == [1, 3] and list(harness.choices["task"]) == [0, 2]
+    with pytest.raises(ValueError, match="the loss of window 0 is nan: .* selector"):
+        perplexity(repaired, np.asarray(tiny_ids(repaired.decoder, 3, 3)), 2)
+    with pytest.raises(ValueError, match="logits behind prompt 1 of 2 are not finite"):
+        generate(repaired, ["ab", "abc"], tokenizer=TOKENS, max_new_tokens=2)
 
 
 def test_a_perplexity_too_large_for_a_float_is_no_error(data):

@@ -85,6 +85,24 @@ def test_stop_tokens_end_a_row_and_fill_it():
         assert tokens[row].tolist() == free[row, : end + 1].tolist() + [stop] * (7 - end)
 
 
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3}])
+def test_logits_that_are_not_finite_are_no_text(settings):
+    """Whether at once or behind a token that the model wrote itself."""
+    model = tiny_decoder("llama")
+    if settings:
+        settings = {**settings, "key": jax.random.key(1)}
+    ids = np.asarray(tiny_ids(model, 2, 5)) * np.array([[0], [1]])
+    good = np.asarray(generate(model, ids, max_new_tokens=4, **settings))
+    written = int(good[1, 1])
+    assert written not in [*ids.ravel(), *good[0], good[1, 0]]
+    model.embedding = model.embedding[...].at[written].set(jnp.inf)
+    assert (np.asarray(generate(model, ids, max_new_tokens=2, **settings)) == good[:, :2]).all()
+    with pytest.raises(ValueError, match="the logits behind prompt 1 of 2 are not finite"):
+        generate(model, ids, max_new_tokens=4, **settings)
+    with pytest.raises(ValueError, match="prompt 0 of 1 are not finite"):
+        generate(model, [[written]], max_new_tokens=1, **settings)
+
+
 def test_stops_early_when_every_row_has_stopped():
     model = tiny_decoder("llama")
     ids = np.asarray(tiny_ids(model, 2, 5))

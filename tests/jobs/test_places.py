@@ -98,11 +98,11 @@ NOT_OURS = {
     "folder": (lambda out: (out / "letter").write_text("dear"), "was not written by idp-jax"),
     "added": (
         lambda out: (mark(out), (out / "sub").mkdir(), (out / "sub" / "n").write_text("mine")),
-        "holds sub/n, which idp-jax did not write",
+        "holds sub/n, which was added",
     ),
     "linked": (
         lambda out: (mark(out), (out / "n").symlink_to("/etc")),
-        "holds n, which idp-jax did not write",
+        "holds n, which was added",
     ),
     "marker": (lambda out: (out / MARKER).write_text("[]"), "was not written by idp-jax"),
 }
@@ -207,6 +207,8 @@ def test_a_marker_knows_what_was_written_with_it(tmp_path):
     assert changed(tmp_path) is None and foreign(tmp_path) is None
     (tmp_path / "part" / "a").write_text("b")
     (tmp_path / "part" / "b").write_text("b")
-    assert changed(tmp_path) == "part/a" and foreign(tmp_path) == "part/b"
+    assert changed(tmp_path) == "part/a" and foreign(tmp_path) == "part/a"
     (tmp_path / "part" / "a").unlink()
-    assert changed(tmp_path) == "part/a"
+    assert changed(tmp_path) == "part/a" and foreign(tmp_path) == "part/b"
+    (tmp_path / "part" / "b").unlink()
+    assert foreign(tmp_path) is None

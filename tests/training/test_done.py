@@ -72,7 +72,7 @@ def test_a_file_of_ones_own_beside_the_adapter_stays(run):
     (run.out / "adapter" / "notes.md").write_text("mine")
     train(run)  # complete, and only reported
     (run.out / "result.json").unlink()
-    with pytest.raises(ValueError, match=r"adapter holds notes\.md, which idp-jax did not write"):
+    with pytest.raises(ValueError, match=r"adapter holds notes\.md, which was added or changed"):
         train(run)
     assert (run.out / "adapter" / "notes.md").read_text() == "mine"
 
