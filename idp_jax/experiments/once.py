@@ -13,6 +13,7 @@ from idp_jax.config import Compress, ConfigError
 from idp_jax.config.files import to_dict
 from idp_jax.evaluation.results import Results, VariantResult, read, write
 from idp_jax.jobs.files import read_json
+from idp_jax.jobs.folder import differences
 from idp_jax.jobs.machine import describe
 from idp_jax.jobs.marker import changed
 from idp_jax.jobs.progress import Progress
@@ -40,7 +41,7 @@ def compress_once(job: Compress, progress: Progress) -> None:
     check_unchanged(job.out)
     remedy = f"remove {job.out}, and the same command makes it again"
     report = read_json(job.out / "compression.json", remedy)
-    if report.get("config") != to_dict(job):
+    if differences(report.get("config"), to_dict(job), ("out",)):
         raise ConfigError(f"{job.out} is of other settings; {remedy}")
 
 
@@ -55,7 +56,7 @@ def measure_once(
     """
     try:
         results = read(file)
-        if results.config == asked and results.variants:
+        if results.variants and not differences(results.config, asked, ()):
             return results.variants
     except ConfigError:
         pass  # none yet, or damaged

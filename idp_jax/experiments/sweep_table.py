@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from idp_jax.evaluation.statistics import Estimate
 from idp_jax.evaluation.sweep_results import Baseline, RecipeResult, SweepResults
+from idp_jax.jobs.progress import counted
 
 _EDGE = "*"
 
@@ -95,11 +96,12 @@ def markdown(results: SweepResults) -> str:
 def legend(results: SweepResults) -> str:
     """What the numbers are of, in one paragraph."""
     config, data, machine = results.config, results.config["data"], results.environment
-    rates = len(results.recipes[0].trials) if results.recipes else 0
+    rates = counted(len(results.recipes[0].trials) if results.recipes else 0, "learning rate")
+    seeds = counted(len(config["seeds"]), "seed")
     return (
-        f"{config['model']}: each recipe had {rates} learning rates of {config['trial_tokens']:,} "
+        f"{config['model']}: each recipe had {rates} of {config['trial_tokens']:,} "
         f"tokens, chosen by {data['choosing_windows']} windows of {data['sequence_length']} tokens "
-        f"that are not reported, then {len(config['seeds'])} seeds of {config['tokens']:,} tokens. "
+        f"that are not reported, then {seeds} of {config['tokens']:,} tokens. "
         f"Share: the part of the log-perplexity lost to compression that came back, on "
         f"{data['reported_windows']} other windows; [95 % over seeds (Student)], [95 % over "
         f"windows (paired bootstrap)]. `{_EDGE}`: the rate is at the edge of its grid. "

@@ -17,7 +17,8 @@ from idp_jax.config import Sweep, Train
 from idp_jax.config.files import to_dict
 from idp_jax.evaluation.sweep_results import Trial
 from idp_jax.jobs.files import read_json, write_json
-from idp_jax.jobs.progress import Progress
+from idp_jax.jobs.folder import differences
+from idp_jax.jobs.progress import Progress, counted
 from idp_jax.recover.methods import METHODS
 
 
@@ -46,10 +47,10 @@ def plan(settings: Sweep) -> Plan:
     )
     control = ", one more beside the uncompressed model" if settings.dense_controls else ""
     line = (
-        f"{recipes * models * (rates + repeats)} trainings, {models * tokens:,} tokens: on each of "
-        f"{models} compressed models {recipes} recipes at {rates} learning rates with "
-        f"{settings.trial_tokens:,} tokens, then {len(settings.seeds)} seeds with "
-        f"{settings.tokens:,}{control}"
+        f"{recipes * models * (rates + repeats)} trainings, {models * tokens:,} tokens: on "
+        f"{counted(models, 'compressed model')}, each {counted(recipes, 'recipe')} at "
+        f"{counted(rates, 'learning rate')} with {settings.trial_tokens:,} tokens, then "
+        f"{counted(len(settings.seeds), 'seed')} with {settings.tokens:,}{control}"
     )
     return Plan(recipes * models * (rates + repeats), models * tokens, line)
 
@@ -96,7 +97,7 @@ class Trainings:
         self._say(f"[{self._number}/{self._plan.trainings}] {name}{self._expected()}")
         record = Path(config.out).with_name(f"{Path(config.out).name}.json")
         asked, known = to_dict(config), _known(record)
-        said = known.get("diverged") if known.get("config") == asked else None
+        said = None if differences(known.get("config"), asked, ()) else known.get("diverged")
         result = None
         if said is None:
             with self._timed(record, known, asked, tokens) as note:

@@ -6,6 +6,7 @@ job goes on only in the folder that holds its own configuration, with the conten
 before, and no second one works there.
 """
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -63,15 +64,25 @@ def claim(
 
 
 def differences(found: Any, wanted: Any, free: Iterable[str]) -> list[tuple[str, Any, Any]]:
-    """The settings in which two trees differ, (name, in the one, in the other), but for `free`."""
+    """The settings in which two trees differ, (name, in the one, in the other), but for `free`.
+
+    Two names of one file are alike.
+    """
     before, now = _flat(found), _flat(wanted)
     free = tuple(free)
     held = lambda key: any(key == name or key.startswith(f"{name}.") for name in free)
     return [
         (key, before.get(key), now.get(key))
         for key in sorted(before.keys() | now.keys())
-        if not held(key) and before.get(key) != now.get(key)
+        if not held(key) and not _alike(before.get(key), now.get(key))
     ]
+
+
+def _alike(before: Any, now: Any) -> bool:
+    if isinstance(before, str) and isinstance(now, str) and before != now:
+        with suppress(OSError, ValueError):  # no names of files, or none that are here
+            return os.path.samefile(before, now)
+    return before == now
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -155,6 +155,11 @@ def clock(seconds: float) -> str:
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things in words: 1 seed, 2 seeds."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def _is_first_process() -> bool:
     jax = sys.modules.get("jax")
     return jax is None or jax.process_index() == 0

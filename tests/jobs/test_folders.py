@@ -46,6 +46,21 @@ def test_settings_differ_by_their_whole_names():
     assert differences(found, found, ()) == []
 
 
+def test_two_names_of_one_file_are_one_setting(tmp_path, monkeypatch):
+    (tmp_path / "text").touch()
+    (tmp_path / "other").touch()
+    monkeypatch.chdir(tmp_path)
+    found = {"data": {"train": "text"}, "name": "kl"}
+    assert differences(found, {"data": {"train": str(tmp_path / "text")}, "name": "kl"}, ()) == []
+    assert differences(found, {"data": {"train": "other"}, "name": "kl"}, ()) == [
+        ("data.train", "text", "other")
+    ]
+    assert differences(found, {"data": {"train": "gone"}, "name": "ce\0"}, ()) == [
+        ("data.train", "text", "gone"),
+        ("name", "kl", "ce\0"),
+    ]
+
+
 def test_a_claim_that_led_to_something_stays(tmp_path):
     claim(tmp_path / "job", Settings())
     (tmp_path / "job" / "file").touch()
