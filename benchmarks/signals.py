@@ -102,7 +102,7 @@ def contents(folder: Path) -> dict[str, str]:
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(file.relative_to(folder))
         # A folder's list of its files holds the digests of those that say how long a job took.
-        timed = file.suffix in (".png", ".yaml") or file.name == MARKER
+        timed = file.suffix in (".png", ".yaml") or file.name in (MARKER, "timing.jsonl")
         if "checkpoints" in file.parts or timed:
             continue
         data = file.read_bytes()

@@ -46,7 +46,7 @@ from idp_jax.jobs.files import (
     write_json,
     write_text,
 )
-from idp_jax.jobs.folder import check_absent, check_writable, claim, put, recover
+from idp_jax.jobs.folder import check_absent, check_writable, claim, put, recover, settled
 from idp_jax.jobs.lock import locked
 from idp_jax.jobs.machine import describe, peak_memory
 from idp_jax.jobs.marker import mark
@@ -73,7 +73,7 @@ class Job:
     def __init__(self, settings: Compress, mesh: jax.sharding.Mesh | None = None):
         if settings.out is None:
             raise ConfigError("--out is missing: give the folder of the compressed model")
-        self.settings, self.mesh, self.out = settings, mesh, settings.out
+        self.settings, self.mesh, self.out = settings, mesh, settled(settings.out)
         self.source = open_source(settings.model)
         if self.source.quantization is not None:
             raise ConfigError(f"{settings.model} is packed already; compress the original model")
@@ -186,6 +186,7 @@ class Job:
                 picture = lambda path: draw(report["matrices"], title, path)
                 write_file(self.model / "compression.png", picture)
             mark(self.model)
+            check_absent(self.out, overwrite=self.settings.overwrite)
             put(self.model, self.out)
             self._discard()
 

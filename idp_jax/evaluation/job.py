@@ -142,7 +142,8 @@ def _adapter(settings: Evaluate, inputs: Inputs) -> Adapter | None:
     """The adapter, held with the inputs against the model's configuration alone.
 
     Raises:
-        ConfigError: selectors are given for what is no pool.
+        ConfigError: selectors are given for what is no pool, or --max-length for what has fewer
+            positions.
         ValueError: it cannot be read or belongs to another model, or windows do not fit behind it.
     """
     model = abstract(from_hf(open_config(settings.model)))
@@ -154,9 +155,16 @@ def _adapter(settings: Evaluate, inputs: Inputs) -> Adapter | None:
         )
     for name in settings.selector:
         _pool(model, settings, name)
+    repair = Repaired.of if adapter is None else adapter.repair
+    prefix = jax.eval_shape(repair, model).prefix
     if inputs.windows is not None:
-        repair = Repaired.of if adapter is None else adapter.repair
-        model.check(inputs.windows, jax.eval_shape(repair, model).prefix)
+        model.check(inputs.windows, prefix)
+    room = model.config.max_positions - (0 if prefix is None else prefix.length)
+    if model.config.rope is None and (settings.max_length or 0) > room:
+        raise ConfigError(
+            f"--max-length {settings.max_length} exceeds the {room} learned positions that the "
+            "model and its adapter leave to text"
+        )
     return adapter
 
 

@@ -11,6 +11,12 @@ from typing import Any
 
 from idp_jax.models.config import token_ids
 
+
+def _in_any_case(start: str) -> str:
+    """A pattern of all names that begin so, in capitals or not."""
+    return "".join(f"[{x}{x.upper()}]" if x.isalpha() else x for x in start) + "*"
+
+
 # What belongs to a model besides its configuration and its weights. Python files are those of a
 # tokenizer that other programs may run; nothing here does.
 SIDECARS = (
@@ -18,7 +24,7 @@ SIDECARS = (
     *("tokenizer*", "tokenization_*.py", "special_tokens_map.json", "added_tokens.json"),
     *("vocab*", "merges.txt", "*.model", "*.tiktoken"),
     *("chat_template*", "additional_chat_templates/*"),
-    *("README*", "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*"),
+    *map(_in_any_case, ("readme", "licen", "copying", "notice", "use_policy")),
 )
 
 

@@ -63,6 +63,11 @@ def read_tensors(file: Path) -> dict[str, np.ndarray]:
         raise ValueError(
             f"{file} is missing or damaged ({error}); save the adapter again"
         ) from error
+    except (AttributeError, TypeError) as error:  # a type that numpy does not have
+        raise ValueError(
+            f"{file} holds numbers of a type that is not read here ({error}); save the adapter as "
+            "float32"
+        ) from error
     return _numbers(file, tensors)
 
 
@@ -76,7 +81,8 @@ def _load_pickle(file: Path) -> dict[str, np.ndarray]:
         ) from error
     try:
         tree = torch.load(file, map_location="cpu", weights_only=True)
-        return {str(name): tensor.detach().float().numpy() for name, tensor in tree.items()}
+        plain = lambda x: x.float() if x.is_floating_point() else x  # numpy has no bfloat16
+        return {str(name): plain(tensor.detach()).numpy() for name, tensor in tree.items()}
     except Exception as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(

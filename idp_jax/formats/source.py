@@ -32,6 +32,10 @@ SMOLLM2 = (
 )
 
 
+# What packed matrices are unpacked by.
+_READ_BY = frozenset(("bits", "group_size", "sym", "desc_act", "checkpoint_format", "dynamic"))
+
+
 @dataclass(frozen=True)
 class Source:
     """An opened checkpoint.
@@ -56,13 +60,28 @@ class Source:
 
     @property
     def quantization(self) -> dict[str, Any] | None:
-        """The checkpoint's quantisation settings, or None."""
-        beside = self.path / "quantize_config.json"
-        if self.path.is_dir() and beside.is_file():
-            return read_json(beside)
+        """The checkpoint's quantisation settings, or None.
+
+        Raises:
+            CheckpointError: its two files contradict each other.
+        """
         # compressed-tensors' first versions called it compression_config.
         keys = ("quantization_config", "compression_config")
-        return next((c for key in keys if (c := getattr(self.hf_config, key, None))), None)
+        own = next((c for key in keys if (c := getattr(self.hf_config, key, None))), None)
+        file = self.path / "quantize_config.json"
+        packed = any(name.endswith(".qweight") for name in self.names)
+        if not packed or not self.path.is_dir() or not file.is_file():
+            return own  # GPTQ's second file says nothing of other forms
+        beside = read_json(file)
+        if own is None or not isinstance(own, dict):
+            return beside if own is None else own
+        for key in sorted(own.keys() & beside.keys() & _READ_BY):
+            if own[key] != beside[key]:
+                raise CheckpointError(
+                    f"{self.path}: config.json says {key} {own[key]!r} of the packed matrices, "
+                    f"quantize_config.json {beside[key]!r}; remove what is wrong"
+                )
+        return {**beside, **own}
 
     @property
     def stop_ids(self) -> tuple[int, ...] | None:

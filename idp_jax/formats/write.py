@@ -125,6 +125,18 @@ def write_settings(
     tokenizer.save_pretrained(folder)
 
 
+def _check_finite(name: str, tensor: np.ndarray) -> None:
+    if tensor.dtype.kind not in "fV":  # V: numpy's kind of bfloat16
+        return
+    wrong = tensor.size - int(np.isfinite(tensor).sum())
+    if wrong:
+        raise ValueError(
+            f"{name} would hold {wrong} numbers of {tensor.size} that are not finite, beyond "
+            f"{tensor.dtype}; write it as float32 or bfloat16 (--dtype), and merge no update that "
+            "has diverged"
+        )
+
+
 class Shards:
     """Writes tensors one by one into the safetensors files of a folder.
 
@@ -140,7 +152,12 @@ class Shards:
         self._bytes = self._total = 0
 
     def add(self, name: str, tensor: np.ndarray) -> None:
-        """Takes one tensor; a full shard is written first."""
+        """Takes one tensor; a full shard is written first.
+
+        Raises:
+            ValueError: it holds numbers that are not finite, which no reader would take.
+        """
+        _check_finite(name, tensor)
         if self._held and self._bytes + tensor.nbytes > MAX_SHARD_BYTES:
             self._flush()
         self._held[name] = np.ascontiguousarray(tensor)

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -147,15 +147,27 @@ def run_folder(out: Path, settings: Any, **conditions: Any) -> Iterator[None]:
     Raises:
         ConfigError: as of `claim`, or another job works there.
     """
+    if out.is_symlink() and not out.exists():
+        raise ConfigError(f"{out} is a link that leads nowhere; give another --out")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} exists and holds no run of this kind; give another --out")
-    with locked(out, inside=True):
+    with ExitStack() as held:
+        # Also where jobs that replace the whole folder have theirs; of a mounted disk that may not
+        # be writable, but then nothing there can be replaced.
+        with suppress(OSError):
+            held.enter_context(locked(out))
+        held.enter_context(locked(out, inside=True))
         claim(out, settings, **conditions)
         try:
             yield
         except (ValueError, OSError):
             release(out)
             raise
+
+
+def settled(out: Path) -> Path:
+    """The same place under a name that holds when the folder there is moved."""
+    return out.resolve() if ".." in out.parts else out
 
 
 def check_writable(out: str | Path, needed: int = 0) -> None:
@@ -234,10 +246,11 @@ def written_folder(
         overwrite, sources: as of `check_absent`.
 
     Raises:
-        ValueError: `out` stands and may not be replaced, or another job writes there.
+        ValueError: `out` stands and may not be replaced, or came to stand there meanwhile, or
+            another job writes there.
         OSError: the disk takes no more.
     """
-    out = Path(out)
+    out = settled(Path(out))
     check_apart(out, sources or {})
     with locked(out):
         recover(out)
@@ -250,6 +263,7 @@ def written_folder(
                 mark(partial)  # what a killed process leaves is known as ours, too
                 yield partial
                 mark(partial)
+                check_absent(out, overwrite=overwrite, sources=sources)
                 put(partial, out)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)

@@ -70,13 +70,14 @@ class Repaired(struct.PyTreeNode):
     def choose(self, input_ids, attention_mask=None) -> jax.Array | None:
         """The prompt with the largest score for every row, int32 [B]; None as in `scores`.
 
-        Where a score is not a number it is M, which no prompt has: see `KV.rows`.
+        Where a score is not a number, or none is finite from below, it is M, which no prompt has:
+        see `KV.rows`.
         """
         scores = self.scores(input_ids, attention_mask)
         if scores is None:
             return None
-        best = jnp.argmax(scores, -1)
-        return jnp.where(jnp.isnan(scores).any(-1), scores.shape[-1], best).astype(jnp.int32)
+        some = scores.max(-1).astype(jnp.float32) > -jnp.inf  # false of NaN, too
+        return jnp.where(some, jnp.argmax(scores, -1), scores.shape[-1]).astype(jnp.int32)
 
     def past(self, input_ids, attention_mask=None) -> KV | None:
         """The stored keys and values for every row; one shared row where there is no choice."""

@@ -10,11 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from idp_jax.models.decoder import Decoder
 from idp_jax.recover.lookup import Found, lookup, reference_to
 from idp_jax.recover.selectors import SELECTORS, ScoreInputs, Selector
+
+_LONGEST = 200  # characters of what a selector's own error says
 
 
 class Selection(nnx.Module):
@@ -35,16 +38,25 @@ class Selection(nnx.Module):
         """Scores [B, M].
 
         Raises:
-            ValueError: the selector gives an array of another shape.
+            ValueError: the selector fails, or gives an array of another shape, or no real numbers.
         """
-        scores = self.score(inputs, **dict(self.options))
+        name = self.name or self.score
+        try:
+            scores = self.score(inputs, **dict(self.options))
+        except (ValueError, MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:  # whatever code of a user's, or options of a wrong type, raise
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"selector {name} fails on an input: {reason[:_LONGEST]}") from error
         wanted = (inputs.real.shape[0], inputs.prompt_mask.shape[0])
         if getattr(scores, "shape", None) != wanted:
             found = getattr(scores, "shape", type(scores).__name__)
             raise ValueError(
-                f"selector {self.name or self.score} gives scores {found}; it must give {wanted}, "
-                "one for each row and prompt"
+                f"selector {name} gives scores {found}; it must give {wanted}, one for each row "
+                "and prompt"
             )
+        if jnp.issubdtype(scores.dtype, jnp.complexfloating):
+            raise ValueError(f"selector {name} gives {scores.dtype}; scores must be real numbers")
         return scores
 
 

@@ -1,5 +1,6 @@
 """What a run reads and takes, and whether it is done: its result and its adapter are whole."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from idp_jax.training.starts import report_file
 ADAPTERS = ("adapter", "last")
 """Folders of a run: the adapter of the best validation, and that of the last step."""
 
+_CODE = re.compile(r"[^\s*+()]+\.py(?=:)")
 _TOKEN_BYTES = 3  # of a token's text, at least in English
 
 
@@ -28,6 +30,9 @@ def inputs(config: Train) -> dict[str, dict[str, str]]:
         read["prefix.by-damage"] = str(report_file(config))
     if config.teacher.model is not None:
         read["teacher.model"] = str(formats.resolve(config.teacher.model))
+    for option in ("selector", "objective"):  # code of one's own
+        for file in _CODE.findall(getattr(config, option)):
+            read[f"{option} {file}"] = file
     return {name: fingerprint(path) for name, path in read.items()}
 
 

@@ -141,14 +141,11 @@ def test_a_generated_answer_that_cannot_be_computed_is_refused_alone(batch_size)
         HarnessLM(model, TOKENS, batch_size).generate_until(asked)
 
 
-def no_number(inputs):
-    """Not a number for inputs of a certain length."""
-    return jnp.where(inputs.real.sum(-1)[:, None] == 3, jnp.nan, by_parity(inputs))
-
-
-def test_a_selector_that_gives_no_number_has_no_accuracy(pool):
+@pytest.mark.parametrize("bad", [jnp.nan, -jnp.inf])
+def test_a_selector_that_gives_no_number_has_no_accuracy(pool, bad):
     """The largest of scores that are not numbers would be a prompt like any other."""
-    repaired = pool.with_selector(no_number)
+    three = lambda inputs: inputs.real.sum(-1)[:, None] == 3
+    repaired = pool.with_selector(lambda x: jnp.where(three(x), bad, by_parity(x)))
     harness = HarnessLM(repaired, TOKENS, 4, skip=True)
     asked = [ask("loglikelihood", text, " x", doc=doc) for doc, text in enumerate(["ab", "abc"])]
     asked += [

@@ -308,6 +308,27 @@ def test_a_pickle_of_something_else_is_refused(saved, content):
     assert "adapter_model.bin is damaged or holds more than tensors" in refusal(folder)
 
 
+@pytest.mark.parametrize("kind", ["adapter_model.bin", "adapter_model.safetensors"])
+@pytest.mark.parametrize("name", ["int32", "float8_e4m3fn"])
+def test_tensors_of_another_type_are_no_adapter(saved, kind, name):
+    torch = pytest.importorskip("torch")
+    safetensors = pytest.importorskip("safetensors.torch")
+    folder = saved("lora")
+    exact = safetensors.load_file(folder / "adapter_model.safetensors")
+    tensors = {key: value.to(getattr(torch, name)) for key, value in exact.items()}
+    if kind.endswith("bin"):
+        (folder / "adapter_model.safetensors").unlink()
+        torch.save(tensors, folder / kind)
+    else:
+        safetensors.save_file(tensors, folder / kind)
+    if name == "int32":
+        assert "holds int32 and no floating-point numbers" in refusal(folder)
+    elif kind.endswith("bin"):
+        read_adapter(MODEL, folder)  # torch knows the type
+    else:
+        assert "holds numbers of a type that is not read here" in refusal(folder)
+
+
 def test_half_precision_is_read(saved):
     torch = pytest.importorskip("torch")
     from safetensors.torch import load_file as load

@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -9,7 +10,8 @@ from safetensors.numpy import load_file, save_file
 from idp_jax import load_model, load_tokenizer, save_model
 from idp_jax.formats import CheckpointError, write
 from idp_jax.formats.quantization import Packing, write_config
-from tests.helpers import quantize_decoder, tiny_decoder, write_folder
+from idp_jax.formats.source import open_source
+from tests.helpers import quantize_decoder, tiny_decoder, tiny_ids, write_folder
 
 SETTINGS = write_config("gptq_v2", {"q_proj": Packing(4, 32, False)})
 
@@ -238,6 +240,35 @@ def test_packed_without_settings(tmp_path):
     folder = write_folder(quantize_decoder(tiny_decoder("llama"), 4), tmp_path / "model", settings)
     edit_config(folder, quantization_config=None)
     refused(lambda: load_model(folder), "q_proj", "quantization_config")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("checkpoint_format", "gptq"), ("bits", 8), ("sym", True)]
+)
+def test_two_files_that_contradict_each_other(tmp_path, key, value):
+    folder = write_folder(quantize_decoder(tiny_decoder("llama"), 4), tmp_path / "model", SETTINGS)
+    (folder / "quantize_config.json").write_text(json.dumps(SETTINGS | {key: value}))
+    refused(lambda: load_model(folder), f"config.json says {key}", "quantize_config.json")
+
+
+def test_settings_of_packing_beside_a_dense_model_say_nothing(folder):
+    ids = tiny_ids(tiny_decoder("llama"), 1, 4)
+    before = load_model(folder)(ids)
+    (folder / "quantize_config.json").write_text(json.dumps(SETTINGS))
+    assert (load_model(folder)(ids) == before).all()
+    assert open_source(folder).quantization is None
+
+
+def test_numbers_beyond_a_type_are_not_written(folder, tmp_path):
+    model = load_model(folder)
+    kernel = model.layers.up.kernel
+    model.layers.up.kernel = kernel[...].at[1, 0, :3].set(1e30).astype(jnp.float16)
+    refused(
+        lambda: save_model(model, tmp_path / "out", like=folder),
+        "model.layers.1.mlp.up_proj.weight would hold 3 numbers of",
+        "beyond float16",
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_groups_that_do_not_exist(tmp_path):

@@ -173,3 +173,30 @@ def test_a_fingerprint_tells_contents_apart(tmp_path, monkeypatch):
         digests.add(fingerprint(large)["large.gguf"])
     large.write_bytes(bytes(5001))
     assert len(digests | {fingerprint(large)["large.gguf"]}) == 8
+
+
+def test_a_run_and_what_would_replace_its_folder_exclude_each_other(tmp_path):
+    out = tmp_path / "out"
+    with (
+        run_folder(out, Settings()),
+        pytest.raises(ConfigError, match="out is being written by process"),
+        written_folder(out),
+    ):
+        pytest.fail("both write")
+    other = tmp_path / "other"
+    with (
+        written_folder(other),
+        pytest.raises(ConfigError, match="other is being written by process"),
+        run_folder(other, Settings()),
+    ):
+        pytest.fail("both write")
+    assert sorted(os.listdir(tmp_path)) == ["other", "out"]
+
+
+def test_a_link_that_leads_nowhere_is_no_place_for_a_run(tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    with (
+        pytest.raises(ConfigError, match="out is a link that leads nowhere; give another --out"),
+        run_folder(tmp_path / "out", Settings()),
+    ):
+        pytest.fail("it begins")

@@ -212,3 +212,23 @@ def test_a_marker_knows_what_was_written_with_it(tmp_path):
     assert changed(tmp_path) == "part/a" and foreign(tmp_path) == "part/b"
     (tmp_path / "part" / "b").unlink()
     assert foreign(tmp_path) is None
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_what_comes_to_stand_in_a_place_meanwhile_is_not_replaced(tmp_path, marked):
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="out exists; give another folder"), written_folder(out):
+        out.mkdir()
+        (out / "letter").write_text("dear")
+        if marked:
+            mark(out)
+    assert (out / "letter").read_text() == "dear" and os.listdir(tmp_path) == ["out"]
+
+
+def test_a_place_may_be_named_by_itself(tmp_path):
+    """Once the folder is moved, what is named through it is nowhere."""
+    for text in ("old", "new"):
+        with written_folder(tmp_path / "out" / ".." / "out", overwrite=True) as folder:
+            (folder / "file").write_text(text)
+        assert (tmp_path / "out" / "file").read_text() == text
+    assert os.listdir(tmp_path) == ["out"]

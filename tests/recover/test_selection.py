@@ -126,6 +126,28 @@ def test_scores_of_another_shape_are_refused(mine):
         choices(f"{mine}:flat")
 
 
+def failing(inputs):
+    raise KeyError("layer")
+
+
+@pytest.mark.parametrize(
+    ("selector", "message"),
+    [
+        ("fixed(index='a')", r"selector fixed\(index='a'\) fails on an input: TypeError"),
+        ("os:system", "selector os:system fails on an input: TypeError"),
+        (failing, r"selector \S+failing fails on an input: KeyError: 'layer'"),
+        (lambda inputs: jnp.zeros((2, 2), jnp.complex64), "complex64; scores must be real numbers"),
+    ],
+    ids=["option", "function", "error", "complex"],
+)
+def test_a_selector_that_fails_is_named(selector, message):
+    model = tiny_decoder("llama")
+    pool = Pool([random_prompt(model, n) for n in (2, 3)], selector)
+    with pytest.raises(ValueError, match=message) as error:
+        pool.repair(model).choose(tiny_ids(model, 2, 4))
+    assert "\n" not in str(error.value)
+
+
 def test_a_changed_file_is_read_again(mine):
     assert choices(f"{mine}:by_length") == [1] * 4
     mine.write_text(MINE.replace("else -length", "else length"))

@@ -9,6 +9,7 @@ import pytest
 from idp_jax.config import ConfigError, Data, Train
 from idp_jax.jobs.files import contents
 from idp_jax.training import train
+from idp_jax.training.done import inputs
 from tests.helpers import tiny_folder
 
 LENGTH = 16  # tokens of a window
@@ -104,3 +105,24 @@ def test_what_was_swapped_is_named(run, name, message):
             train(run)
         if done:
             (run.out / "result.json").unlink()
+
+
+def test_code_of_ones_own_is_of_what_a_run_reads(tmp_path):
+    (tmp_path / "model").mkdir()
+    for name in ("loss.py", "choice.py"):
+        (tmp_path / name).write_text("1")
+    config = Train(
+        model=str(tmp_path / "model"),
+        out=tmp_path / "run",
+        data=Data(train=str(tmp_path / "text.txt")),
+        objective=f"kl + 0.5*{tmp_path / 'loss.py'}:mine(power=2)",
+        selector=f"{tmp_path / 'choice.py'}:score",
+    )
+    before = inputs(config)
+    for option, name in (("objective", "loss.py"), ("selector", "choice.py")):
+        (tmp_path / name).write_text("2")
+        found = inputs(config)
+        assert {key for key in found if found[key] != before[key]} == {
+            f"{option} {tmp_path / name}"
+        }
+        before = found
