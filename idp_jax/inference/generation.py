@@ -116,7 +116,9 @@ def generate(
 
 def _checked(rows: jax.Array, finite: jax.Array) -> jax.Array:
     """The likeliest of logits that are not numbers would be a token like any other."""
-    bad = np.flatnonzero(~np.asarray(gather(finite)))
+    # A process may generate by itself, while the others wait for what it writes.
+    finite = finite if finite.is_fully_addressable else gather(finite)
+    bad = np.flatnonzero(~np.asarray(finite))
     if len(bad):
         raise ValueError(
             f"the logits behind prompt {bad[0]} of {len(finite)} are not finite (NaN or infinity): "
