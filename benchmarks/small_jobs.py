@@ -52,7 +52,7 @@ def result(place: Path) -> dict[str, bytes]:
     if place.is_file():
         return {place.name: json.dumps(json.loads(place.read_text())["variants"]).encode()}
     own = ("compression.json", "compression.png", ".idp-jax.json", "config.yaml", "result.json")
-    own = (*own, "timing.jsonl")
+    own += ("timing.jsonl",)
     files = (file for file in sorted(place.rglob("*")) if file.is_file())
     return {
         str(file.relative_to(place)): file.read_bytes()

@@ -167,7 +167,8 @@ def run_folder(out: Path, settings: Any, **conditions: Any) -> Iterator[None]:
 
 def settled(out: Path) -> Path:
     """The same place under a name that holds when the folder there is moved."""
-    return out.resolve() if ".." in out.parts else out
+    # A link at the end stays one, and is refused.
+    return out.parent.resolve() / out.name if ".." in out.parent.parts else out
 
 
 def check_writable(out: str | Path, needed: int = 0) -> None:
