@@ -210,6 +210,7 @@ def compress_block(
             with times.measure("hessian") as done:
                 hessian = flow.hessian(stage, block)
                 done.append(hessian)
+            _check_inputs(hessian, [modules[layer, name] for name in names])
         with times.measure("core") as done:
             weights = {name: getattr(block, name) for name in names}
             for name, weight in weights.items():
@@ -265,6 +266,18 @@ def _check_finite(weight: Dense, module: str) -> None:
         raise CompressionError(
             f"{module} holds {wrong} of {weight.kernel.size} numbers that are not finite (NaN or "
             "infinity); give a model whose training did not diverge, or fetch it again"
+        )
+
+
+def _check_inputs(hessian: jax.Array, names: list[str]) -> None:
+    """Refuses a text whose activations are no numbers, or too large for the squares of float32."""
+    squares = jnp.diagonal(hessian)  # where every input that is wrong shows
+    wrong = squares.size - int(jnp.count_nonzero(jnp.isfinite(squares)))
+    if wrong:
+        raise CompressionError(
+            f"the calibration text gives {' and '.join(names)} {wrong} of {squares.size} inputs "
+            "that are not finite or too large to be squared; if the model answers as it should in "
+            "--dtype float32, compress it so, otherwise fetch it again"
         )
 
 

@@ -137,11 +137,14 @@ class TrainingText:
             return tokens
         return np.stack([tokens, self.local_segments[index]])
 
-    def first(self, count: int) -> np.ndarray:
-        """The first training windows, int32 [N, length]: `count`, or all of a local text."""
+    def first(self, count: int) -> Batch:
+        """The first training windows: `count`, or all of a local text where it has fewer."""
         count = count if self.local is None else min(count, len(self.local))
-        found = np.stack(list(islice(self.windows(), count)))
-        return found if found.ndim == 2 else found[:, 0]
+        return self._batch(list(islice(self.windows(), count)))
+
+    def _batch(self, windows: list[np.ndarray]) -> Batch:
+        rows = np.stack(windows)
+        return Batch(rows[:, 0], rows[:, 1]) if self.apart else Batch(rows)
 
     def _streamed(self) -> Iterator[np.ndarray]:
         """Pass after pass over a stream, all in the same order: what is held out stays so."""
@@ -177,9 +180,9 @@ class Batches:
 
     def __next__(self) -> Batch:
         """The next batch, tokens (and segments) int32 [size, length]."""
-        rows = np.stack(list(islice(self._windows, self._size)))
+        rows = list(islice(self._windows, self._size))
         self._taken += self._size
-        return Batch(rows[:, 0], rows[:, 1]) if self._text.apart else Batch(rows)
+        return self._text._batch(rows)
 
     def state(self) -> dict[str, int]:
         """Where the next batch begins, as plain JSON."""

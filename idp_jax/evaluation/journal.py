@@ -54,8 +54,13 @@ class Journal:
             self._known[key] = compute()
             line = json.dumps([key, self._known[key]])
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+            except OSError:  # nothing to go on from is nothing to keep
+                if self.path.is_file() and not self.path.stat().st_size:
+                    self.path.unlink()
+                raise
         return self._known[key]
 
     def remove(self) -> None:

@@ -177,7 +177,10 @@ class _LocalData:
 
 
 def _refused(where: str, error: Exception) -> DataError:
-    return DataError(f"{where}: {one_line(error)}; mend or remove the row")
+    said = one_line(error)
+    if not isinstance(error, DataError):
+        said = f"the task cannot ask it ({said})"
+    return DataError(f"{where}: {said}; mend or remove the row")
 
 
 def _check_items(
@@ -220,19 +223,19 @@ def _row_of(task: Any, items: int, index: int, own: Rows) -> str:
 def _check_item(task: Any, item: Any) -> None:
     question, answer = task.doc_to_text(item), task.doc_to_target(item)
     if bool(task.multiple_input) != isinstance(question, int):
-        raise ValueError(f"the question is {question!r}, of another kind than in the first item")
+        raise DataError(f"the question is {question!r}, of another kind than in the first item")
     if isinstance(answer, list) and not answer:
-        raise ValueError("there is no answer")
+        raise DataError("there is no answer")
     if task.OUTPUT_TYPE != "multiple_choice":
         return
     options = task.doc_to_choice(item)
     if not isinstance(options, list | tuple) or not all(isinstance(x, str) and x for x in options):
-        raise ValueError(f"the options are {options!r}, not a list of texts")
+        raise DataError(f"the options are {options!r}, not a list of texts")
     right = question if task.multiple_input else answer
     for one in right if isinstance(right, list) else [right]:
         known = one in options if isinstance(one, str) else one in range(len(options))
         if not known:
-            raise ValueError(f"the answer is {one!r}, which is none of the {len(options)} options")
+            raise DataError(f"the answer is {one!r}, which is none of the {len(options)} options")
 
 
 def _files(name: str, data_dir: Path) -> dict[str, Path]:

@@ -47,6 +47,8 @@ def explained(error: BaseException, out: Any = None) -> tuple[str, int]:
         return said, 2
     if isinstance(error, RuntimeError) and said.startswith("Symlink loop"):  # pathlib's resolve
         return f"{said}: the link leads back to itself; give another path", 2
+    if isinstance(error, ValueError) and said.startswith("embedded null"):  # of any path
+        return "a path holds the character NUL, which no file has in its name; give another", 2
     code = refusal(error)
     if code is not None:
         return f"{_refused(error) or out}: {os.strerror(code)}; {_REMEDIES[code]}", 1

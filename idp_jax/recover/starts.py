@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from idp_jax.config.choices import InitTokens
+from idp_jax.data.batch import Batch
 from idp_jax.models.decoder import Decoder
 
 
@@ -21,13 +22,13 @@ class Start(NamedTuple):
         text: int32 [P] each, the tokens that this training's prompts are to begin as; as many as
             `Run.text` asks for.
         teacher: the uncompressed model, where `Run.teacher` asks for it.
-        windows: int32 [N, T], training text, where `Run.windows` asks for it.
+        windows: training text, where `Run.windows` asks for it.
     """
 
     key: jax.Array
     text: tuple[jax.Array, ...] = ()
     teacher: Decoder | None = None
-    windows: jax.Array | None = None
+    windows: Batch | None = None
 
 
 def first_embeddings(

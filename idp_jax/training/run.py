@@ -131,7 +131,8 @@ def _train(
     trainings = _Trainings(config, decoder, teacher, text, mesh, progress, say)
     done = [trainings.fit(*each) for each in zip(runs, adapters, keys, strict=True)]
     bests, lasts, summaries = (list(parts) for parts in zip(*done, strict=True))
-    best, last = (method.combine(config, parts, decoder, text.first) for parts in (bests, lasts))
+    windows = lambda count: text.first(count).tokens
+    best, last = (method.combine(config, parts, decoder, windows) for parts in (bests, lasts))
     result = _result(config, best, summaries)
     whole = {name: gather(adapter) for name, adapter in zip(ADAPTERS, (best, last), strict=True)}
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from idp_jax import formats
 from idp_jax.config import ConfigError, Train
+from idp_jax.data.batch import Batch
 from idp_jax.data.sources import HUB, documents
 from idp_jax.data.stream import TrainingText
 from idp_jax.data.text import join_documents
@@ -72,8 +73,10 @@ def report_file(config: Train) -> Path:
 def abstract_start(config: Train, run: Run) -> Start:
     """A start of a run for a trial without numbers: a teacher of shapes, text of zeros."""
     text = tuple(jnp.zeros((length,), jnp.int32) for length in run.text)
-    shape = (run.windows, config.data.sequence_length)
-    windows = jnp.zeros(shape, jnp.int32) if run.windows else None
+    windows = None
+    if run.windows:
+        zeros = jnp.zeros((run.windows, config.data.sequence_length), jnp.int32)
+        windows = Batch(zeros, zeros if config.data.documents == "apart" else None)
     teacher = None
     if run.teacher:
         teacher = abstract(from_hf(open_config(str(config.teacher.model))))
@@ -103,7 +106,7 @@ def starts(
     for run, key in zip(runs, keys, strict=True):
         windows = None
         if run.windows:
-            windows = jnp.asarray(text.first(run.windows))
+            windows = jax.tree.map(jnp.asarray, text.first(run.windows))
         own = tuple(islice(parts, len(run.text)))
         found.append(Start(key, own, model if run.teacher else None, windows))
     return found

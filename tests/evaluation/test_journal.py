@@ -1,7 +1,10 @@
 """An interrupted evaluation goes on from what it scored, to the same file bit by bit."""
 
 import dataclasses
+import errno
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,3 +122,32 @@ def test_a_line_that_is_none_of_ours_ends_what_is_known(tmp_path, line):
     file.write_bytes(kept + line.encode("latin-1") + b"\n" + kept)
     journal = Journal(file)
     assert journal(pytest.fail, "a") == 1 and file.read_bytes() == kept
+
+
+def test_a_disk_that_takes_nothing_keeps_no_empty_file(tmp_path, monkeypatch):
+    """Nor does it lose what was kept before it was full."""
+    journal = Journal(tmp_path / "kept")
+    monkeypatch.setattr(Path, "open", lambda self, *rest, **more: Full(open(self, *rest, **more)))
+    with pytest.raises(OSError, match="No space left"):
+        journal(lambda: 1, "a")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "kept").write_text("[]\n")
+    with pytest.raises(OSError, match="No space left"):
+        journal(lambda: 1, "b")
+    assert (tmp_path / "kept").read_text() == "[]\n"
+
+
+class Full:
+    """A file that takes nothing."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+    def write(self, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

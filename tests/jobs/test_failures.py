@@ -89,6 +89,9 @@ def test_our_own_errors_say_it_themselves(tmp_path, monkeypatch):
     from idp_jax.formats import load_model
 
     assert explained(raised(lambda: load_model(tmp_path / "m")))[1] == 2
+    for read in (lambda: (tmp_path / "a\0b").read_text(), lambda: (tmp_path / "\0").mkdir()):
+        said, status = explained(raised(read))
+        assert "NUL" in said and status == 2
     missing = FileNotFoundError(errno.ENOENT, "No such file", "a/b")
     assert explained(missing) == ("a/b: No such file", 1)
     assert not list(tmp_path.iterdir())
