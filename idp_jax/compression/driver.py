@@ -284,10 +284,16 @@ def _check_inputs(hessian: jax.Array, names: list[str]) -> None:
 def _check(row: dict[str, Any], settings: Compression) -> None:
     """Refuses a matrix whose Hessian could not be factorised, or that is worse than it need be."""
     module, error = row["module"], row.get("relative_error", 0.0)
-    if not np.isfinite(row.get("damping", 0.0)) or not np.isfinite(error):
+    if not np.isfinite(row.get("damping", 0.0)):
         raise CompressionError(
             f"the Hessian of {module} is not positive definite at any damping tried; give more "
             "calibration text or a larger --damping"
+        )
+    if not np.isfinite(error):
+        raise CompressionError(
+            f"the output error of {module} is no number: its weights, or what they are multiplied "
+            "by, are too large to be squared in float32; fetch the model again, or leave the "
+            f"matrix as it is with --rules '{module} skip'"
         )
     baseline = row.get("baseline_error", np.inf)
     if error > max(baseline * (1 + _TOLERANCE), _NOTHING) and not allowed_worse(settings, module):

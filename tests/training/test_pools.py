@@ -169,7 +169,7 @@ def test_a_text_has_several_orders_and_parts():
     assert sorted(epoch(replace(text, order=1), 8)) == sorted(epoch(text, 8))
     part = replace(text, chosen=np.array([1, 4, 6]))
     assert sorted(epoch(part, 3)) == [4, 16, 24] and sorted(epoch(part, 6)[3:]) == [4, 16, 24]
-    assert len(text.first(100)) == 8
+    assert len(text.first(100).tokens) == 8
 
 
 def test_clusters_of_the_text_are_the_sources(files, tmp_path):
