@@ -351,7 +351,7 @@ def test_numbers_too_large_to_be_squared_are_told_as_such(place, method):
     with pytest.raises(CompressionError, match="too large to be squared") as error:
         compress(model, settings, tokens_of("llama"))
     said = str(error.value)
-    assert "model.layers.1.mlp.up_proj" in said and "Hessian" not in said and "\n" not in said
+    assert "model.layers.1.mlp." in said and "Hessian" not in said and "\n" not in said
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
