@@ -28,8 +28,8 @@ test: $(INSTALLED)  ## lint, and all tests but the slow ones
 	$(BIN)/basedpyright --level error
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" $(PYTEST_ARGS)
 
-test-slow: $(INSTALLED)  ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+test-slow: $(INSTALLED)  ## the others: whole jobs, fuzzers, further variants
+	$(BIN)/python -m pytest -n auto --dist loadfile -m slow $(PYTEST_ARGS)
 
 test-newest: $(NEWEST_INSTALLED)  ## the tests of `make test` on Python 3.13 and the newest jax and flax
 	$(NEWEST)/bin/python -m pytest -n auto -m "not slow" $(PYTEST_ARGS)

@@ -227,9 +227,9 @@ def alone(settings: Compression):
     ("method", "mesh"),
     [
         ("gptq", {"data": 2, "model": 4}),
-        ("gptq", {"data": 8}),
-        ("sparsegpt", {"data": 2, "model": 4}),
-        ("wanda", {"data": 8}),
+        pytest.param("gptq", {"data": 8}, marks=pytest.mark.slow),
+        pytest.param("sparsegpt", {"data": 2, "model": 4}, marks=pytest.mark.slow),
+        pytest.param("wanda", {"data": 8}, marks=pytest.mark.slow),
     ],
     ids=["gptq-2x4", "gptq-8x1", "sparsegpt-2x4", "wanda-8x1"],
 )

@@ -201,6 +201,7 @@ def test_a_job_that_was_stopped_goes_on(files, whole, tmp_path, monkeypatch, pla
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "other",
     [

@@ -8,6 +8,7 @@ import pytest
 
 from tests.helpers import needs_smollm2
 
+pytestmark = pytest.mark.slow
 DOCS = Path(__file__).parents[2] / "docs"
 
 

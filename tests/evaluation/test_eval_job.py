@@ -65,6 +65,7 @@ def test_a_selector_needs_a_pool(files, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [Mesh(data=8), Mesh(data=2, fsdp=2, model=2)])
 def test_scores_on_a_mesh_are_those_without(files, tmp_path, mesh):
     measured = {"tasks": "knowledge_arts", "limit": 4, "adapter": files / "pool"}

@@ -85,6 +85,7 @@ def test_fewshot_examples_are_used(data):
     assert run(0).tasks["arc_easy"].choices is None
 
 
+@pytest.mark.slow
 def test_runs_without_torch(data, tmp_path):
     folder = tiny_folder(tmp_path / "model", "llama", max_positions=1024)
     done = subprocess.run(

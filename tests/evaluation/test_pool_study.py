@@ -21,6 +21,7 @@ from idp_jax.recover import Pool, Repaired, SoftPrompt
 from tests.evaluation.test_journal import StopAfter, Stopped
 from tests.helpers import tiny_decoder, tiny_folder, tiny_ids
 
+pytestmark = pytest.mark.slow
 OWN = """
 import jax.numpy as jnp
 

@@ -113,6 +113,7 @@ def test_the_matching_test_is_calibrated(monkeypatch):
     assert_calibrated(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompts", [2, 4, 8])
 def test_the_oracles_null_is_calibrated_where_there_is_noise_alone(prompts):
     found = [selection.oracle_null(planted(80, prompts, n)) for n in range(300)]

@@ -39,6 +39,7 @@ def tree(folder, **changes) -> dict:
     return {**common, **sizes, **training, **recipes, "timing": timing, **changes}
 
 
+@pytest.mark.slow
 def test_what_the_variants_say_is_made_compared_and_not_made_twice(tmp_path, monkeypatch):
     """One run and one that goes on, in one test: the run is the slow part."""
     tiny_folder(tmp_path / "model", num_layers=1, max_positions=512)

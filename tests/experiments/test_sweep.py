@@ -88,6 +88,7 @@ def without_times(found) -> dict:
     return kept
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_stopped_ends_with_the_same_file(sources, tmp_path, monkeypatch):
     (tmp_path / "whole").mkdir()
     (tmp_path / "stopped").mkdir()

@@ -45,6 +45,7 @@ def test_value_and_gradient(bits, group_size, symmetric):
         _check(weight, rows, dtype, backend="pallas_tpu", interpret=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize("rows, dtype", [(1, "float32"), (67, "bfloat16")])
 def test_edges_of_blocks(bits, rows, dtype, monkeypatch):

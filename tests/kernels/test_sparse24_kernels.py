@@ -58,6 +58,7 @@ def test_quantised_value_and_gradient(bits, group_size):
     _check(weight, 3, "float32", backend="pallas_tpu", interpret=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [None, 3])
 def test_edges_of_blocks(bits, monkeypatch):
     monkeypatch.setattr(sizes, "blocks", lambda *_: sizes.Blocks(16, 128, 512))

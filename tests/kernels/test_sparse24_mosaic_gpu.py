@@ -28,6 +28,7 @@ _check = functools.partial(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "inputs, outputs, rows, dtype",
     [(512, 128, 1, "bfloat16"), (1200, 64, 5, "bfloat16"), (332, 64, 3, "float32")],
@@ -37,6 +38,7 @@ def test_interpreted(inputs, outputs, rows, dtype):
     _check(weight, rows, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "bits, inputs, outputs, group_size, rows, dtype",
     [

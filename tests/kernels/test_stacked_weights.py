@@ -68,6 +68,7 @@ def test_a_layer_in_its_stack(kind, options, rows):
             np.testing.assert_array_equal(array, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["quantised", "sparse", "sparse codes"])
 def test_a_layer_in_its_stack_on_a_gpu(kind):
     _, stack = _stack(kind, "mosaic_gpu")

@@ -22,7 +22,10 @@ MODELS = {
 }
 
 
-@pytest.fixture(scope="module", params=sorted(MODELS))
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("bfloat16", "opt", "packed")]
+
+
+@pytest.fixture(scope="module", params=["llama", *OTHERS])
 def model(request):
     return MODELS[request.param]()
 

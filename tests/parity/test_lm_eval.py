@@ -51,7 +51,7 @@ def answers(model, tasks) -> dict:
     }
 
 
-@pytest.fixture(scope="module", params=["llama", "opt"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("opt", marks=pytest.mark.slow)])
 def folder(request, tmp_path_factory):
     """Random, so the protocol is measured: rows of bytes are long, and some are cut at 512."""
     path = tmp_path_factory.mktemp("model") / request.param

@@ -25,7 +25,7 @@ from tests.recover.test_adapters import random_prompt, rows
 from tests.recover.test_selectors import turned
 
 POOL, LENGTHS, LAYERS = (3, 6, 4), (7, 3, 5), 3
-NAMES = ("llama", "opt")
+NAMES = ("llama", pytest.param("opt", marks=pytest.mark.slow))
 
 
 @functools.cache

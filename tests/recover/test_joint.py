@@ -15,7 +15,7 @@ from idp_jax.training.objectives import next_token
 from tests.helpers import close, tiny_decoder, tiny_ids
 from tests.recover.test_adapters import random_prompt
 
-NAMES = ("llama", "opt")
+NAMES = ("llama", pytest.param("opt", marks=pytest.mark.slow))
 KEY = jax.random.key(5)
 START, END = jnp.float32(0.0), jnp.float32(1.0)
 
@@ -132,6 +132,7 @@ def test_the_straight_gradient_is_that_of_the_weighted_sum():
     assert close(jax.grad(value)(weights), expected, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selector", ["linear_router", "cosine_keys(pull=0)"])
 def test_the_gradient_of_a_soft_mixture_is_that_of_differences(selector):
     before = pool(selector=selector, mixture="soft", balance=0.0)

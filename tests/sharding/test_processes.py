@@ -73,6 +73,7 @@ def test_two_processes_train_like_one(tmp_path):
     assert any(np.abs(value).max() > 1e-3 for name, value in one.items() if "lora_B" in name)
 
 
+@pytest.mark.slow
 def test_two_processes_compress_like_one(tmp_path):
     # A vocabulary that the mesh divides: embedding and head are larger than any one process holds.
     model = tiny_folder(tmp_path / "model", "llama", vocab_size=264, num_layers=1)

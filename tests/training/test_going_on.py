@@ -132,6 +132,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path):
     assert same(found, adapter) and text_of(tmp_path / "other") == text_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "behind"), [(None, {"data": 2}), ({"data": 2}, None),
                                                 ({"fsdp": 2}, {"model": 2})])  # fmt: skip
 def test_a_run_goes_on_on_another_mesh(tmp_path, before, behind):

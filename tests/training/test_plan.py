@@ -52,6 +52,7 @@ def test_operations_are_those_of_the_products(config_alone):
     assert again.step == 4 * 3 * expected
 
 
+@pytest.mark.slow
 def test_memory_is_the_models_the_states_and_the_steps(config_alone):
     found = plan(settings(config_alone, method="idp", pool_lengths=(3, 40)), None)
     model = abstract(from_hf(open_config(config_alone)))

@@ -65,6 +65,7 @@ def rows_of(source: int, seed: int = 2) -> np.ndarray:
     return np.random.default_rng(seed).choice(letters, (64, LENGTH)).astype(np.int32)
 
 
+@pytest.mark.slow
 def test_a_trained_router_finds_the_source_and_beats_random(files, tmp_path, capsys):
     """Two sources, two prompts and a router trained through `train`, then from the command line."""
     config = run_settings(
@@ -172,6 +173,7 @@ def test_a_text_has_several_orders_and_parts():
     assert len(text.first(100).tokens) == 8
 
 
+@pytest.mark.slow
 def test_clusters_of_the_text_are_the_sources(files, tmp_path):
     """Each prompt learns one source, so that the nearest texts choose it."""
     config = run_settings(

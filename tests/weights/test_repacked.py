@@ -103,6 +103,7 @@ def _sparse(model):
     return model.with_layers(model.layers.replace(**weights))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [None, {"data": 4, "model": 2}], ids=["one", "mesh"])
 def test_a_sparse_model(mesh):
     model = _sparse(tiny_decoder("llama"))
