@@ -16,6 +16,7 @@ from idp_jax.inference.generation import generate
 from idp_jax.models import Decoder
 
 _ROWS = 128  # documents that the model writes at a time
+_FEW = 32  # their number in the last round is a multiple of this, so that few programs are compiled
 _TOP_K = 50
 
 
@@ -56,7 +57,7 @@ def sample_documents(
     rounds = 0
     progress(0, tokens)
     while written < tokens:
-        first = rng.choice(starts, (_ROWS, 1))
+        first = rng.choice(starts, (_rows(tokens - written, written, len(texts)), 1))
         if rounds < len(before):
             count, new = before[rounds]
         else:
@@ -77,6 +78,14 @@ def sample_documents(
         rounds += 1
         progress(min(written, tokens), tokens)
     return texts
+
+
+def _rows(wanted: int, written: int, documents: int) -> int:
+    """Documents of the next round: about as many as are needed, by the length of those before."""
+    if not written:
+        return _ROWS
+    needed = -(-wanted * documents // written)
+    return min(_ROWS, -(-needed // _FEW) * _FEW)
 
 
 def _decoded(rows: list[list[int]], stops: tuple[int, ...], tokenizer: Any):

@@ -348,7 +348,7 @@ def test_text_of_the_models_own():
     assert found == sample_documents(model, Letters(), 2000, seed=3)
     assert found != sample_documents(model, Letters(), 2000, seed=4)
     assert len(set(found)) > 60  # every document starts by itself
-    assert 2000 <= sum(len(ids_of(text)) for text in found) < 2000 + 64 * 24
+    assert 2000 <= sum(len(ids_of(text)) for text in found) < 2000 + 33 * 24
     assert all(len(text) <= 24 for text in found)
     assert calls[-1] == (2000, 2000) and [done for done, _ in calls] == sorted(d for d, _ in calls)
 
