@@ -15,8 +15,9 @@ from idp_jax.jobs.progress import Bars, console
 def run(settings: config.PoolStudy) -> None:
     """Studies a pool and prints what was found."""
     figure = settings.out.with_suffix(".png")
-    if figure.exists() and not settings.overwrite:
-        raise config.ConfigError(f"{figure} exists; give another --out, or --overwrite")
+    if figure.exists() and not (settings.overwrite and settings.out.exists()):
+        remedy = "give another --out" + (", or --overwrite" if settings.out.exists() else "")
+        raise config.ConfigError(f"{figure} exists; {remedy}")
     found = study(settings, progress=Bars())
     for measure in found.measures:
         show(measure_table(measure), console)

@@ -6,6 +6,7 @@ code.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,35 @@ from typing import Any
 from tyro.conf import Suppress
 
 from idp_jax.config.choices import Role
-from idp_jax.config.commands import Train
-from idp_jax.config.files import from_dict
+from idp_jax.config.commands import Compress, Train
+from idp_jax.config.files import from_dict, part_from_dict
 from idp_jax.config.groups import Compression, ConfigError, Settings, Timing, at_least
 from idp_jax.config.places import check_apart
 
 Recipes = dict[str, dict[str, Any]]
+
+# Of `compress`, what no recipe of an experiment or sweep may say.
+PLACED = ("model", "out", "calibration", "samples", "sequence_length", "seed", "plan", "overwrite")
+
+
+def check_recipes(what: str, recipes: Recipes, kind: type, common: Sequence[str]) -> None:
+    """Refuses recipes with settings that are none, or that are the same for all.
+
+    Args:
+        what: a recipe is called in errors.
+        kind: whose settings they are: `Train` or `Compress`.
+        common: the settings that no recipe may change.
+
+    Raises:
+        ConfigError: it names the recipe and the setting.
+    """
+    for name, recipe in recipes.items():
+        taken = [key for key in common if key in recipe]
+        if taken:
+            raise ConfigError(
+                f"{what}.{name}: {taken[0]} is the same for all, and no recipe's to change"
+            )
+        part_from_dict(kind, recipe, f"{what}.{name}")
 
 
 def taught(recipe: dict[str, Any], model: str, origin: str, cache: Path | None = None) -> Train:
@@ -118,6 +142,8 @@ class Experiment(Settings):
         at_least("train-tokens", self.train_tokens, self.batch_size * self.sequence_length)
         if self.items is not None:
             at_least("items", self.items, 1)
+        check_recipes("compressions", self.compressions, Compress, PLACED)
+        check_recipes("adapters", self.adapters, Train, ("model", "out", "data", "plan"))
         names = [variant.name for variant in self.rows]
         for variant in self.rows:
             self._check(variant)

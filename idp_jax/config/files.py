@@ -33,7 +33,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
     try:
         text = Path(path).read_text(encoding="utf-8")
+        _refuse_twice(yaml.compose(text, yaml.SafeLoader), path)
         tree = yaml.safe_load(text) or {}
+    except ConfigError:
+        raise
     except OSError as error:
         raise ConfigError(f"--config_path {path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -41,6 +44,23 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds no settings; give lines such as `seed: 0`")
     return tree
+
+
+def _refuse_twice(node: Any, path: str | Path) -> None:
+    """Refuses a key that is there twice in one place, of which YAML would keep the last."""
+    import yaml
+
+    if isinstance(node, yaml.SequenceNode):
+        for entry in node.value:
+            _refuse_twice(entry, path)
+    if isinstance(node, yaml.MappingNode):
+        known = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in known:
+                line = key.start_mark.line + 1
+                raise ConfigError(f"{path}:{line}: {key.value!r} is there twice; keep one of them")
+            known.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+            _refuse_twice(value, path)
 
 
 def from_dict(kind: type[T], tree: dict[str, Any], origin: str = "configuration") -> T:

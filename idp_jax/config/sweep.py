@@ -13,8 +13,8 @@ from typing import Any
 from tyro.conf import Suppress
 
 from idp_jax.config.choices import LEARNING_RATES
-from idp_jax.config.commands import Train
-from idp_jax.config.experiment import Recipes, taught
+from idp_jax.config.commands import Compress, Train
+from idp_jax.config.experiment import PLACED, Recipes, check_recipes, taught
 from idp_jax.config.groups import Compression, ConfigError, Settings, at_least
 from idp_jax.config.places import check_apart
 
@@ -135,8 +135,11 @@ class Sweep(Settings):
             at_least("items", self.items, 1)
         if not self.recipes or not self.compressions:
             raise ConfigError("a sweep needs compressions and recipes: name them in a YAML file")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise ConfigError(f"--seeds {self.seeds} must be different numbers of 0 or more")
+        known = {seed for seed in self.seeds if 0 <= seed < 2**32}
+        if not self.seeds or len(known) < len(self.seeds):
+            raise ConfigError(
+                f"--seeds {self.seeds} must be different numbers between 0 and {2**32 - 1}"
+            )
         self._check_names()
         self._check_rates()
 
@@ -149,12 +152,9 @@ class Sweep(Settings):
                     )
         if "dense" in self.compressions:
             raise ConfigError("compressions: 'dense' is the uncompressed model; give another name")
-        for name, recipe in self.recipes.items():
-            taken = [key for key in _SHARED if key in recipe]
-            if taken:
-                raise ConfigError(
-                    f"recipes.{name}: {taken[0]} is the same for all; set it for the whole sweep"
-                )
+        check_recipes("recipes", self.recipes, Train, _SHARED)
+        made = {name: recipe for name, recipe in self.compressions.items() if "model" not in recipe}
+        check_recipes("compressions", made, Compress, PLACED)
         asked = [*self.learning_rates, *([self.reference] if self.reference else [])]
         for name in asked:
             if name not in self.recipes:

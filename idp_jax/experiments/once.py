@@ -1,7 +1,7 @@
 """Steps of any experiment that leave their result in a file, and are not done again.
 
 The invariant: a result that is there is taken only if it is of the same settings and the same
-inputs, and as it was written.
+inputs; a model or a text also only as it was written.
 """
 
 from collections.abc import Callable

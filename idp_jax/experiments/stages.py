@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from idp_jax import formats, training
+from idp_jax.compression.job import Job
 from idp_jax.config import (
     Compress,
     Data,
@@ -228,10 +229,11 @@ def check(settings: Experiment) -> None:
         ConfigError: a recipe has a setting that is none, or that is out of range.
         ValueError: there is no such selector.
     """
-    for name in settings.compressions:
-        _compress(settings, name)
+    jobs = [_compress(settings, name) for name in settings.compressions]
     for variant in adapters(settings).values():
         _train(settings, variant)
     for variant in settings.rows:
         if variant.selector is not None:
             find_selector(variant.selector)
+    for job in jobs:
+        Job(job)  # reads configurations alone

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from idp_jax import formats
 from idp_jax.analysis.sweep_figure import draw_sweep
+from idp_jax.compression.job import Job
 from idp_jax.config import Compress, ConfigError, Sweep, Train
 from idp_jax.config.files import from_dict, to_dict
 from idp_jax.evaluation.job import read_inputs
@@ -20,7 +21,13 @@ from idp_jax.experiments.once import compress_once
 from idp_jax.experiments.sweep_measure import Measurements, Row
 from idp_jax.experiments.sweep_rows import Measured, Scores, baseline, control_of, measured_recipe
 from idp_jax.experiments.sweep_table import markdown
-from idp_jax.experiments.sweep_texts import check_corpora, held_out_files, write_held_out
+from idp_jax.experiments.sweep_texts import (
+    check_corpora,
+    check_enough,
+    held_out_files,
+    is_split,
+    write_held_out,
+)
 from idp_jax.experiments.sweep_trainings import Trained, Trainings, plan
 from idp_jax.jobs.files import contents, fingerprint, write_text
 from idp_jax.jobs.folder import check_writable, run_folder
@@ -74,7 +81,9 @@ def check_sweep(settings: Sweep) -> None:
     formats.resolve(settings.model)
     check_corpora(settings.data)
     for name in settings.compressions:
-        model_of(settings, name)
+        job = _compress(settings, name)
+        if isinstance(job, Compress):
+            Job(job)  # reads configurations alone
     data = _data(settings) | {"validation": str(settings.data.held_out)}
     for name in settings.recipes:
         for rate in settings.rates(name):
@@ -88,7 +97,10 @@ def check_sweep(settings: Sweep) -> None:
                 seed=settings.seed,
             )
         check_training(config, None)
-    read_inputs(Measurements.of_tasks(settings), formats.load_tokenizer(settings.model))
+    tokenizer = formats.load_tokenizer(settings.model)
+    read_inputs(Measurements.of_tasks(settings), tokenizer)
+    if not is_split(settings.out):
+        check_enough(settings.data, tokenizer)
 
 
 def _inputs(settings: Sweep) -> dict[str, dict[str, str]]:

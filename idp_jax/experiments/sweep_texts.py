@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from idp_jax.config import ConfigError, Corpora
-from idp_jax.data.sources import HUB
+from idp_jax.data.sources import HUB, SELF, documents
 from idp_jax.data.text import read_documents
+from idp_jax.data.windows import take_windows
 from idp_jax.experiments.once import check_unchanged
 from idp_jax.jobs.files import write_text
-from idp_jax.jobs.marker import mark
+from idp_jax.jobs.marker import MARKER, mark
 
 _SPARE = 2  # windows more than are needed: tokens are counted document by document
 
@@ -34,6 +35,15 @@ def check_corpora(data: Corpora) -> None:
     for name, file in (("held-out", data.held_out), ("second", data.second)):
         if file is not None and not file.is_file():
             raise ConfigError(f"--data.{name} {file} is no file; check the path")
+    if data.train == SELF:
+        raise ConfigError("--data.train self is no text that a sweep can hold others apart from")
+    files = {"train": data.train, "held-out": data.held_out, "second": data.second}
+    known: dict[Path, str] = {}
+    for name, file in files.items():
+        if file is not None and not str(file).startswith(HUB):
+            other = known.setdefault(Path(file).resolve(), name)
+            if other != name:
+                raise ConfigError(f"--data.{name} {file} is --data.{other} too; give other text")
     if ".jsonl" not in data.held_out.suffixes:
         raise ConfigError(
             f"--data.held-out {data.held_out} is one document, which cannot both choose and be "
@@ -51,10 +61,35 @@ def write_held_out(data: Corpora, tokenizer: Any, out: Path) -> None:
     Raises:
         ConfigError: there is too little text, or the second text has documents of the others.
     """
-    files = held_out_files(out)
-    if all(file.is_file() for file in files.values()) and (out / "text" / ".idp-jax.json").exists():
+    if is_split(out):
         check_unchanged(out / "text")
         return
+    for part, lines in split_held_out(data, tokenizer).items():
+        write_text(held_out_files(out)[part], lines)
+    mark(out / "text")
+
+
+def is_split(out: Path) -> bool:
+    """Whether the parts are there already."""
+    files = held_out_files(out)
+    return all(file.is_file() for file in files.values()) and (out / "text" / MARKER).exists()
+
+
+def check_enough(data: Corpora, tokenizer: Any) -> None:
+    """Refuses text that is too short for what it is to do.
+
+    Raises:
+        ConfigError: there is too little held-out text, or it is not apart.
+        ValueError: there is too little to calibrate with.
+    """
+    if not data.train.startswith(HUB):
+        length, wanted = data.sequence_length, data.calibration_windows
+        take_windows(documents(data.train), tokenizer, length, wanted, data.train)
+    split_held_out(data, tokenizer)
+
+
+def split_held_out(data: Corpora, tokenizer: Any) -> dict[str, str]:
+    """The lines of both parts; raises as `write_held_out`."""
     seen = set() if data.train.startswith(HUB) else {key for key, _ in _documents(data.train)}
     for key, text in [] if data.second is None else list(_documents(data.second)):
         if key in seen:
@@ -65,16 +100,13 @@ def write_held_out(data: Corpora, tokenizer: Any, out: Path) -> None:
         seen.add(key)  # nor may it choose what it is reported on
     fresh = _fresh(data.held_out, seen)
     counts = {"reported": data.reported_windows, "choosing": data.choosing_windows}
-    parts = {
+    return {
         part: "".join(
             json.dumps({"text": text}) + "\n"
             for text in _take(fresh, data, tokenizer, part, windows)
         )
         for part, windows in counts.items()
     }
-    for part, lines in parts.items():
-        write_text(files[part], lines)
-    mark(out / "text")
 
 
 def _take(

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from idp_jax import training
-from idp_jax.config import Sweep, Train
+from idp_jax.config import ConfigError, Sweep, Train
 from idp_jax.config.files import to_dict
 from idp_jax.evaluation.sweep_results import Trial
 from idp_jax.jobs.files import read_json, write_json
 from idp_jax.jobs.folder import differences
 from idp_jax.jobs.progress import Progress, counted
 from idp_jax.recover.methods import METHODS
+from idp_jax.training.done import inputs
 
 
 class Plan(NamedTuple):
@@ -97,19 +98,19 @@ class Trainings:
         self._say(f"[{self._number}/{self._plan.trainings}] {name}{self._expected()}")
         record = Path(config.out).with_name(f"{Path(config.out).name}.json")
         asked, known = to_dict(config), _known(record)
-        said = None if differences(known.get("config"), asked, ()) else known.get("diverged")
+        same = not differences(known.get("config"), asked, ())
+        said = known.get("diverged") if same and known.get("inputs") == inputs(config) else None
         result = None
         if said is None:
             with self._timed(record, known, asked, tokens) as note:
                 try:
                     result = training.train(config, progress=self._progress)
                 except training.Diverged as error:
-                    note["diverged"] = str(error)
+                    note |= {"diverged": str(error), "inputs": inputs(config)}
                     self._say(f"  {error}")
         self._left -= tokens
-        seconds = float(_known(record).get("seconds", 0.0))
-        trial = _trial(config.learning_rate, result)
-        return Trained(Path(config.out), result, seconds, trial)
+        trial = _trial(config.learning_rate, result, Path(config.out))
+        return Trained(Path(config.out), result, _known(record).get("seconds", 0.0), trial)
 
     @contextmanager
     def _timed(
@@ -142,13 +143,27 @@ def _known(record: Path) -> dict[str, Any]:
     """What an earlier call noted of a training."""
     if not record.is_file():
         return {}
-    return read_json(record, f"remove {record}, and the same command goes on")
+    remedy = f"remove {record}, and the same command goes on"
+    found = read_json(record, remedy)
+    if not isinstance(found.get("seconds", 0.0), int | float):
+        raise ConfigError(f"{record} is damaged (seconds is {found['seconds']!r:.50}); {remedy}")
+    return found
 
 
-def _trial(rate: float, result: dict[str, Any] | None) -> Trial:
-    """A pool's loss is the mean of its prompts'."""
+def _trial(rate: float, result: dict[str, Any] | None, folder: Path) -> Trial:
+    """A pool's loss is the mean of its prompts'.
+
+    Raises:
+        ConfigError: the result in the folder lacks a number.
+    """
     if result is None:
         return Trial(rate, math.inf)
     parts = result.get("prompts", [result])
-    loss = sum(part["validation_loss"] for part in parts) / len(parts)
-    return Trial(rate, loss, max(part["best_step"] for part in parts))
+    try:
+        loss = sum(part["validation_loss"] for part in parts) / len(parts)
+        return Trial(rate, loss, max(part["best_step"] for part in parts))
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise ConfigError(
+            f"{folder / 'result.json'} is damaged (it has no validation_loss and best_step of each "
+            "prompt); remove it, and the same command goes on from the last checkpoint"
+        ) from error

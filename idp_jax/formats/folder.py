@@ -5,6 +5,7 @@ The invariant: whatever is wrong with a file is a `CheckpointError` of one line 
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ class CheckpointError(ValueError):
 
 def reason(error: BaseException) -> str:
     """What an error says, on one line of moderate length."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # without colours
+    text = " ".join(plain.split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 

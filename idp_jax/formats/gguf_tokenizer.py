@@ -73,7 +73,7 @@ def build_tokenizer(path: Path, fields: dict[str, Any]):
     _check_keys(path, fields)
     get = lambda key: fields.get(f"{_PREFIX}{key}")
     tokens, kinds = _texts(path, fields, "tokens"), get("token_type") or []
-    if kinds and (not isinstance(kinds, list) or len(kinds) != len(tokens)):
+    if kinds and not _are_numbers(kinds, len(tokens), (int,)):
         raise ValueError(f"{path}: {_PREFIX}token_type does not fit its {len(tokens)} tokens")
     sentencepiece = get("model") == "llama"
     adds = {
@@ -149,6 +149,11 @@ def _texts(path: Path, fields: dict[str, Any], name: str) -> list[str]:
     return value
 
 
+def _are_numbers(value: Any, count: int, kinds: tuple[type, ...]) -> bool:
+    fits = isinstance(value, list) and len(value) == count
+    return fits and all(type(entry) in kinds for entry in value)
+
+
 def _merges(path: Path, fields: dict[str, Any]) -> list[tuple[str, str]]:
     merges = []
     for merge in _texts(path, fields, "merges"):
@@ -201,8 +206,8 @@ def _sentencepiece(path: Path, fields: dict[str, Any], tokens: list[str]):
     if f"{_PREFIX}merges" in fields:
         merges = _merges(path, fields)
     else:
-        scores = fields.get(f"{_PREFIX}scores")
-        if not isinstance(scores, list) or len(scores) != len(tokens):
+        scores: Any = fields.get(f"{_PREFIX}scores")
+        if not _are_numbers(scores, len(tokens), (int, float)):
             raise ValueError(f"{path}: {_PREFIX}scores does not fit its {len(tokens)} tokens")
         merges = generate_merges(vocabulary, dict(zip(tokens, scores, strict=True)))
     model = models.BPE(vocab=vocabulary, merges=merges, fuse_unk=True, byte_fallback=True)

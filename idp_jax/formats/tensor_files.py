@@ -63,7 +63,10 @@ class TensorFiles:
         except CheckpointError:
             raise
         except Exception as error:  # of many libraries, each with errors of its own
-            raise CheckpointError(f"{name} in {file} cannot be read ({reason(error)})") from error
+            raise CheckpointError(
+                f"{name!r:.200} in {file} cannot be read ({reason(error)}); write it as a plain "
+                "tensor, best in a .safetensors file"
+            ) from error
 
     def _stored(self, file: Path) -> dict[str, str]:
         """Tensor name -> the name under which the file holds it."""
@@ -115,7 +118,7 @@ def model_files(folder: Path, named: Any = None) -> TensorFiles:
     lacking = sorted(set(listed) - files.names)
     if lacking:
         name = lacking[0]
-        raise CheckpointError(f"{folder / listed[name]} lacks {name}; fetch it again")
+        raise CheckpointError(f"{folder / listed[name]} lacks {name!r:.200}; fetch it again")
     return files
 
 
@@ -137,6 +140,12 @@ def _unnamed(folder: Path) -> list[Path]:
     sets = {(shard[1], int(shard[2])) if shard else None for shard in shards}
     if len(files) == 1 or (len(sets) == 1 and all(s and s[1] == len(files) for s in sets)):
         return files
+    shards = sorted(folder.glob("pytorch_model-*-of-*.bin"))
+    if not files and shards:
+        raise CheckpointError(
+            f"{folder} holds {shards[0].name}, and no pytorch_model.bin.index.json that says which "
+            "tensors lie where; fetch that too"
+        )
     if not files:
         raise CheckpointError(f"{folder} holds no .safetensors and no pytorch_model*.bin file")
     raise CheckpointError(

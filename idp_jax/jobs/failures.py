@@ -23,6 +23,8 @@ _REMEDIES = {
     errno.EDQUOT: "make room, and give the same command again",
     errno.EFBIG: "the disk, or this process' limits, allow no larger file; give another --out",
     errno.EROFS: "give another --out",
+    errno.EISDIR: "a file belongs there; move the folder away",
+    errno.EACCES: "allow it, or give another path",
 }
 _PACKAGE = __name__.partition(".")[0]
 
@@ -53,7 +55,8 @@ def explained(error: BaseException, out: Any = None) -> tuple[str, int]:
     if code is not None:
         return f"{_refused(error) or out}: {os.strerror(code)}; {_REMEDIES[code]}", 1
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror or said}", 1
+        remedy = f"; {_REMEDIES[error.errno]}" if error.errno in _REMEDIES else ""
+        return f"{error.filename}: {error.strerror or said}{remedy}", 1
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in said:
         said = f"out of memory ({said[:_LONGEST]}); take smaller batches, or a larger machine"
     elif isinstance(error, RecursionError):

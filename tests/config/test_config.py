@@ -204,6 +204,9 @@ def test_settings_that_cannot_be_used(tmp_path, kind, tree, message):
         ("a: [1", "is not YAML"),
         ("- 1\n- 2\n", "no settings"),
         ("just text", "no settings"),
+        ("model: a\nout: b\nmodel: c\n", r"x\.yaml:3: 'model' is there twice; keep one"),
+        ("data:\n  train: a\n  train: b\n", r"x\.yaml:3: 'train' is there twice"),
+        ("pool_lengths: [{a: 1, a: 2}]\n", r"x\.yaml:1: 'a' is there twice"),
         (None, r"--config_path .*x\.yaml cannot be read: No such file"),
     ],
 )

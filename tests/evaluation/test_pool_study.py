@@ -219,6 +219,9 @@ def test_the_command_prints_writes_and_draws(files, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(call)
     assert "study.png exists; give another --out" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # and without the study beside it, it is anybody's
+        main([*call, "--overwrite"])
+    assert "study.png exists; give another --out" in capsys.readouterr().err
     out.write_text(json.dumps({"schema": "idp-jax.results/1"}))
     with pytest.raises(SystemExit):
         main([*call, "--overwrite"])

@@ -151,6 +151,9 @@ BAD = {
         {"variants": [Variant("x", "repaired", None, "idp", "best")]},
         "no selector 'best'; there are",
     ),
+    "place": ({"compressions": {"four": {"out": "x"}}}, "compressions.four: out is the same for"),
+    "data": ({"adapters": {**ADAPTERS, "idp": {"data": {}}}}, "adapters.idp: data is the same fo"),
+    "list": ({"adapters": {**ADAPTERS, "idp": {"optimizer": 1}}}, "adapters.idp: optimizer"),
     "model": ({"model": "no/such/folder"}, "no/such/folder"),
 }
 

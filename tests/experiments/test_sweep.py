@@ -200,6 +200,17 @@ BAD = {
     "stranger": ({"learning_rates": {"prefix": [0.1, 0.2]}}, "no recipe 'prefix'; there are"),
     "reference": ({"reference": "best"}, "no recipe 'best'; there are prompt, lora"),
     "budget": ({"recipes": {"a": {"tokens": 5}}, "learning_rates": {}}, "tokens is the same for"),
+    "calibration": ({"compressions": {"a": {"calibration": "x"}}}, "a: calibration is the same fo"),
+    "place": ({"compressions": {"a": {"out": "elsewhere"}}}, "compressions.a: out is the same for"),
+    "list": ({"recipes": {"a": {"optimizer": [1]}}, "learning_rates": {}}, "recipes.a: optimizer"),
+    "word": ({"recipes": {"a": {"method": ["x"]}}, "learning_rates": {}}, "recipes.a: .*method"),
+    "teacher": ({"recipes": {"a": {"teacher": "x"}}, "learning_rates": {}}, "recipes.a: teacher"),
+    "rate": (
+        {"recipes": {"a": {"optimizer": {"learning_rate": "abc"}}}, "learning_rates": {}},
+        r"recipes.a: optimizer.learning_rate: .*\(got 'abc'\)",
+    ),
+    "seed": ({"seeds": [1, 2**32]}, "must be different numbers between 0 and 4294967295"),
+    "group": ({"compressions": {"four": {"group_size": 48}}}, "48"),
     "name": ({"recipes": {"a/b": {}}, "learning_rates": {}}, "'a/b' cannot name a folder"),
     "dense": ({"compressions": {"dense": {}}}, "'dense' is the uncompressed model"),
     "seeds": ({"seeds": [1, 1]}, "must be different numbers"),
@@ -217,6 +228,30 @@ def test_what_cannot_be_compared_is_said_before_anything_is_done(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message) as error:
         run_sweep(from_dict(Sweep, tree(sources, **changes)))
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+BAD_TEXT = {
+    "same": ({"held_out": "train.jsonl"}, r"--data.held-out \S+ is --data.train too"),
+    "second": ({"second": "held.jsonl"}, r"--data.second \S+ is --data.held-out too"),
+    "self": ({"train": "self"}, "--data.train self is no text"),
+    "held-out": ({"reported_windows": 10**6}, "too few documents"),
+    "calibration": ({"calibration_windows": 10**6}, "windows of 16 tokens asked for"),
+}
+
+
+@pytest.mark.parametrize("plan", [True, False])
+@pytest.mark.parametrize(("changes", "message"), BAD_TEXT.values(), ids=BAD_TEXT)
+def test_text_that_cannot_be_used_is_refused_by_a_plan_too(
+    sources, tmp_path, monkeypatch, changes, message, plan
+):
+    monkeypatch.chdir(tmp_path)
+    settings = tree(sources, plan=plan)
+    for name, value in changes.items():
+        file = isinstance(value, str) and value != "self"
+        settings["data"][name] = str(sources / value) if file else value
+    with pytest.raises(ValueError, match=message) as error:
+        run_sweep(from_dict(Sweep, settings))
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
@@ -275,7 +310,8 @@ def test_trainings_share_what_the_uncompressed_model_said(sources, tmp_path):
 def test_a_training_that_diverges_counts_as_a_trial(sources, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = from_dict(Sweep, tree(sources))
-    config = settings.training("prompt", 0.1, settings.model, tmp_path / "lr-0.1", tokens=4096)
+    given = {"tokens": 4096, "data": {"train": str(sources / "train.jsonl")}}
+    config = settings.training("prompt", 0.1, settings.model, tmp_path / "lr-0.1", **given)
     calls, said = [], []
 
     def diverge(config, **options):
@@ -288,6 +324,19 @@ def test_a_training_that_diverges_counts_as_a_trial(sources, tmp_path, monkeypat
     assert "training diverged" in said[-1]
     again = Trainings(settings, SILENT, said.append).train(config, "one")
     assert again == found and len(calls) == 1  # it is remembered
+    record = tmp_path / "lr-0.1.json"
+    note = json.loads(record.read_text())
+    record.write_text(json.dumps({**note, "inputs": {**note["inputs"], "model": {}}}))
+    Trainings(settings, SILENT, said.append).train(config, "one")
+    assert len(calls) == 2  # of the same inputs only
+    record.write_text(json.dumps({**note, "seconds": "x"}))
+    with pytest.raises(ConfigError, match=r"lr-0.1.json is damaged \(seconds is 'x'\); remove"):
+        Trainings(settings, SILENT, said.append).train(config, "one")
+    record.unlink()
+    for result in ({"best_step": 1}, {"validation_loss": None, "best_step": 1}, {"prompts": []}):
+        monkeypatch.setattr("idp_jax.training.train", lambda config, found=result, **more: found)
+        with pytest.raises(ConfigError, match=r"lr-0.1/result.json is damaged .*; remove it"):
+            Trainings(settings, SILENT, said.append).train(config, "one")
     broken = lambda config, **options: (_ for _ in ()).throw(ValueError("no text"))
     monkeypatch.setattr("idp_jax.training.train", broken)
     other = dataclasses.replace(config, seed=9)

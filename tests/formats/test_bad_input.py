@@ -89,6 +89,8 @@ def test_damaged_config(folder, text):
 def test_folder_without_weights(folder):
     (folder / "model.safetensors").unlink()
     refused(lambda: load_model(folder), "holds no .safetensors", kind=CheckpointError)
+    (folder / "pytorch_model-00001-of-00002.bin").write_bytes(b"")
+    refused(lambda: load_model(folder), "pytorch_model.bin.index.json", kind=CheckpointError)
 
 
 def test_missing_shard(folder):

@@ -40,6 +40,9 @@ def trained():
     }
 
 
+KINDS, SCORES = "tokenizer.ggml.token_type", "tokenizer.ggml.scores"
+
+
 def sentencepiece() -> dict:
     """A SentencePiece vocabulary with scores, bytes and two tokens that the file defines."""
     pieces = ["\u2581", "h", "e", "l", "o", "\u2581h", "ll", "\u2581he", "llo", "\u2581hello", "w"]
@@ -146,6 +149,8 @@ def test_tokens_of_the_file_stay_whole(tmp_path, trained):
         {"tokenizer.ggml.merges": ["he"]},
         {"tokenizer.ggml.merges": ["no such"]},
         {"tokenizer.ggml.token_type": [1]},
+        sentencepiece() | {KINDS: list(map(str, sentencepiece()[KINDS]))},
+        sentencepiece() | {SCORES: list(map(str, sentencepiece()[SCORES]))},
         {"tokenizer.ggml.bos_token_id": 4000},
         {"tokenizer.ggml.unknown_token_id": 2**32 - 1},
         {"tokenizer.ggml.bos_token_id": None, "tokenizer.ggml.add_bos_token": True},

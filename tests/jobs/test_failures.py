@@ -155,5 +155,6 @@ def test_a_link_to_itself_is_one_line(tmp_path, monkeypatch):
 def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
     (tmp_path / "r.json").mkdir()
     action = lambda: write_file(tmp_path / "r.json", lambda path: pytest.fail("written"))
-    assert explained(raised(action)) == (f"{tmp_path / 'r.json'}: Is a directory", 1)
+    wanted = f"{tmp_path / 'r.json'}: Is a directory; a file belongs there; move the folder away"
+    assert explained(raised(action)) == (wanted, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]

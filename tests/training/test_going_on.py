@@ -209,14 +209,27 @@ def test_a_model_that_is_not_finite_is_not_trained(tmp_path):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("kind", ["prompt", "lora"])
 def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(tmp_path, kind, value):
+    """At step 1 nothing was changed yet: the objective is at fault, and nothing diverged."""
     bad = lambda repaired, batch: (next_token(repaired, batch)[0] * jnp.float32(value), {})
-    with pytest.raises(Diverged, match=rf"loss is {value} at step 1: .*learning-rate may help"):
+    with pytest.raises(ValueError, match=f"loss is {value} at step 1, before .*objective") as error:
         run_fit(tmp_path, kind, objective=bad)
+    assert not isinstance(error.value, Diverged)
     rows = [json.loads(line, parse_constant=pytest.fail) for line in text_of(tmp_path).splitlines()]
     assert rows[-1]["step"] == 1 and rows[-1]["loss"] is None
     # The numbers before it are as they would be; the next call meets the same end.
     with pytest.raises(ValueError, match="at step 1"):
         run_fit(tmp_path, kind, objective=bad)
+
+
+def broken_by_training(repaired, batch):
+    """A loss for a LoRA as it begins, with b = 0, alone."""
+    changed = jnp.any(repaired.decoder.layers.q.b[...] != 0)
+    return next_token(repaired, batch)[0] + jnp.where(changed, jnp.float32(jnp.nan), 0), {}
+
+
+def test_a_loss_that_ceases_to_be_finite_is_divergence(tmp_path):
+    with pytest.raises(Diverged, match=r"loss is (nan|inf) at step [2-9]: .*may help"):
+        run_fit(tmp_path, "lora", objective=broken_by_training)
 
 
 def test_a_run_that_only_made_it_worse_is_no_success(tmp_path):
