@@ -7,6 +7,7 @@ the program, the options and its version.
 
 import ctypes
 import gc
+import logging
 import os
 from pathlib import Path
 
@@ -52,6 +53,14 @@ def resident_memory() -> int:
     except (OSError, ValueError, IndexError):
         return 0
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.fixture
+def no_logs():
+    """Nothing is logged: workers cannot tell each other of text with half a character."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture

@@ -70,6 +70,11 @@ def read_json(path: str | Path, remedy: str) -> dict[str, Any]:
     return content
 
 
+def seal(value: Any) -> str:
+    """The digest of what `write_json` makes of a value, by which it is known when read again."""
+    return hashlib.sha256(json.dumps(_finite(value), sort_keys=True).encode()).hexdigest()
+
+
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
     """Has a disk that takes no more name what was to be written, whichever library met it."""

@@ -8,7 +8,7 @@ from idp_jax import formats
 from idp_jax.config import ConfigError, Train
 from idp_jax.config.files import to_dict
 from idp_jax.data.sources import SELF
-from idp_jax.jobs.files import contents, fingerprint, read_json
+from idp_jax.jobs.files import contents, fingerprint, read_json, seal
 from idp_jax.jobs.folder import differences
 from idp_jax.training.starts import report_file
 
@@ -56,10 +56,11 @@ def finished(config: Train, free: tuple[str, ...]) -> dict[str, Any] | None:
         return None
     remedy = f"remove it, and the same command goes on from the last checkpoint in {config.out}"
     result, asked = read_json(file, remedy), to_dict(config)
-    known = result.get("config")
+    known, own = result.get("config"), {key: result[key] for key in result if key != "digest"}
     files: dict[str, Any] = {name: result.get(name) for name in ADAPTERS}
     known = known if isinstance(known, dict) else {}
-    if differences(known, asked, free) or not _are_files(files):
+    whole = result.get("digest") == seal(own) and _are_files(files)
+    if differences(known, asked, free) or not whole:
         raise ConfigError(f"{file} is not what this run found; {remedy}")
     # One that is gone is written again, from the last checkpoint.
     folders = {name: Path(config.out) / name for name in ADAPTERS}

@@ -21,7 +21,7 @@ from idp_jax.config.files import to_dict
 from idp_jax.data.sources import SELF
 from idp_jax.data.stream import TrainingText
 from idp_jax.formats import save_adapter
-from idp_jax.jobs.files import contents, write_json
+from idp_jax.jobs.files import contents, seal, write_json
 from idp_jax.jobs.folder import check_absent, check_writable, run_folder
 from idp_jax.jobs.machine import describe
 from idp_jax.jobs.progress import SILENT, Progress, expecting
@@ -140,6 +140,7 @@ def _train(
         for name, adapter in whole.items():
             save_adapter(adapter, out / name, decoder=decoder, base=config.model, overwrite=True)
             result[name] = contents(out / name)
+        result["digest"] = seal(result)
         write_json(out / "result.json", result)
 
     first_process(write, "result")

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from idp_jax import load_model
 from tests.helpers import FUZZ_TRIES, close, tiny_decoder, write_folder
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_logs")]
 
 FILES = ("config.json", "model.safetensors.index.json", "generation_config.json")
 IDS = np.random.default_rng(0).integers(3, 128, (2, 7)).astype(np.int32)

@@ -87,6 +87,19 @@ def test_a_result_that_is_none_is_named(run, text):
     assert train(run)["best_step"] >= 0
 
 
+@pytest.mark.parametrize("value", [0.001, None, "junk", "gone"])
+def test_numbers_that_were_changed_are_no_result(run, value):
+    file = run.out / "result.json"
+    result = json.loads(file.read_text())
+    if value == "gone":
+        del result["validation_loss"]
+    else:
+        result["validation_loss"] = value
+    file.write_text(json.dumps(result))
+    with pytest.raises(ConfigError, match=r"result\.json is not what this run found; remove it"):
+        train(run)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
