@@ -55,6 +55,18 @@ def test_several_selectors_give_one_variant_each(files, tmp_path, monkeypatch, c
     assert own.perplexity.per_window_nll == found[0].perplexity.per_window_nll
 
 
+def test_a_length_beyond_the_positions_is_refused_before_the_model_loads(tmp_path, monkeypatch):
+    """The prompt takes its share of them."""
+    model = load_model(tiny_folder(tmp_path / "opt", "opt", max_positions=96))
+    save_adapter(SoftPrompt.init(model, 5, jax.random.key(0)), tmp_path / "five", decoder=model)
+    monkeypatch.setattr("idp_jax.formats.load_model", pytest.fail)
+    (tmp_path / "text.txt").write_text("a " * 200)
+    asked = {"model": str(tmp_path / "opt"), "adapter": tmp_path / "five", "max_length": 92}
+    with pytest.raises(ConfigError, match="--max-length 92 exceeds the 91 learned positions"):
+        score(settings(tmp_path, tmp_path / "r.json", **asked))
+    assert not (tmp_path / "r.json").exists()
+
+
 def test_a_selector_needs_a_pool(files, tmp_path):
     with pytest.raises(ConfigError, match="--selector first needs a pool: give its --adapter"):
         settings(files, tmp_path / "r.json", selector=("first",))
