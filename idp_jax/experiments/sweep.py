@@ -84,23 +84,29 @@ def check_sweep(settings: Sweep) -> None:
         job = _compress(settings, name)
         if isinstance(job, Compress):
             Job(job)  # reads configurations alone
-    data = _data(settings) | {"validation": str(settings.data.held_out)}
     for name in settings.recipes:
-        for rate in settings.rates(name):
-            config = settings.training(
-                name,
-                rate,
-                settings.model,
-                settings.out / "trials",
-                data=data,
-                tokens=min(settings.trial_tokens, settings.tokens),
-                seed=settings.seed,
-            )
-        check_training(config, None)
+        _check_recipe(settings, name)
     tokenizer = formats.load_tokenizer(settings.model)
     read_inputs(Measurements.of_tasks(settings), tokenizer)
     if not is_split(settings.out):
         check_enough(settings.data, tokenizer)
+
+
+def _check_recipe(settings: Sweep, name: str) -> None:
+    """Holds a recipe against the uncompressed model, which has the sizes of the others."""
+    data = _data(settings) | {"validation": str(settings.data.held_out)}
+    asked = {"tokens": min(settings.trial_tokens, settings.tokens), "seed": settings.seed}
+    folder = settings.out / "trials"
+    for rate in settings.rates(name):
+        config = settings.training(name, rate, settings.model, folder, data=data, **asked)
+        if config.prefix.by_damage:  # which no model is there to tell yet
+            if settings.dense_controls:
+                raise ConfigError(
+                    f"recipes.{name}: prefix.by_damage, and the uncompressed model has none; give "
+                    "prefix.lengths, or no dense controls"
+                )
+            config = replace(config, prefix=replace(config.prefix, by_damage=False))
+    check_training(config, None)
 
 
 def _inputs(settings: Sweep) -> dict[str, dict[str, str]]:

@@ -267,6 +267,20 @@ def test_a_plan_is_said_and_nothing_is_written(sources, tmp_path, monkeypatch):
     assert plan(one).tokens == 2 * (3 + 2) * 64  # each prompt has the whole budget
 
 
+def test_lengths_by_damage_are_for_compressed_models(sources, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipes = {"deep": {"method": "prefix", "prompt_length": 2, "prefix": {"by_damage": True}}}
+    asked = tree(sources, recipes=recipes, learning_rates={}, plan=True)
+    for controls in (False, True):
+        settings = from_dict(Sweep, asked | {"dense_controls": controls})
+        if controls:
+            with pytest.raises(ConfigError, match="recipes.deep: prefix.by_damage, .*lengths"):
+                run_sweep(settings)
+        else:
+            run_sweep(settings)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_recipe_without_rates_has_its_own_times_the_factors(sources):
     recipes = {"lora": {"method": "lora"}, "own": {"optimizer": {"learning_rate": "2e-2"}}}
     settings = from_dict(Sweep, tree(sources, recipes=recipes, learning_rates={}))
