@@ -29,9 +29,18 @@ from idp_jax.jobs.marker import MARKER
 _LIMIT = 10.0  # seconds from a signal to the end
 _LENGTH, _WORDS = 32, 512
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# What differs between two calls that do the same in two folders; "adapter" and "digest" are of what
+# What differs between two calls that do the same in two folders; the last three are digests of what
 # is compared itself, and of which some names the folder or a time.
-_MEASURED = {"environment", "seconds", "peak_memory", "latency", "config", "adapter", "digest"}
+_MEASURED = {
+    "environment",
+    "seconds",
+    "peak_memory",
+    "latency",
+    "config",
+    "adapter",
+    "last",
+    "digest",
+}
 _BROKEN = ("Traceback", "Segmentation fault", "Fatal Python error", "core dumped")
 
 

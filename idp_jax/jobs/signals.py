@@ -102,9 +102,10 @@ def handled() -> Iterator[None]:
         return
     outer, watch = _watch, _Watch()
     _watch = watch
-    # The pipe is filled before any handler is called; without one, no signal goes there.
-    handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+    # The pipe is filled before any handler is called, and must be there before these handlers are:
+    # they do nothing themselves.
     wakeup = signal.set_wakeup_fd(watch.writer, warn_on_full_buffer=False)
+    handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
     watch.thread.start()
     atexit.unregister(_leave)
     atexit.register(_leave)
