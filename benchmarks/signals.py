@@ -188,6 +188,8 @@ class Bench:
 
 def main() -> None:
     """Prints a table; fails if a call did not end as it should, or with another result."""
+    # In the background SIGINT may be ignored, and processes inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--signals", type=int, default=28)
     parser.add_argument("--only", help="commands whose name holds this word")
