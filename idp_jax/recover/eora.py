@@ -6,13 +6,11 @@ will see, behind the corrections of all matrices before it.
 """
 
 from functools import partial
-from operator import itemgetter
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from idp_jax.data.batch import Batch
 from idp_jax.models.block import Block, Context, layer_slice
 from idp_jax.models.decoder import Decoder
 from idp_jax.models.matrices import matrices, stages
@@ -84,13 +82,20 @@ class _Stream(NamedTuple):
     context: Context
 
 
-def with_eora(adapter: LoraAdapter, decoder: Decoder, teacher: Decoder, text: Batch) -> LoraAdapter:
+def with_eora(
+    adapter: LoraAdapter,
+    decoder: Decoder,
+    teacher: Decoder,
+    windows: jax.Array,
+    segments: jax.Array | None = None,
+) -> LoraAdapter:
     """The adapter with these updates, of its ranks and scales.
 
     Args:
         decoder: the compressed model.
         teacher: the uncompressed one.
-        text: windows of N rows, and their documents where those are kept apart.
+        windows: int32 [N, T], text.
+        segments: int32 [N, T], the document of each token where documents are kept apart.
 
     Raises:
         ValueError: the models have different sizes, or a token is outside the vocabulary.
@@ -100,11 +105,12 @@ def with_eora(adapter: LoraAdapter, decoder: Decoder, teacher: Decoder, text: Ba
             "EoRA takes the difference of the teacher's matrices and the model's, which have other "
             "sizes; give the model that this one was compressed from as --teacher.model"
         )
-    decoder.check(text.tokens, segments=text.segments)
+    decoder.check(windows, segments=segments)
     decoder, teacher = restore(decoder), restore(teacher)
-    starts = range(0, len(text.tokens), _MICRO_BATCH)
+    starts = range(0, len(windows), _MICRO_BATCH)
     cuts = [slice(first, first + _MICRO_BATCH) for first in starts]
-    streams = [_enter(decoder, jax.tree.map(itemgetter(cut), text)) for cut in cuts]
+    apart = [None if segments is None else segments[cut] for cut in cuts]
+    streams = [_enter(decoder, windows[cut], own) for cut, own in zip(cuts, apart, strict=True)]
     found = {name: [] for name in adapter.a}
     for layer in range(decoder.config.num_layers):
         block = layer_slice(decoder.layers, layer)
@@ -134,8 +140,8 @@ def _sizes(model: Decoder) -> tuple:
 
 
 @jax.jit
-def _enter(decoder: Decoder, text: Batch) -> _Stream:
-    h, context, _ = decoder.start(decoder.embed(text.tokens), segments=text.segments)
+def _enter(decoder: Decoder, tokens: jax.Array, segments: jax.Array | None) -> _Stream:
+    h, context, _ = decoder.start(decoder.embed(tokens), segments=segments)
     return _Stream(h, h, context)
 
 

@@ -145,7 +145,7 @@ def _lora(settings: Train) -> list[Run]:
         # Where only shapes are asked for there is no text, and the shapes are these.
         if lora.start == "zero" or start.teacher is None or start.windows is None:
             return adapter
-        return with_eora(adapter, decoder, start.teacher, start.windows)
+        return with_eora(adapter, decoder, start.teacher, start.windows, start.segments)
 
     if lora.start == "zero":
         return [Run("lora", "", init)]

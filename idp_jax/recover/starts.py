@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from idp_jax.config.choices import InitTokens
-from idp_jax.data.batch import Batch
 from idp_jax.models.decoder import Decoder
 
 
@@ -22,13 +21,15 @@ class Start(NamedTuple):
         text: int32 [P] each, the tokens that this training's prompts are to begin as; as many as
             `Run.text` asks for.
         teacher: the uncompressed model, where `Run.teacher` asks for it.
-        windows: training text, where `Run.windows` asks for it.
+        windows: int32 [N, T], training text, where `Run.windows` asks for it.
+        segments: int32 [N, T], the document of each of its tokens where documents are kept apart.
     """
 
     key: jax.Array
     text: tuple[jax.Array, ...] = ()
     teacher: Decoder | None = None
-    windows: Batch | None = None
+    windows: jax.Array | None = None
+    segments: jax.Array | None = None
 
 
 def first_embeddings(

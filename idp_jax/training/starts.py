@@ -19,7 +19,6 @@ import numpy as np
 
 from idp_jax import formats
 from idp_jax.config import ConfigError, Train
-from idp_jax.data.batch import Batch
 from idp_jax.data.sources import HUB, documents
 from idp_jax.data.stream import TrainingText
 from idp_jax.data.text import join_documents
@@ -73,14 +72,13 @@ def report_file(config: Train) -> Path:
 def abstract_start(config: Train, run: Run) -> Start:
     """A start of a run for a trial without numbers: a teacher of shapes, text of zeros."""
     text = tuple(jnp.zeros((length,), jnp.int32) for length in run.text)
-    windows = None
-    if run.windows:
-        zeros = jnp.zeros((run.windows, config.data.sequence_length), jnp.int32)
-        windows = Batch(zeros, zeros if config.data.documents == "apart" else None)
+    shape = (run.windows, config.data.sequence_length)
+    windows = jnp.zeros(shape, jnp.int32) if run.windows else None
+    segments = windows if config.data.documents == "apart" else None
     teacher = None
     if run.teacher:
         teacher = abstract(from_hf(open_config(str(config.teacher.model))))
-    return Start(jax.random.key(0), text, teacher, windows)
+    return Start(jax.random.key(0), text, teacher, windows, segments)
 
 
 def starts(
@@ -104,11 +102,11 @@ def starts(
     model = teacher() if any(run.teacher for run in runs) else None
     found = []
     for run, key in zip(runs, keys, strict=True):
-        windows = None
+        windows = segments = None
         if run.windows:
-            windows = jax.tree.map(jnp.asarray, text.first(run.windows))
+            windows, segments, *_ = jax.tree.map(jnp.asarray, text.first(run.windows))
         own = tuple(islice(parts, len(run.text)))
-        found.append(Start(key, own, model if run.teacher else None, windows))
+        found.append(Start(key, own, model if run.teacher else None, windows, segments))
     return found
 
 

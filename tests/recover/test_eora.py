@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from idp_jax.data.batch import Batch
 from idp_jax.models.block import layer_slice
 from idp_jax.recover import LoraAdapter
 from idp_jax.recover.eora import eigenspace, low_rank, with_eora
@@ -68,7 +67,7 @@ def test_a_full_rank_gives_the_dense_model(models):
     dense, compressed = models
     ids, rules = tiny_ids(dense, 6, 40), ("fc1|gate alpha=3",)
     start = LoraAdapter.init(dense, 64, KEY, targets=("all",), rules=rules)
-    found = with_eora(start, compressed, dense, Batch(ids))
+    found = with_eora(start, compressed, dense, ids)
     assert close(found.repair(compressed)(ids), dense(ids), 2e-3)
     assert not close(compressed(ids), dense(ids), 0.05)
     assert jax.tree.structure(found) == jax.tree.structure(start)
@@ -83,7 +82,7 @@ def test_ranks_of_layers_are_kept_and_each_sees_the_repaired_inputs(models):
         "q skip",
     )
     start = LoraAdapter.init(dense, 4, KEY, targets=(), rules=rules)
-    found = with_eora(start, compressed, dense, Batch(ids))
+    found = with_eora(start, compressed, dense, ids)
     q, down = (np.asarray(found.a[name][...]) for name in ("q", "down"))
     assert (q[1] == 0).all() and (down[0] == 0).all() and (q[0] != 0).any()
     leaves = jax.tree.leaves(found), jax.tree.leaves(start)
@@ -110,10 +109,10 @@ def test_documents_kept_apart_are_measured_as_those_of_rows_of_their_own(models)
     ids = tiny_ids(dense, 4, 24)
     start = LoraAdapter.init(dense, 3, KEY, targets=("all",))
     rows, segments = ids.reshape(2, 48), jnp.repeat(jnp.asarray([[0, 1]] * 2), 24, axis=1)
-    update = lambda text: with_eora(start, compressed, dense, text).repair(compressed)(ids)
-    own = update(Batch(ids))
-    assert close(update(Batch(rows, segments)), own, 1e-3)
-    assert not close(update(Batch(rows)), own, 1e-3)
+    update = lambda *text: with_eora(start, compressed, dense, *text).repair(compressed)(ids)
+    own = update(ids)
+    assert close(update(rows, segments), own, 1e-3)
+    assert not close(update(rows), own, 1e-3)
 
 
 def test_a_packed_model_is_corrected():
@@ -121,7 +120,7 @@ def test_a_packed_model_is_corrected():
     compressed = quantize_decoder(dense, 4)
     ids = tiny_ids(dense, 6, 40)
     full = LoraAdapter.init(dense, 64, KEY, targets=("all",))
-    found = with_eora(full, compressed, dense, Batch(ids)).repair(compressed)
+    found = with_eora(full, compressed, dense, ids).repair(compressed)
     assert found.decoder.layers.q.base.bits == 4
     # The random codes stand for another model altogether, so that much is added up.
     off = lambda logits: float(jnp.abs(logits - dense(ids)).max())
@@ -132,5 +131,5 @@ def test_a_teacher_of_another_size_is_refused():
     dense = tiny_decoder("llama")
     other = tiny_decoder("llama", ffw_dim=64)
     with pytest.raises(ValueError, match=r"other sizes; .*--teacher\.model") as error:
-        with_eora(LoraAdapter.init(dense, 2, KEY), dense, other, Batch(tiny_ids(dense)))
+        with_eora(LoraAdapter.init(dense, 2, KEY), dense, other, tiny_ids(dense))
     assert "\n" not in str(error.value)

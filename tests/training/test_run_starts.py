@@ -204,7 +204,11 @@ def test_runs_are_brought_what_they_ask_for(files):
     both, taught, nothing = starts(config, runs, [KEY] * 3, tokenizer, text, teacher)
     assert [x.tolist() for x in both.text] == [in_bytes("a"), in_bytes("bc")]
     assert both.teacher is None and both.windows is None and len(asked) == 1
-    assert taught.teacher is not None and taught.windows.tokens.shape == (3, LENGTH)
+    assert (
+        taught.teacher is not None
+        and taught.windows.shape == (3, LENGTH)
+        and taught.segments is None
+    )
     assert (nothing.text, nothing.teacher, nothing.windows) == ((), None, None)
     shapes = abstract_start(config, runs[0])
     assert [x.shape for x in shapes.text] == [(1,), (2,)]
