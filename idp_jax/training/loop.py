@@ -289,7 +289,7 @@ def _not_finite(name: str, value: float, step: int) -> ValueError:
             f"the {name} is {value} before the first step: it comes from the model or the text, "
             "not from training; check the model, or its --dtype"
         )
-    if step == 1:  # its numbers are those of the first values
+    if step == 1 and name != "validation loss":  # which alone is of the values behind the step
         return ValueError(
             f"the {name} is {value} at step 1, before anything was trained: it comes from the text "
             "or from the objective, its weights, its teacher and their temperature; check those, "

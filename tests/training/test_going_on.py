@@ -230,6 +230,8 @@ def broken_by_training(repaired, batch):
 def test_a_loss_that_ceases_to_be_finite_is_divergence(tmp_path):
     with pytest.raises(Diverged, match=r"loss is (nan|inf) at step [2-9]: .*may help"):
         run_fit(tmp_path, "lora", objective=broken_by_training)
+    with pytest.raises(Diverged, match=r"validation loss is nan at step 1: .*may help"):
+        run_fit(tmp_path / "at once", "prompt", rate=float("nan"), evaluate_every=1)
 
 
 def test_a_run_that_only_made_it_worse_is_no_success(tmp_path):
