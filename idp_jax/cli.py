@@ -21,12 +21,13 @@ import sys
 from typing import Any
 
 from idp_jax import __version__
-from idp_jax.jobs import failures, signals
+from idp_jax.jobs import signals
 
 with signals.handled():  # these take the longest until a command can begin
     from idp_jax import config
     from idp_jax.config.files import part_from_dict, read_yaml
     from idp_jax.config.presets import PRESETS, read_preset
+    from idp_jax.jobs import failures
 
 COMMANDS: dict[str, type] = {
     "demo": config.Demo,

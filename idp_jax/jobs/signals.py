@@ -107,8 +107,6 @@ def handled() -> Iterator[None]:
     wakeup = signal.set_wakeup_fd(watch.writer, warn_on_full_buffer=False)
     handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
     watch.thread.start()
-    atexit.unregister(_leave)
-    atexit.register(_leave)
     try:
         yield
     except Interrupted as stop:
@@ -123,6 +121,10 @@ def handled() -> Iterator[None]:
         signal.set_wakeup_fd(wakeup)
         os.close(watch.writer)
         watch.thread.join()
+        # The last that is registered is the first that is called: before what libraries have
+        # registered since, where a signal would print a traceback.
+        atexit.unregister(_leave)
+        atexit.register(_leave)
 
 
 def begin(*, resumes: bool) -> None:

@@ -192,3 +192,27 @@ def test_without_a_terminal_there_is_a_line_every_half_minute(monkeypatch, capsy
         "training: 13/26, 0:00:31 elapsed, 0:02:14 left, loss 1.0",
         "training: 18/26, 0:01:02 elapsed, 0:01:02 left, loss 1.0",
     ]
+
+
+AT_EXIT = """
+import atexit, time
+from idp_jax.jobs import signals
+
+def leave():  # a library that was imported while the command ran
+    print("ready", flush=True)
+    time.sleep(60)
+
+with signals.handled():
+    atexit.register(leave)
+"""
+
+
+@pytest.mark.parametrize("number", signals.SIGNALS)
+def test_while_the_interpreter_goes_down_a_signal_ends_it_without_a_word(number):
+    process = subprocess.Popen(
+        [sys.executable, "-c", AT_EXIT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=8)
+    assert (process.returncode, err) == (-number, "")
