@@ -34,6 +34,7 @@ COMMANDS: dict[str, type] = {
     "compress": config.Compress,
     "convert": config.Convert,
     "train": config.Train,
+    "plan": config.Plan,
     "merge": config.Merge,
     "eval": config.Evaluate,
     "sweep": config.Sweep,
@@ -115,6 +116,8 @@ def parse(kind: type, arguments: list[str], program: str) -> Any:
     """
     import tyro
 
+    if getattr(kind, "takes_file", False) and arguments and not arguments[0].startswith("-"):
+        arguments = ["--config_path", *arguments]
     path, arguments = _taken("config_path", "a YAML file", arguments)
     tree = {} if path is None else read_yaml(path)
     if getattr(kind, "has_presets", False):

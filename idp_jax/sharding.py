@@ -18,6 +18,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 MESH_AXES = ("data", "fsdp", "model")
 TENSOR_AXIS = "model"
 """The mesh axis that cuts single matrices, and with them the heads and the MLP."""
+STORAGE_AXIS = "fsdp"
+"""The mesh axis that cuts parameters only to be stored: every product gathers what it needs."""
 
 # Along `embed`, the residual stream's side of every matrix, weights are cut only to be stored
 # (ZeRO-3): XLA gathers them for each product. Activations keep that side whole (`embed_activation`)
@@ -25,6 +27,7 @@ TENSOR_AXIS = "model"
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "time": None,
+    "kept_time": TENSOR_AXIS,  # of activations that wait for the backward pass
     "layers": None,
     "embed": "fsdp",
     "embed_activation": None,
@@ -92,6 +95,19 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(names, x.shape, mesh))
 
 
+def constrain_parts(node, names: Mapping[str, Any]):
+    """Pins the parameters of one part to what its `logical_axes` says; as `constrain`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return node
+    places = [
+        spec(meant or (None,) * leaf.ndim, leaf.shape, mesh)
+        for _, leaf, meant in named_axes(node, names)
+    ]
+    places = jax.tree.unflatten(jax.tree.structure(node), places)
+    return jax.lax.with_sharding_constraint(node, places)
+
+
 def parts(name: str, sizes: Mapping[str, int]) -> int:
     """How many parts a logical axis is cut into.
 
@@ -117,15 +133,23 @@ def declared_axes(tree) -> Iterator[tuple[tuple, jax.Array, tuple[str | None, ..
         no class names them.
     """
     declares = lambda node: hasattr(node, "logical_axes")
+    for path, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=declares)[0]:
+        names = node.logical_axes() if declares(node) else {}
+        for inner, leaf, meant in named_axes(node, names):
+            yield (*path, *inner), leaf, meant
+
+
+def named_axes(
+    node, names: Mapping[str, Any]
+) -> Iterator[tuple[tuple, jax.Array, tuple[str | None, ...] | None]]:
+    """The parameters of one part with what its `logical_axes` says; as `declared_axes`."""
     is_variable = lambda node: isinstance(node, nnx.Variable)
     flatten = jax.tree_util.tree_flatten_with_path
-    for path, node in flatten(tree, is_leaf=declares)[0]:
-        names = node.logical_axes() if declares(node) else {}
-        for inner, parameter in flatten(node, is_leaf=is_variable)[0]:
-            found = _lookup(names, inner)
-            value = parameter.get_value() if is_variable(parameter) else parameter
-            for rest, leaf in flatten(value)[0]:
-                yield (*path, *inner, *rest), leaf, _stacked(_lookup(found, rest), leaf.ndim)
+    for path, parameter in flatten(node, is_leaf=is_variable)[0]:
+        found = _lookup(names, path)
+        value = parameter.get_value() if is_variable(parameter) else parameter
+        for rest, leaf in flatten(value)[0]:
+            yield (*path, *rest), leaf, _stacked(_lookup(found, rest), leaf.ndim)
 
 
 def _lookup(names, path: tuple):
@@ -142,6 +166,11 @@ def _stacked(names, ndim: int) -> tuple[str | None, ...] | None:
     if names is None or isinstance(names, Mapping) or len(names) > ndim:
         return None
     return ("layers",) * (ndim - len(names)) + tuple(names)
+
+
+def batch_parts(mesh: jax.sharding.Mesh | None) -> int:
+    """How many parts a batch is cut into: its rows must be a multiple of that."""
+    return 1 if mesh is None else parts("batch", mesh.shape)
 
 
 def shardings(tree, mesh: jax.sharding.Mesh) -> Any:

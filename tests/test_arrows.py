@@ -34,6 +34,10 @@ ARROWS = {
         *("config", "data", "formats", "inference", "jobs"),
         *("models", "processes", "recover", "sharding", "weights"),
     },
+    "pods": {
+        *("config", "data", "formats", "inference", "models"),
+        *("recover", "sharding", "training"),
+    },
     "analysis": {"config", "evaluation"},
     "experiments": {
         *("analysis", "compression", "config", "data", "evaluation"),
@@ -41,7 +45,7 @@ ARROWS = {
     },
     "commands": {
         *("analysis", "compression", "config", "evaluation", "experiments"),
-        *("formats", "jobs", "models", "training"),
+        *("formats", "jobs", "models", "pods", "sharding", "training"),
     },
 }
 

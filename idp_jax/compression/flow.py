@@ -15,7 +15,7 @@ import numpy as np
 from idp_jax.compression.cores.hessian import accumulate, empty_state
 from idp_jax.models.block import Block
 from idp_jax.models.decoder import Decoder
-from idp_jax.sharding import constrain, parts, shard, shard_batch
+from idp_jax.sharding import batch_parts, constrain, shard, shard_batch
 
 # What the MLPs' inner activations of all text may take; above, they are computed a second time
 # when they are needed a second time.
@@ -98,7 +98,7 @@ class Flow:
         # All windows are full: what a context holds depends on their number alone.
         self._contexts: dict[int, Any] = {}
         self._kept: list[jax.Array] = []
-        batch_size *= 1 if mesh is None else parts("batch", mesh.shape)
+        batch_size *= batch_parts(mesh)
         for first in range(0, len(tokens), batch_size):
             embeddings = shard_batch(embedding[tokens[first : first + batch_size]], mesh)
             h, context = _start(entry, embeddings)

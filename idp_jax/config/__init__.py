@@ -5,7 +5,7 @@ what training takes; `commands`, `experiment` and `sweep` hold the commands; `fi
 writes them. The invariant: nothing here imports jax.
 """
 
-from idp_jax.config.commands import Compress, Convert, Evaluate, Merge, PoolStudy, Train
+from idp_jax.config.commands import Compress, Convert, Evaluate, Merge, Plan, PoolStudy, Train
 from idp_jax.config.experiment import Demo, Experiment, Variant
 from idp_jax.config.groups import (
     Calibration,
@@ -49,6 +49,7 @@ __all__ = [
     "Mesh",
     "Norms",
     "Optimizer",
+    "Plan",
     "Pool",
     "PoolStudy",
     "Prefix",

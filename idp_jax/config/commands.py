@@ -74,6 +74,8 @@ class Train(Loading):
     """Training budget in tokens (for each prompt of a pool); 0 keeps the start as it is."""
     batch_size: int = 2
     """Windows of a step."""
+    passes: int = 1
+    """In which a step's windows go through the model: more need less memory, and more time."""
     data: Data = field(default_factory=Data)
     optimizer: Optimizer = field(default_factory=Optimizer)
     evaluate_every: int = 200
@@ -97,6 +99,12 @@ class Train(Loading):
         read |= {"init.file": self.init.file}
         check_apart(self.out, {"model": self.model, **read})
         at_least("batch-size", self.batch_size, 1)
+        at_least("passes", self.passes, 1)
+        if self.batch_size % self.passes:
+            raise ConfigError(
+                f"--batch-size {self.batch_size} does not divide into --passes {self.passes}; "
+                "choose a multiple of it"
+            )
         at_least("evaluate-every", self.evaluate_every, 1)
         at_least("checkpoint-every", self.checkpoint_every, 1)
         at_least("prompt-length", self.prompt_length, 1)
@@ -162,6 +170,34 @@ class Train(Loading):
     def learning_rate(self) -> float:
         """The given learning rate, or the method's default."""
         return self.optimizer.learning_rate or LEARNING_RATES[self.method]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Train):
+    """Compile a training for devices that are not here: memory and time.
+
+    idp-jax plan FILE.yaml --topology v5e:16x16, where the file is a training's.
+    """
+
+    takes_file: ClassVar[bool] = True  # a first argument that is no option is --config_path
+
+    topology: str
+    """Kind and shape of the devices: v4, v5e, v5p or v6e as in v5e:16x16; h100:8, or h100:4x8 for
+    four hosts of eight."""
+    bits: int | None = None
+    """Plan as if the matrices were packed to 2, 3, 4 or 8 bits; by default as the model is."""
+    group_size: int = 128
+    """Inputs that share a scale, with --bits."""
+    programs: str = ""
+    """Only programs whose name begins so: step, validation, loading, prefill, decode."""
+    out: Path = Path("runs/planned")
+    """Of the training; nothing is written there."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.bits is not None:
+            one_of("bits", self.bits, (2, 3, 4, 8))
+        at_least("group-size", self.group_size, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -103,14 +103,29 @@ class TrainingText:
         """Training batches of `size` windows, without end."""
         return Batches(self, size)
 
-    def validation_batches(self, size: int) -> list[Batch]:
-        """The held-out windows in equal batches of at most `size`."""
-        size = max(n for n in range(1, size + 1) if len(self.validation) % n == 0)
-        batched = lambda rows: rows.reshape(-1, size, self.length)
-        tokens = batched(self.validation)
-        if self.validation_segments is None:
-            return [Batch(rows) for rows in tokens]
-        return list(map(Batch, tokens, batched(self.validation_segments)))
+    def validation_batches(self, size: int, parts: int = 1) -> list[Batch]:
+        """The held-out windows in equal batches of at most `size`.
+
+        Args:
+            parts: that every batch is to divide into; `size` does. Where the windows do not, the
+                last batch is filled up with some that do not count.
+        """
+        length, missing = self.length, -len(self.validation) % parts
+        units = (len(self.validation) + missing) // parts
+        rows = parts * max(n for n in range(1, size // parts + 1) if units % n == 0)
+
+        def batched(windows: np.ndarray) -> np.ndarray:
+            filled = np.concatenate([windows, np.repeat(windows[:1], missing, 0)])
+            return filled.reshape(-1, rows, length)
+
+        tokens, segments, counts = batched(self.validation), None, None
+        if self.validation_segments is not None:
+            segments = batched(self.validation_segments)
+        if missing:
+            counts = np.arange(tokens[..., 0].size) < len(self.validation)
+            counts = np.broadcast_to(counts.reshape(-1, rows, 1), tokens.shape)
+        at = lambda arrays, n: None if arrays is None else arrays[n]
+        return [Batch(rows, at(segments, n), at(counts, n)) for n, rows in enumerate(tokens)]
 
     @property
     def apart(self) -> bool:

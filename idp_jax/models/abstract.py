@@ -144,22 +144,21 @@ def random_weight(
     """One matrix of all layers [L, I, O], with values of about 1 / sqrt(I)."""
     rng, dtype = _named(key, matrix.name), jnp.dtype(dtype)
     if isinstance(rng, np.random.Generator):
-        return _stored(_weight(rng, matrix, storage, dtype, layers), matrix, storage)
+        return _stored(_weight(rng, matrix, storage, dtype, layers), storage)
     return _weight_on_device(rng, matrix, storage, dtype, layers)
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _weight_on_device(key: jax.Array, matrix: Matrix, storage: Storage, dtype, layers: int):
     # One program, so that what is drawn and what is repacked are not held side by side.
-    return _stored(_weight(key, matrix, storage, dtype, layers), matrix, storage)
+    return _stored(_weight(key, matrix, storage, dtype, layers), storage)
 
 
-def _stored(weight: Dense | Quantized, matrix: Matrix, storage: Storage):
+def _stored(weight: Dense | Quantized, storage: Storage):
     weight = jax.tree.map(jnp.asarray, weight)
     if storage.backend is None:
         return weight
-    options = {"backend": storage.backend, "split": matrix.split}
-    return repack(weight, **options, use_sparse24=storage.sparse24)
+    return repack(weight, backend=storage.backend, use_sparse24=storage.sparse24)
 
 
 # What follows computes in numpy on the host, and in JAX on the device.

@@ -16,9 +16,9 @@ from jax.ad_checkpoint import checkpoint_name
 from idp_jax.kernels.stack import select_layer
 from idp_jax.models.config import ModelConfig
 from idp_jax.models.layers import Norm, attention, rotate
-from idp_jax.models.matrices import matrices
+from idp_jax.models.matrices import matrices, stages
 from idp_jax.sharding import constrain
-from idp_jax.weights import is_compressed
+from idp_jax.weights import is_compressed, products
 
 _Layers = TypeVar("_Layers")  # a block, or one of its weights
 # What the backward pass keeps of a layer beside its input: the results of matrices, which take time
@@ -35,8 +35,8 @@ class Context(struct.PyTreeNode):
     """What every layer of one forward pass shares.
 
     Attributes:
-        visible: bool [B, T, T], see `layers.visibility`.
-        rotation: cosines and sines [B, T, H], or None where positions are learned.
+        visible: bool [B | 1, T, T], see `layers.visibility`.
+        rotation: cosines and sines [B | 1, T, H], or None where positions are learned.
     """
 
     visible: jax.Array
@@ -90,9 +90,9 @@ class Block(nnx.Module):
         """Rotated queries [B, T, N, H], rotated keys and values [B, T, K, H]."""
         config = self.config
         split = lambda y, heads: y.reshape(*x.shape[:2], heads, config.head_dim)
-        q = split(self.q(x), config.num_heads)
-        k = split(self.k(x), config.num_kv_heads)
-        v = split(self.v(x), config.num_kv_heads)
+        q, k, v = self._stage(0, x)
+        q = split(q, config.num_heads)
+        k, v = split(k, config.num_kv_heads), split(v, config.num_kv_heads)
         if context.rotation is not None:
             q, k = rotate(q, *context.rotation), rotate(k, *context.rotation)
         return _kept(q), _kept(k), _kept(v)
@@ -108,7 +108,7 @@ class Block(nnx.Module):
 
     def mlp_input(self, h: jax.Array, attended: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Adds the attention to the residual; returns it and what gate and up read."""
-        h = h + _kept(self.o(attended))
+        h = h + _kept(*self._stage(1, attended))
         if self.config.norm_before:
             return h, self.mlp_norm(h)
         h = self.attention_norm(h)
@@ -117,14 +117,20 @@ class Block(nnx.Module):
     def mlp_hidden(self, x: jax.Array) -> jax.Array:
         """What down reads: [B, T, F]."""
         activation = _ACTIVATIONS[self.config.activation]
-        if self.gate is None:
-            return activation(_kept(self.up(x)))
-        return activation(_kept(self.gate(x))) * _kept(self.up(x))
+        *gate, up = map(_kept, self._stage(2, x))
+        return activation(gate[0]) * up if gate else activation(up)
 
     def output(self, h: jax.Array, hidden: jax.Array) -> jax.Array:
         """Adds the MLP to the residual: [B, T, D]."""
-        h = h + self.down(hidden)
+        (update,) = self._stage(3, hidden)
+        h = h + update
         return h if self.config.norm_before else self.mlp_norm(h)
+
+    def _stage(self, number: int, x: jax.Array) -> list[jax.Array]:
+        """What each matrix of a stage gives for x, which all of them read."""
+        members = stages(self.config)[number]
+        weights = [getattr(self, matrix.name) for matrix in members]
+        return products(x, weights, [matrix.axes for matrix in members])
 
     def __call__(self, h, context: Context, past=None):
         """The whole block: the new residual stream [B, T, D], and keys and values [B, T, K, H]."""

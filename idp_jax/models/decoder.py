@@ -16,13 +16,17 @@ from jax.core import Tracer
 from idp_jax.models.block import KEPT, Block, Context, scan_layers
 from idp_jax.models.cache import KV
 from idp_jax.models.config import ModelConfig
+from idp_jax.models.embedding import rows_of
 from idp_jax.models.head import Head
 from idp_jax.models.inputs import token_arrays
-from idp_jax.models.layers import Norm, rope_frequencies, rotation, visibility
+from idp_jax.models.layers import Norm, rope_frequencies, rotation, seen_tokens, visibility
 from idp_jax.sharding import constrain
 from idp_jax.weights import Dense
 from idp_jax.weights.dense import Array
 
+# What the axes of the residual stream mean, and of what is kept of it for the backward pass.
+_STREAM = ("batch", "time", "embed_activation")
+_KEPT_STREAM = ("batch", "kept_time", "embed_activation")
 OPT_POSITION_OFFSET = 2  # the first two rows of OPT's position table are never used
 
 
@@ -115,7 +119,7 @@ class Decoder(nnx.Module):
     def embed(self, input_ids) -> jax.Array:
         """Word embeddings [B, T, E]."""
         with jax.named_scope("embed"):
-            return self.embedding[...][input_ids]
+            return rows_of(self.embedding[...], input_ids)
 
     def start(self, embeddings, attention_mask=None, past: KV | None = None, segments=None):
         """The residual stream that enters layer 0, and the context that all layers share.
@@ -141,11 +145,13 @@ class Decoder(nnx.Module):
         if attention_mask is None and segments is None:
             self._check_length(embeddings.shape[1], past)
         if attention_mask is None:
-            attention_mask = jnp.ones(embeddings.shape[:2], jnp.int32)
+            # A row of plain text is like any other: one serves all.
+            rows = 1 if segments is None else embeddings.shape[0]
+            attention_mask = jnp.ones((rows, embeddings.shape[1]), jnp.int32)
         visible = visibility(attention_mask, segments)
         first = jnp.zeros((1,), jnp.int32) if past is None else past.next_position
         # A token's position is the number of tokens it sees before itself, whatever the padding.
-        seen = visible.sum(-1, dtype=jnp.int32)
+        seen = seen_tokens(attention_mask, segments)
         positions = first[:, None] + jnp.maximum(seen - 1, 0)
         h = embeddings
         if self.project_in is not None:
@@ -158,7 +164,7 @@ class Decoder(nnx.Module):
         else:
             turns = rotation(positions, self._frequencies(positions))
         context = Context(visible, turns)
-        h = constrain(h, "batch", "time", "embed_activation")
+        h = constrain(h, *_STREAM)
         return h, context, first + seen.max(-1)
 
     def _frequencies(self, positions: jax.Array) -> jax.Array:
@@ -225,22 +231,27 @@ class Decoder(nnx.Module):
         embeddings = self.embed(input_ids) if embeddings is None else embeddings
         h, context, next_position = self.start(embeddings, attention_mask, past, segments)
 
-        def step(h, xs):
+        def layer(h, xs):
             block, stored = xs
-            h, kv = block(h, context, stored)
+            h, kv = block(constrain(h, *_STREAM), context, stored)
             return h, (kv if keep else None)
 
         policy = None if remat else jax.checkpoint_policies.save_only_these_names(KEPT)
-        step = jax.checkpoint(step, prevent_cse=False, policy=policy)
+        kept = jax.checkpoint(layer, prevent_cse=False, policy=policy)
+
+        def step(h, xs):
+            # Of what alone is kept of a layer, all devices that share a matrix keep a part.
+            return kept(constrain(h, *_KEPT_STREAM) if remat else h, xs)
+
         stored = None if past is None else (past.k, past.v, past.layer_masks())
         with jax.named_scope("layers"):
-            h, kept = scan_layers(step, h, self.layers, stored)
-        h = self.finish(h)
+            h, kv = scan_layers(step, h, self.layers, stored)
+        h = self.finish(constrain(h, *_STREAM))
         if not keep:
             return h
         mask = jnp.ones(h.shape[:2], bool) if attention_mask is None else attention_mask > 0
         next_position = jnp.broadcast_to(next_position, (h.shape[0],))
-        return h, KV(kept[0], kept[1], mask, next_position)
+        return h, KV(kv[0], kv[1], mask, next_position)
 
     def finish(self, h: jax.Array) -> jax.Array:
         """The final norm and projection: [B, T, D] -> [B, T, E]."""

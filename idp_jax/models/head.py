@@ -18,6 +18,11 @@ class Head(struct.PyTreeNode):
     kernel: jax.Array
     turned: bool = struct.field(pytree_node=False)
 
+    def whole(self) -> "Head":
+        """The same on a mesh with what cuts it to be stored undone: once for many products."""
+        names = ("vocab", "embed_activation")
+        return self.replace(kernel=constrain(self.kernel, *(names if self.turned else names[::-1])))
+
     def __call__(self, hidden: jax.Array) -> jax.Array:
         contract = 1 if self.turned else 0
         dims = (((hidden.ndim - 1,), (contract,)), ((), ()))

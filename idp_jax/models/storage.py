@@ -19,9 +19,9 @@ from idp_jax.kernels.sparse24_matmul import api as sparse24
 from idp_jax.kernels.stack import select_layer
 from idp_jax.models.block import Block, layer_slice
 from idp_jax.models.decoder import Decoder
-from idp_jax.models.matrices import Matrix, matrices
-from idp_jax.sharding import TENSOR_AXIS, parts
-from idp_jax.weights import Dense, Quantized, Repacked
+from idp_jax.models.matrices import Matrix, matrices, matrix_axes
+from idp_jax.sharding import TENSOR_AXIS, constrain_parts
+from idp_jax.weights import Dense, Quantized, Repacked, products
 from idp_jax.weights import repack as repack_weight
 
 _logger = logging.getLogger(__name__)
@@ -68,13 +68,18 @@ def repack(
             is_sparse = _sparse_kernel(matrix, weight, model.embedding.dtype.name, kernel)
             if isinstance(weight, Dense) and not is_sparse:
                 continue
-            options = {"backend": kernel, "split": matrix.split}
-            repacked = _repack_weight(weight, **options, use_sparse24=is_sparse)
+            repacked = repack_matrix(weight, matrix, backend=kernel, use_sparse24=is_sparse)
             model = model.with_layers(model.layers.replace(**{name: repacked}))
     return model
 
 
-_repack_weight = jax.jit(repack_weight, static_argnames=("backend", "split", "use_sparse24"))
+@partial(jax.jit, static_argnames=("matrix", "backend", "use_sparse24"))
+def repack_matrix(
+    weight: Dense | Quantized, matrix: Matrix, *, backend: str, use_sparse24: bool
+) -> Dense | Quantized | Repacked:
+    """A matrix of all layers as the kernels read it, and where they do."""
+    repacked = repack_weight(weight, backend=backend, use_sparse24=use_sparse24)
+    return constrain_parts(repacked, repacked.logical_axes(*matrix.axes))
 
 
 def _sparse_kernel(matrix: Matrix, weight: Dense | Quantized, dtype: str, backend: str) -> bool:
@@ -99,8 +104,6 @@ def _no_sparse_kernel(
     weight: Dense | Quantized, dtype: str, backend: str, split: str
 ) -> str | None:
     mesh = jax.sharding.get_abstract_mesh()
-    if isinstance(weight, Dense) and not mesh.empty and parts("embed", mesh.shape) > 1:
-        return "fsdp cuts it finer as a dense one"
     make = partial(repack_weight, backend=backend, use_sparse24=True)
     try:
         repacked = jax.eval_shape(lambda weight: make(layer_slice(weight, 0)), weight)
@@ -168,14 +171,15 @@ def wrong_products(model: Decoder, mesh: jax.sharding.Mesh | None = None) -> lis
         for name in model.layers.weight_names:
             weight = getattr(model.layers, name)
             if isinstance(weight, Repacked):
-                off = _difference(weight, model.embedding.dtype.name)
+                axes = matrix_axes(name)
+                off = _difference(weight, model.embedding.dtype.name, axes)
                 if off > _LARGEST_DIFFERENCE:
                     wrong.append(name)
     return wrong
 
 
-@partial(jax.jit, static_argnames="dtype")
-def _difference(weight: Repacked, dtype: str) -> jax.Array:
+@partial(jax.jit, static_argnames=("dtype", "axes"))
+def _difference(weight: Repacked, dtype: str, axes: tuple[str, str]) -> jax.Array:
     """Between both products with the last layer, relative to the largest."""
     last = jax.tree.leaves(weight)[0].shape[0] - 1
     one = layer_slice(weight, last)
@@ -183,11 +187,12 @@ def _difference(weight: Repacked, dtype: str) -> jax.Array:
     dense = Dense(one.dense(dtype), bias)
     # As the model has it: where it lies in the stack.
     here = select_layer(weight.packed.get_value(), jnp.int32(last))
-    weight = Repacked(here, bias=bias, backend=weight.backend, split=weight.split)
+    weight = Repacked(here, bias=bias, backend=weight.backend)
     largest = jnp.float32(0)
     for rows in (1, 128):  # few and many may be different kernels
         x = jax.random.normal(jax.random.key(0), (rows, dense.kernel[...].shape[0]), dtype)
-        y, expected = weight(x).astype(jnp.float32), dense(x).astype(jnp.float32)
+        y = products(x, [weight], [axes])[0].astype(jnp.float32)
+        expected = dense(x).astype(jnp.float32)
         off = jnp.abs(y - expected).max() / jnp.abs(expected).max()
         # A maximum over devices may drop NaN.
         largest = jnp.maximum(largest, jnp.where(jnp.isfinite(y).all(), off, jnp.inf))

@@ -18,7 +18,7 @@ from idp_jax.models.decoder import Decoder
 from idp_jax.recover.methods import METHODS, Adapter, Run, parameter_count
 from idp_jax.recover.pool import Pool
 from idp_jax.recover.selection import check_selector, find_selector
-from idp_jax.sharding import parts
+from idp_jax.sharding import batch_parts
 from idp_jax.training.sinks import check_sinks
 from idp_jax.training.starts import abstract_start, resolved
 from idp_jax.training.teacher import check_teacher
@@ -37,12 +37,7 @@ def check(config: Train, mesh: jax.sharding.Mesh | None) -> int:
     check_sinks(config)
     _check_sources(config)
     check_teacher(config)
-    rows = 1 if mesh is None else parts("batch", mesh.shape)
-    if config.batch_size % rows:
-        raise ConfigError(
-            f"--batch-size {config.batch_size} does not divide over the mesh's data x fsdp = "
-            f"{rows} devices; choose a multiple of {rows}"
-        )
+    check_batch(config, mesh)
     decoder = abstract(from_hf(open_config(config.model)))
     runs = METHODS[config.method].runs(resolved(config))
     adapters = [abstract_adapter(config, run, decoder) for run in runs]
@@ -51,6 +46,17 @@ def check(config: Train, mesh: jax.sharding.Mesh | None) -> int:
     if config.method == "idp":
         _check_choice(config, adapters, decoder)
     return sum(parameter_count(adapter) for adapter in adapters)
+
+
+def check_batch(config: Train, mesh: jax.sharding.Mesh | None) -> None:
+    """Refuses a batch whose passes do not divide over the devices of a mesh."""
+    rows = batch_parts(mesh)
+    if config.batch_size // config.passes % rows:
+        each = "" if config.passes == 1 else f" in {config.passes} passes"
+        raise ConfigError(
+            f"--batch-size {config.batch_size}{each} does not divide over the mesh's data x fsdp = "
+            f"{rows} devices; choose a multiple of {rows * config.passes}"
+        )
 
 
 def _check_choice(config: Train, adapters: list[Adapter], decoder: Decoder) -> None:

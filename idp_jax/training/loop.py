@@ -7,7 +7,7 @@ the same metrics, bit for bit, as one that was not.
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import jax
@@ -24,7 +24,13 @@ from idp_jax.training.checkpoint import Checkpointer
 from idp_jax.training.checks import check_windows
 from idp_jax.training.metrics import Sink
 from idp_jax.training.objectives import Objective
-from idp_jax.training.step import TrainState, evaluate_step, keep_best, make_train_step
+from idp_jax.training.step import (
+    TrainState,
+    TrainStep,
+    evaluate_step,
+    keep_best,
+    make_train_step,
+)
 
 _UNVALIDATED = "unvalidated"  # beside the place in the data: a checkpoint before a validation
 _DIVERGED = 0.1  # nats above the start, with no better step in between
@@ -62,6 +68,7 @@ def fit(
     sinks: Sequence[Sink] = (),
     checkpointer: Checkpointer | None = None,
     schedule: optax.Schedule | None = None,
+    passes: int = 1,
     attach: Callable[[Batch], Batch] = lambda batch: batch,
     key: jax.Array | None = None,
     mesh: jax.sharding.Mesh | None = None,
@@ -73,8 +80,8 @@ def fit(
 
     Args:
         batches: training batches; host arrays, which are placed on the mesh here.
-        validation: batches of one size, whose mean loss of all next tokens chooses the best
-            adapter, whatever the objective: another one's value is no perplexity.
+        validation: batches of one size, placed likewise, whose mean loss of all next tokens chooses
+            the best adapter, whatever the objective: another one's value is no perplexity.
         steps: the number of the last step; at 0 the start is validated, and nothing is trained.
         evaluate_every: steps between two validations.
         checkpoint_every: steps between two checkpoints; by default as between validations.
@@ -83,6 +90,7 @@ def fit(
             validation losses.
         checkpointer: a run found there goes on. None keeps nothing.
         schedule: the optimizer's learning rates, for the sinks.
+        passes: in which every batch goes through the model, for less memory.
         attach: puts what the objective needs beside the tokens into a batch, such as a teacher's
             word; it is given batches as they are placed on the mesh.
         key: of what is drawn at random in training.
@@ -103,7 +111,9 @@ def fit(
             is longer than learned positions, or the checkpoint is damaged, or of a longer run.
     """
     check_windows(adapter, decoder, validation)
-    train_step = make_train_step(optimizer, objective, steps=steps, key=key, schedule=schedule)
+    train_step = make_train_step(
+        optimizer, objective, steps=steps, key=key, schedule=schedule, passes=passes
+    )
     state = TrainState.start(shard(adapter, mesh), optimizer)
     # Counters are placed, too, so that a step's outcome has the form of what it was given.
     state = jax.tree.map(lambda leaf: leaf if leaf.committed else shard(leaf, mesh), state)
@@ -113,7 +123,8 @@ def fit(
         return attach(shard_batch(batch, mesh))
 
     feed = _Feed(batches, prepare)
-    run = _Run(state, decoder, feed, validation, steps, patience, sinks, checkpointer, progress)
+    held_out = [shard_batch(batch, mesh) for batch in validation]
+    run = _Run(state, decoder, feed, held_out, steps, patience, sinks, checkpointer, progress)
     run.restore()
     save_every = checkpoint_every or evaluate_every
     try:
@@ -123,13 +134,7 @@ def fit(
         if run.unvalidated is not None:
             run.validate()
         while not run.done:
-            started = time.perf_counter()
-            batch = feed.take()
-            run.state, values = train_step(run.state, decoder, batch)
-            values = {name: float(value) for name, value in values.items()}
-            speed = batch.tokens.size / (time.perf_counter() - started)
-            run.take(values | {"tokens_per_second": speed}, evaluate_every, save_every)
-            progress(run.step, steps, f"loss {values['loss']:.3f}, {speed:,.0f} tokens/s")
+            run.advance(train_step, evaluate_every, save_every)
     except Interrupted as stop:
         run.keep(stop)
         raise
@@ -168,10 +173,27 @@ class _Feed:
 
 
 @dataclass
+class _Unread:
+    """The numbers of a step that may still be under way."""
+
+    step: int
+    values: Mapping[str, jax.Array]
+    tokens: int
+
+
+@dataclass
 class _Run:
     """A training under way.
 
+    A step is begun before the numbers of the one before it are read, so that the device never waits
+    for the host: they are written a step late, but before anything is validated or saved.
+
     Attributes:
+        step: the last step that was begun.
+        waited: validations since the best one.
+        unread: its numbers, until they are read.
+        last: the last numbers that were read.
+        since: when that was, or when the first step after other work was begun.
         unvalidated: the numbers of the step where it stands while that one's validation is due,
             {} before the first step; None when there is none to do.
     """
@@ -186,16 +208,16 @@ class _Run:
     checkpointer: Checkpointer | None
     progress: Callable[[int, int, str], None]
     unvalidated: dict[str, float] | None = None
-
-    @property
-    def step(self) -> int:
-        """The last step that was done."""
-        return int(self.state.step)
+    step: int = 0
+    waited: int = 0
+    unread: _Unread | None = None
+    last: dict[str, float] = field(default_factory=dict)
+    since: float = 0.0
 
     @property
     def stopped(self) -> bool:
         """Whether patience has ended it."""
-        return self.patience is not None and int(self.state.waited) >= self.patience
+        return self.patience is not None and self.waited >= self.patience
 
     @property
     def done(self) -> bool:
@@ -209,6 +231,7 @@ class _Run:
             self.unvalidated = {}
         else:
             self.state, place = found
+            self.step, self.waited = int(self.state.step), int(self.state.waited)
             self.unvalidated = place.pop(_UNVALIDATED, None)
             self.batches.restore(place)
         if self.step > self.steps:
@@ -223,15 +246,45 @@ class _Run:
         if self.unvalidated:
             self.write(self.unvalidated)
 
-    def take(self, values: dict[str, float], evaluate_every: int, save_every: int) -> None:
-        """Writes a step's numbers, and validates and saves where it is time to."""
-        self.write(values)
-        number = self.step
-        if number % evaluate_every == 0 or self.done:
-            self.unvalidated = values
+    def advance(self, train_step: TrainStep, evaluate_every: int, save_every: int) -> None:
+        """Begins a step, reads the one before, and validates and saves where it is time to."""
+        if self.unread is None:
+            self.since = time.perf_counter()
+        try:
+            batch = self.batches.take()
+        except ValueError:
+            self.catch_up()  # the step before went well: its numbers are to be told
+            raise
+        self.state, values = train_step(self.state, self.decoder, batch)
+        self.step += 1
+        before, self.unread = self.unread, _Unread(self.step, values, batch.tokens.size)
+        notes = [] if before is None else [self._tell(before)]
+        validates = self.step % evaluate_every == 0 or self.step >= self.steps
+        saves = self.step % save_every == 0
+        if validates or saves:
+            notes += self.catch_up()
+        if validates:
+            self.unvalidated = self.last
+        for number, note in notes:  # which may raise Interrupted
+            self.progress(number, self.steps, note)
+        if validates:
             self.validate()
-        if number % save_every == 0 or self.done:
+        if saves or self.done:
             self.save()
+
+    def catch_up(self) -> list[tuple[int, str]]:
+        """Waits for the step that is under way, if there is one, and writes its numbers."""
+        unread, self.unread = self.unread, None
+        return [] if unread is None else [self._tell(unread)]
+
+    def _tell(self, unread: _Unread) -> tuple[int, str]:
+        """Writes a step's numbers; returns it, and a note for people."""
+        values = {name: float(value) for name, value in unread.values.items()}
+        now = time.perf_counter()
+        values["tokens_per_second"] = speed = unread.tokens / (now - self.since)
+        self.since, self.last = now, values
+        self.write(values, unread.step)
+        return unread.step, f"loss {values['loss']:.3f}, {speed:,.0f} tokens/s"
 
     def validate(self) -> None:
         """Measures the adapter as it is, and remembers it if it is the best."""
@@ -246,7 +299,7 @@ class _Run:
         loss = jnp.average(jnp.stack(losses), weights=jnp.stack(counts))
         self.write({"validation_loss": float(loss)})
         self.state = keep_best(self.state, loss)
-        best = float(self.state.best_loss)
+        best, self.waited = float(self.state.best_loss), int(self.state.waited)
         never_better = self.done and int(self.state.best_step) == 0
         if never_better and float(loss) > best + _DIVERGED:
             raise Diverged(
@@ -255,15 +308,20 @@ class _Run:
             )
         self.unvalidated = None
 
-    def write(self, values: Mapping[str, float]) -> None:
-        """Tells the sinks, on process 0 alone; raises ValueError at a number that is not finite."""
+    def write(self, values: Mapping[str, float], step: int | None = None) -> None:
+        """Tells the sinks, on process 0 alone; raises ValueError at a number that is not finite.
+
+        Args:
+            step: of the numbers; the last one by default.
+        """
+        step = self.step if step is None else step
         if jax.process_index() == 0:
             for sink in self.sinks:
-                sink.write(self.step, values)
+                sink.write(step, values)
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
             name = "loss" if "loss" in bad else bad[0]
-            raise _not_finite(name.replace("_", " "), values[name], self.step)
+            raise _not_finite(name.replace("_", " "), values[name], step)
 
     def save(self) -> None:
         """Writes a checkpoint of this step."""
@@ -279,6 +337,7 @@ class _Run:
         Several processes may stand at different steps, so they go on from the last checkpoint.
         """
         if self.step and self.checkpointer is not None and jax.process_count() == 1:
+            self.catch_up()
             self.save()
             stop.place = f"step {self.step}"
 

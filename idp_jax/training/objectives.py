@@ -99,7 +99,8 @@ class Mix:
 
         head = word.head if word.kept is None else None
         targets = jnp.roll(batch.tokens, -1, 1)
-        return summed(score, hidden, repaired.decoder.output_head(), (targets, weight, said), head)
+        ours = repaired.decoder.output_head().whole()
+        return summed(score, hidden, ours, (targets, weight, said), head)
 
 
 def _each(term: Term, logits: jax.Array, positions: Positions) -> jax.Array:

@@ -78,7 +78,9 @@ class Plan:
         """What to do where the training does not fit; None where it does."""
         if self.room is None or self.bytes <= self.room:
             return None
-        smaller = f"--batch-size below {config.batch_size}" if config.batch_size > 1 else None
+        smaller = None
+        if config.batch_size > config.passes:
+            smaller = f"more --passes than {config.passes}"
         shorter = f"--data.sequence-length below {config.data.sequence_length}"
         ways = [None if config.remat else "--remat", smaller or shorter]
         return (
@@ -97,7 +99,9 @@ def plan(config: Train, mesh: jax.sharding.Mesh | None) -> list[Plan]:
     model = from_hf(raw)
     decoder = abstract(model, dtype=_dtype(raw, config), weights=_storage(raw, config))
     optimizer = make_optimizer(config.optimizer, config.learning_rate, config.steps)
-    step = make_train_step(optimizer, _objective(config.remat), steps=max(config.steps, 1))
+    step = make_train_step(
+        optimizer, _objective(config.remat), steps=max(config.steps, 1), passes=config.passes
+    )
     size = (config.batch_size, config.data.sequence_length)
     batch = Batch(jax.ShapeDtypeStruct(size, jnp.int32))
     made = []

@@ -28,6 +28,7 @@ from idp_jax.jobs.progress import SILENT, Progress, expecting
 from idp_jax.models.decoder import Decoder
 from idp_jax.processes import first_process, gather, mesh_of
 from idp_jax.recover.methods import METHODS, Adapter, Run, parameter_count
+from idp_jax.sharding import batch_parts
 from idp_jax.training.checkpoint import Checkpointer
 from idp_jax.training.checks import check
 from idp_jax.training.clusters import part_of
@@ -42,7 +43,8 @@ from idp_jax.training.teacher import Teacher
 from idp_jax.training.text import open_text, self_text
 
 # What may change between two calls that work on the same run: it does not change what is trained.
-_FREE = ("out", "mesh", "evaluate_every", "checkpoint_every", "tracking", "plan", "teacher.cache")
+_FREE = ("out", "mesh", "passes", "evaluate_every", "checkpoint_every", "tracking", "plan")
+_FREE += ("teacher.cache",)
 
 
 def train(
@@ -210,13 +212,14 @@ class _Trainings:
                 make_objective(config.objective, remat=config.remat),
                 make_optimizer(config.optimizer, config.learning_rate, config.steps),
                 text.batches(config.batch_size),
-                text.validation_batches(config.batch_size),
+                text.validation_batches(config.batch_size, batch_parts(self.mesh)),
                 steps=config.steps,
                 evaluate_every=config.evaluate_every,
                 checkpoint_every=config.checkpoint_every,
                 patience=config.patience,
                 sinks=sinks,
                 schedule=make_schedule(config.optimizer, config.learning_rate, config.steps),
+                passes=config.passes,
                 checkpointer=checkpointer,
                 attach=self.teacher.attach,
                 key=key,

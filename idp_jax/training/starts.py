@@ -70,15 +70,16 @@ def report_file(config: Train) -> Path:
 
 
 def abstract_start(config: Train, run: Run) -> Start:
-    """A start of a run for a trial without numbers: a teacher of shapes, text of zeros."""
-    text = tuple(jnp.zeros((length,), jnp.int32) for length in run.text)
-    shape = (run.windows, config.data.sequence_length)
-    windows = jnp.zeros(shape, jnp.int32) if run.windows else None
+    """A start of a run for a trial without numbers, all of it shapes."""
+    ids: Any = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+    text = tuple(ids(length) for length in run.text)
+    windows = ids(run.windows, config.data.sequence_length) if run.windows else None
     segments = windows if config.data.documents == "apart" else None
     teacher = None
     if run.teacher:
         teacher = abstract(from_hf(open_config(str(config.teacher.model))))
-    return Start(jax.random.key(0), text, teacher, windows, segments)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return Start(key, text, teacher, windows, segments)
 
 
 def starts(

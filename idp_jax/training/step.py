@@ -17,6 +17,7 @@ from idp_jax.data.batch import Batch
 from idp_jax.models.decoder import Decoder
 from idp_jax.recover.methods import repair_for_training, trained
 from idp_jax.recover.repaired import Repaired
+from idp_jax.training.accumulate import in_passes
 from idp_jax.training.objectives import Objective, counted_targets, next_token
 
 
@@ -107,8 +108,9 @@ class TrainStep:
 
 
 def _placement(leaf: Any) -> jax.sharding.Sharding | None:
-    """Where an array was put, or None where that is left open."""
-    return leaf.sharding if getattr(leaf, "committed", False) else None
+    """Where an array was put, or the shape of one is to be; None where that is left open."""
+    chosen = isinstance(leaf, jax.ShapeDtypeStruct) or getattr(leaf, "committed", False)
+    return leaf.sharding if chosen else None
 
 
 def make_train_step(
@@ -118,26 +120,32 @@ def make_train_step(
     steps: int = 1,
     key: jax.Array | None = None,
     schedule: optax.Schedule | None = None,
+    passes: int = 1,
 ) -> TrainStep:
     """The step of a training.
 
     Args:
+        passes: in which a batch goes through the model; see `accumulate`.
         steps: of the whole training, which a schedule of the adapter's own goes by.
         key: of what is drawn at random in training, folded with the number of the step.
         schedule: the optimizer's learning rates, to be among the metrics.
     """
     key = jax.random.key(0) if key is None else key
 
-    def loss(adapter: Any, decoder: Decoder, batch: Batch, step: jax.Array):
+    def loss(adapter: Any, decoder: Decoder, batch: Batch, step: jax.Array, number: jax.Array):
         share = step.astype(jnp.float32) / jnp.float32(steps)
-        repaired = repair_for_training(adapter, decoder, share, jax.random.fold_in(key, step))
+        here = jax.random.fold_in(key, step)
+        here = here if passes == 1 else jax.random.fold_in(here, number)
+        repaired = repair_for_training(adapter, decoder, share, here)
         _check_choice(repaired, batch)
         return objective(repaired, batch)
 
     def step(state: TrainState, decoder: Decoder, batch: Batch):
-        (value, parts), gradient = jax.value_and_grad(loss, has_aux=True)(
-            state.adapter, decoder, batch, state.step
-        )
+        def slope(batch: Batch, number: jax.Array):
+            of_loss = jax.value_and_grad(loss, has_aux=True)
+            return of_loss(state.adapter, decoder, batch, state.step, number)
+
+        (value, parts), gradient = in_passes(slope, batch, passes)
         # Numbers that are not trained count in no norm, and no weight decay reaches them.
         learns = trained(state.adapter)
         pick = lambda mask, new, old: new if mask is True else jnp.where(mask, new, old)

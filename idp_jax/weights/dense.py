@@ -44,3 +44,21 @@ class Dense(nnx.Module):
     def logical_axes(self, inputs: str | None, outputs: str | None) -> dict[str, Any]:
         """What the axes of the parameters mean, see `sharding.declared_axes`."""
         return {"kernel": (inputs, outputs), "bias": (outputs,)}
+
+    order = None  # of the inputs, where it is not their own
+
+    def without_bias(self) -> "Dense":
+        """The same matrix alone."""
+        return Dense(self.kernel[...])
+
+    def in_order(self, x: jax.Array) -> tuple[jax.Array, "Dense"]:
+        """The inputs as the matrix has them, and the matrix for them: both as they are."""
+        return x, self
+
+    def divides(self, split: str, parts: int) -> bool:
+        """Whether its "inputs" or "outputs" can be cut into so many parts."""
+        return self.kernel[...].shape[-2 if split == "inputs" else -1] % parts == 0
+
+    def part(self, split: str, parts: int) -> "Dense":
+        """The weight whose arrays will be one of so many parts."""
+        return self

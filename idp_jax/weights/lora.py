@@ -66,3 +66,26 @@ class Lora(nnx.Module):
             "a": (inputs, "rank"),
             "b": ("rank", outputs),
         }
+
+    def without_bias(self) -> "Lora":
+        """The same matrices alone."""
+        return self._with(self.base.without_bias())
+
+    def in_order(self, x: jax.Array) -> tuple[jax.Array, "Lora"]:
+        """The inputs in the order in which the frozen matrix has them, and all for them."""
+        order = self.base.order
+        if order is None:
+            return x, self
+        x, base = self.base.in_order(x)
+        return x, Lora(base, self.a[...][order], self.b[...], self.scale, masked=self.masked)
+
+    def divides(self, split: str, parts: int) -> bool:
+        """Whether its "inputs" or "outputs" can be cut into so many parts."""
+        return self.base.divides(split, parts)
+
+    def part(self, split: str, parts: int) -> "Lora":
+        """The weight whose arrays will be one of so many parts."""
+        return self._with(self.base.part(split, parts))
+
+    def _with(self, base) -> "Lora":
+        return Lora(base, self.a[...], self.b[...], self.scale, masked=self.masked)

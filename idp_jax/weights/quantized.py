@@ -77,11 +77,35 @@ class Quantized(nnx.Module):
 
     def logical_axes(self, inputs: str | None, outputs: str | None) -> dict[str, Any]:
         """What the axes of the parameters mean, see `sharding.declared_axes`."""
+        # A part of the inputs has groups of its own, unless each input names one, or there is one.
+        grouped = inputs if self.group_index is None and self.groups > 1 else None
         return {
             "words": (inputs, outputs),
-            "scales": ("groups", outputs),
-            "zeros": ("groups", outputs),
-            # Every device needs the groups of all inputs: a part's groups may lie anywhere.
-            "group_index": (None,),
+            "scales": (grouped, outputs),
+            "zeros": (grouped, outputs),
+            "group_index": (inputs,),
             "bias": (outputs,),
         }
+
+    order = None  # of the inputs, where it is not their own
+
+    def without_bias(self) -> "Quantized":
+        """The same matrix alone."""
+        index = None if self.group_index is None else self.group_index[...]
+        words, scales, zeros = self.words[...], self.scales[...], self.zeros[...]
+        return Quantized(words, scales, zeros, bits=self.bits, group_index=index)
+
+    def in_order(self, x: jax.Array) -> tuple[jax.Array, "Quantized"]:
+        """The inputs as the matrix has them, and the matrix for them: both as they are."""
+        return x, self
+
+    def divides(self, split: str, parts: int) -> bool:
+        """Whether its "inputs" or "outputs" can be cut into so many parts, of whole words."""
+        if split == "outputs":
+            return self.outputs % parts == 0
+        own_groups = self.group_index is None and self.groups > 1
+        return self.words.shape[-2] % parts == 0 and (self.groups % parts == 0 or not own_groups)
+
+    def part(self, split: str, parts: int) -> "Quantized":
+        """The weight whose arrays will be one of so many parts."""
+        return self

@@ -1,5 +1,6 @@
 """Packed and 2:4 sparse weights in the layout of the kernels."""
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -10,11 +11,10 @@ from flax import nnx
 from idp_jax.kernels.devices import best_backend
 from idp_jax.kernels.quant_matmul import api as kernels
 from idp_jax.kernels.quant_matmul.layout import KernelWeight
-from idp_jax.kernels.sharded import partition, sharded_matmul, unsplittable
+from idp_jax.kernels.sharded import unsplittable
 from idp_jax.kernels.sparse24_matmul import api as sparse_kernels
 from idp_jax.kernels.sparse24_matmul.layout import SparseWeight
 from idp_jax.kernels.stack import slice_layer
-from idp_jax.sharding import TENSOR_AXIS, spec
 from idp_jax.weights.dense import Dense, add_bias
 from idp_jax.weights.quantized import Quantized
 
@@ -31,7 +31,6 @@ class Repacked(nnx.Module):
         bias: [..., O] or None.
         dtype: of the matrix that was read, where that was a dense one.
         backend: "auto", or the backend that must serve.
-        split: what tensor parallelism cuts, "outputs" or "inputs".
     """
 
     def __init__(
@@ -41,31 +40,22 @@ class Repacked(nnx.Module):
         bias=None,
         dtype: str = "float32",
         backend: str,
-        split: str,
     ):
         self.packed = nnx.Param(packed)
         self.bias = None if bias is None else nnx.Param(bias)
         self.dtype = dtype
         self.backend = backend
-        self.split = split
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Multiplies x [..., I]: [..., O] in the dtype of x, summed in float32."""
-        packed, mesh = self.packed.get_value(), jax.sharding.get_abstract_mesh()
-        sparse = isinstance(packed, SparseWeight)
-        operation = sparse_kernels.sparse24_matmul if sparse else kernels.quant_matmul
-        multiply = partial(operation, backend=self.backend)
-        if mesh.empty or mesh.size == 1 or self.backend == "xla":
-            return add_bias(multiply(x, packed), self.bias)
-        y = sharded_matmul(
-            multiply,
-            x,
-            packed,
-            mesh=mesh,
-            axis=_cutting_axis(packed, self.split, mesh),
-            split=self.split,
-            batch=spec(("batch",), x.shape[:1], mesh)[0],
-        )
+        """Multiplies x [..., I]: [..., O] in the dtype of x, summed in float32.
+
+        On a mesh it is called by `stage.products`, on every device with its part.
+        """
+        packed = self.packed.get_value()
+        if isinstance(packed, SparseWeight):
+            y = sparse_kernels.sparse24_matmul(x, packed, backend=self.backend)
+        else:
+            y = kernels.quant_matmul(x, packed, backend=self.backend)
         return add_bias(y, self.bias)
 
     def dense(self, dtype=jnp.float32) -> jax.Array:
@@ -86,13 +76,42 @@ class Repacked(nnx.Module):
         return Quantized(words, scales, zeros, bits=packed.bits, group_index=group_index, bias=bias)
 
     def logical_axes(self, inputs: str | None, outputs: str | None) -> dict[str, Any]:
-        """What the axes of the parameters mean, see `sharding.declared_axes`.
+        """What the axes of the parameters mean, see `sharding.declared_axes`."""
+        packed = self.packed.get_value()
+        return {"packed": _axes(packed, inputs, outputs) | {"order": (None,)}, "bias": (outputs,)}
 
-        A kernel takes a weight that is cut on one side only, so the other side stays whole.
-        """
-        name = inputs if self.split == "inputs" else outputs
-        names = partition(self.packed.get_value(), name, self.split)
-        return {"packed": vars(names), "bias": (outputs,)}
+    @property
+    def order(self) -> jax.Array | None:
+        """Of the inputs, int32 [I], where it is not their own (act-order)."""
+        return getattr(self.packed.get_value(), "order", None)
+
+    def without_bias(self) -> "Repacked":
+        """The same matrix alone."""
+        return Repacked(self.packed.get_value(), dtype=self.dtype, backend=self.backend)
+
+    def in_order(self, x: jax.Array) -> tuple[jax.Array, "Repacked"]:
+        """The inputs in the order of the words, and the matrix for them."""
+        if self.order is None:
+            return x, self
+        return x[..., self.order], self._with(order=None)
+
+    def divides(self, split: str, parts: int) -> bool:
+        """Whether its "inputs" or "outputs" can be cut into so many parts, of whole tiles."""
+        return unsplittable(self.packed.get_value(), split, parts) is None
+
+    def part(self, split: str, parts: int) -> "Repacked":
+        """The weight whose arrays will be one of so many parts."""
+        if split == "outputs":  # which the arrays tell
+            return self
+        packed = self.packed.get_value()
+        # One group of all inputs stays one: its only row of scales is every part's.
+        return self._with(inputs=packed.inputs // parts, groups=max(1, packed.groups // parts))
+
+    def _with(self, **changes) -> "Repacked":
+        copy = self.without_bias()
+        copy.packed = nnx.Param(dataclasses.replace(self.packed.get_value(), **changes))
+        copy.bias = self.bias
+        return copy
 
 
 def is_compressed(node) -> bool:
@@ -100,28 +119,31 @@ def is_compressed(node) -> bool:
     return isinstance(node, KernelWeight | SparseWeight)
 
 
-def _cutting_axis(packed: KernelWeight | SparseWeight, split: str, mesh) -> str | None:
-    """The mesh axis that cuts a weight; None where it stays whole on every device of it."""
-    whole = unsplittable(packed, split, mesh.shape[TENSOR_AXIS]) is not None
-    return None if whole else TENSOR_AXIS
+def _axes(
+    packed: KernelWeight | SparseWeight, inputs: str | None, outputs: str | None
+) -> dict[str, tuple[str | None, ...]]:
+    """What the axes of the arrays mean, layers left out."""
+    names = {}
+    for name, (of_inputs, of_outputs) in packed.axes.items():
+        first = min(axis for axis in (of_inputs, of_outputs, -2) if axis is not None)
+        meant = {of_inputs: inputs, of_outputs: outputs}
+        names[name] = tuple(meant.get(axis) for axis in range(first, 0))
+    return names
 
 
 def repack(
     weight: Dense | Quantized,
     *,
     backend: str = "auto",
-    split: str = "outputs",
     use_sparse24: bool = False,
 ) -> Dense | Quantized | Repacked:
     """Brings a packed or 2:4 sparse weight into the layout of the kernels; can be jitted.
 
-    Where XLA is what "auto" chooses (on a CPU, say), the weight stays as it is. Inside
-    `jax.set_mesh` the result is placed as the kernels will read it.
+    Where XLA is what "auto" chooses (on a CPU, say), the weight stays as it is.
 
     Args:
         weight: one layer, or layers stacked in front.
         backend: "auto", "pallas_tpu", "mosaic_gpu" or "xla".
-        split: what tensor parallelism cuts, "outputs" or "inputs".
         use_sparse24: store two of every four inputs. The others must be zero, and what is not
             packed must be bfloat16 numbers; then a matrix that is not packed is taken too.
 
@@ -132,13 +154,9 @@ def repack(
     if chosen == "xla" or (isinstance(weight, Dense) and not use_sparse24):
         return weight
     packed = _packed(weight, chosen, use_sparse24)
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1:
-        places = partition(packed, _cutting_axis(packed, split, mesh), split)
-        packed = jax.lax.with_sharding_constraint(packed, places)
     bias = None if weight.bias is None else weight.bias[...]
     dtype = weight.kernel.dtype.name if isinstance(weight, Dense) else "float32"
-    return Repacked(packed, bias=bias, dtype=dtype, backend=backend, split=split)
+    return Repacked(packed, bias=bias, dtype=dtype, backend=backend)
 
 
 def _packed(

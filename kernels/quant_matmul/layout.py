@@ -110,8 +110,10 @@ def repack(
     if arrangement not in ("rows", "fragments"):
         raise ValueError(f"arrangement must be rows or fragments, not {arrangement}")
     if words.ndim > 2:
+        # A layer at a time: the codes of one take several times the memory of its words.
         one = functools.partial(repack, bits=bits, arrangement=arrangement)
-        return jax.vmap(one)(words, scales, zeros, group_index=group_index)
+        stacked = (words, scales, zeros, group_index)
+        return jax.lax.map(lambda layer: one(*layer[:3], group_index=layer[3]), stacked)
     codes = unpack(words, bits)
     inputs, groups = codes.shape[0], scales.shape[0]
     if inputs % groups:

@@ -23,7 +23,7 @@ from idp_jax.config import (
 from idp_jax.config.files import from_dict, from_yaml, to_dict
 
 ROOT = Path(__file__).parents[2]
-KINDS = {"compress": Compress, "train": Train, "configs": Demo, "eval": Evaluate}
+KINDS = {"pods": Train, "compress": Compress, "train": Train, "configs": Demo, "eval": Evaluate}
 KINDS |= {"sweep": Sweep}
 PRESETS = ROOT / "configs" / "presets"  # settings of a recipe alone, see test_presets.py
 FILES = sorted(

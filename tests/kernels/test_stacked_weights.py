@@ -6,11 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
 
 from idp_jax.kernels.quant_matmul import api as quant
 from idp_jax.kernels.quant_matmul import mosaic_gpu as quant_gpu
-from idp_jax.kernels.sharded import partition, sharded_matmul
 from idp_jax.kernels.sparse24_matmul import api as sparse
 from idp_jax.kernels.sparse24_matmul import mosaic_gpu as sparse_gpu
 from idp_jax.kernels.stack import select_layer, slice_layer
@@ -79,21 +77,6 @@ def test_a_layer_in_its_stack_on_a_gpu(kind):
         np.testing.assert_array_equal(
             multiply(_x(3), select_layer(stack, jnp.int32(number))), expected
         )
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("split", ["inputs", "outputs"])
-def test_on_a_mesh(kind, split):
-    multiply, stack = _stack(kind, "xla")
-    mesh = jax.make_mesh((4, 2), ("data", "model"), (AxisType.Auto,) * 2)
-    place = lambda array, spec: jax.device_put(array, NamedSharding(mesh, spec))
-    stack = jax.tree.map(place, stack, partition(stack, "model", split))
-    product = functools.partial(
-        sharded_matmul, functools.partial(multiply, backend="xla"), mesh=mesh, axis="model"
-    )
-    x = _x(4, "float32")
-    ours = jax.jit(functools.partial(product, split=split))(x, select_layer(stack, jnp.int32(1)))
-    np.testing.assert_allclose(ours, multiply(x, _layer(stack, 1)), rtol=1e-4, atol=1e-3)
 
 
 def test_a_slice_is_the_layer():

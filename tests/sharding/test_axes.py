@@ -157,14 +157,14 @@ def test_a_router_is_not_taken_for_the_mlp():
     assert found[".layers.up.kernel.value"] == P(None, "fsdp", "model")
 
 
-def test_matrices_in_a_kernel_s_layout_are_cut_on_one_side():
+def test_matrices_in_a_kernel_s_layout_are_cut_on_both_sides():
     config = tiny_config("llama", hidden_dim=1024, num_heads=8, num_kv_heads=8, ffw_dim=1024)
     found = specs(abstract(config, weights=Storage(4, 128, backend="pallas_tpu")))
-    for side, name in ((P(None, None, "model"), "q"), (P(None, "model", None), "o")):
+    for side, name in ((P(None, "fsdp", "model"), "q"), (P(None, "model", "fsdp"), "o")):
         assert found[f".layers.{name}.packed.value.words"] == side
         assert found[f".layers.{name}.packed.value.grid"] == side
     fragments = specs(abstract(config, weights=Storage(4, 128, backend="mosaic_gpu")))
-    assert fragments[".layers.q.packed.value.words"] == P(None, "model", None, None)
+    assert fragments[".layers.q.packed.value.words"] == P(None, "model", "fsdp", None)
 
 
 class MeshAxes(ast.NodeVisitor):

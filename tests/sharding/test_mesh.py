@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from idp_jax import load_model
 from idp_jax.models.decoder import _logits
+from idp_jax.models.embedding import rows_of
 from idp_jax.sharding import constrain, make_mesh, shard, shard_batch, spec
 from tests.helpers import close, quantize_decoder, tiny_decoder, tiny_folder, tiny_ids
 
@@ -106,10 +108,10 @@ def test_parameters_are_cut():
 def test_packed_parameters_are_cut():
     mesh = make_mesh({"fsdp": 2, "model": 4})
     model = shard(quantize_decoder(tiny_decoder("llama"), 4, act_order=True), mesh)
-    # 64 inputs of 4 bits are 8 words; scales and zeros [G, O] follow the outputs.
+    # 64 inputs of 4 bits are 8 words; with act-order scales and zeros [G, O] follow the outputs.
     assert local(model.layers.q.words) == (2, 4, 16)
     assert local(model.layers.q.scales) == local(model.layers.q.zeros) == (2, 2, 16)
-    assert local(model.layers.q.group_index) == (2, 64)
+    assert local(model.layers.q.group_index) == (2, 32)
     assert local(model.layers.down.words) == (2, 3, 32)
     assert local(model.layers.down.scales) == (2, 3, 32)
 
@@ -186,3 +188,29 @@ def test_without_a_mesh_nothing_happens():
     model = tiny_decoder("llama")
     assert shard(model, None) is model
     assert shard_batch(np.ones(3, np.int32), None).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 2, "model": 2}, {"fsdp": 8}], ids=str)
+@pytest.mark.parametrize("vocabulary", [64, 63])
+def test_rows_are_looked_up_where_they_lie(mesh, vocabulary):
+    table = jnp.arange(vocabulary * 16, dtype=jnp.float32).reshape(vocabulary, 16)
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, vocabulary, (8, 3)), jnp.int32)
+    upstream = jnp.asarray(np.random.default_rng(1).normal(size=(8, 3, 16)), jnp.float32)
+
+    def value(table, ids):
+        rows = rows_of(table, ids)
+        return (rows * upstream).sum(), rows
+
+    slope = jax.value_and_grad(value, has_aux=True)
+    (_, expected), wanted = slope(table, ids)
+    made = make_mesh(mesh)
+    with jax.set_mesh(made):
+        lies = NamedSharding(made, spec(("vocab", "embed"), table.shape, made))
+        placed = jax.device_put(table, lies)
+        program = jax.jit(slope).lower(placed, shard_batch(ids, made)).compile()
+        (_, found), gradient = program(placed, shard_batch(ids, made))
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=1e-5)
+    with jax.set_mesh(made):
+        text = jax.jit(rows_of).lower(placed, shard_batch(ids, made)).compile().as_text()
+    assert f"f32[{vocabulary},16]" not in text

@@ -100,7 +100,8 @@ def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, kind):
         with pytest.raises(Interrupted) as stop:
             run_fit(folder, kind, progress=stop_at(moment))
         places.append(stop.value.place)
-    steps = [f"step {number}" for number in (2, 4, 4, 4, 5, 8, 12)]
+    # A step's numbers are told when the next one has begun, which is kept, too.
+    steps = [f"step {number}" for number in (3, 4, 4, 4, 6, 8, 12)]
     assert places == [None, None, *steps]
     found, again = run_fit(folder, kind)
     assert same(found, adapter) and again == summary
@@ -112,7 +113,7 @@ def test_an_interruption_loses_no_step(tmp_path):
         run_fit(tmp_path, progress=stop_at((5, "loss")))
     seen = []
     run_fit(tmp_path, progress=lambda number, steps, note: seen.append(number))
-    assert seen[:2] == [5, 6]
+    assert seen[:2] == [6, 7]
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path):
@@ -243,3 +244,30 @@ def test_a_run_that_only_made_it_worse_is_no_success(tmp_path):
 @pytest.mark.parametrize(("loss", "perplexity"), [(2.0, np.exp(2.0)), (800.0, np.inf)])
 def test_a_large_loss_has_a_perplexity_without_overflow(loss, perplexity):
     assert loop.perplexity_of(loss) == pytest.approx(perplexity)
+
+
+def test_a_step_is_begun_before_the_numbers_of_the_last_are_read(tmp_path, monkeypatch):
+    """What the device would wait for: the order of steps begun and numbers told."""
+    order, make = [], loop.make_train_step
+
+    def watched(*args, **options):
+        step = make(*args, **options)
+
+        class Watched:
+            compiled = staticmethod(step.compiled)
+
+            def __call__(self, *arguments):
+                order.append("begun")
+                return step(*arguments)
+
+        return Watched()
+
+    monkeypatch.setattr(loop, "make_train_step", watched)
+
+    def progress(number, steps, note):
+        if note.startswith("loss"):
+            order.append(number)
+
+    run_fit(tmp_path, progress=progress, evaluate_every=12, checkpoint_every=6)
+    between = ["begun", "begun", 1, "begun", 2, "begun", 3, "begun", 4, "begun", 5, 6]
+    assert order == [*between, *(step if step == "begun" else step + 6 for step in between)]

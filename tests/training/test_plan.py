@@ -75,7 +75,7 @@ def test_what_does_not_fit_is_said_with_the_remedy(config_alone):
     assert fits.warning(config) is None
     assert dataclasses.replace(found, room=None).warning(config) is None
     tight = dataclasses.replace(found, held=4 * 10**9, work=2 * 10**9, room=5 * 10**9)
-    said = "warning: lora needs 6.00 GB, this machine has 5.00 GB: give --remat or --batch-size bel"
+    said = "warning: lora needs 6.00 GB, this machine has 5.00 GB: give --remat or more --pas"
     assert str(tight.warning(config)).startswith(said)
     one = dataclasses.replace(config, batch_size=1, remat=True)
     assert str(tight.warning(one)).endswith("GB: give --data.sequence-length below 32")

@@ -1,0 +1,107 @@
+"""`idp-jax plan`: compiles a training for devices that are not here, and judges it."""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from idp_jax import config
+from idp_jax.commands.tables import columns, show
+from idp_jax.config import ConfigError
+from idp_jax.jobs.progress import clock, console
+from idp_jax.pods.chips import Topology
+from idp_jax.pods.plan import Report, plan
+from idp_jax.sharding import MESH_AXES, batch_parts
+
+_GIB = 2**30
+_MESSAGES = 12  # rows of a table
+
+
+def run(settings: config.Plan) -> None:
+    """Compiles every program of a run, prints what each takes, and fails if one does not fit."""
+    say = lambda line: console.print(line, highlight=False, soft_wrap=True)
+    job = plan(settings, say)
+    reports = list(job.reports)
+    show(_programs(reports, settings, job.topology), console)
+    for report in reports:
+        if report.counts is not None and report.counts.collectives:
+            show(_messages(report, job.topology), console)
+            break
+    step = next((r for r in reports if r.name.startswith("step") and r.counts), None)
+    if step is not None:
+        say(_speed(step, settings, job.topology))
+    large = [r for r in reports if not r.fits(job.topology)]
+    if large:
+        knobs = ", ".join(_knobs(settings, batch_parts(job.mesh)))
+        raise ConfigError(
+            f"{large[0].name} needs {_size(large[0])} of the {job.topology.chip.memory / _GIB:.2f} "
+            f"GiB that a device of {settings.topology} has; give {knobs}"
+        )
+
+
+def _programs(reports: Sequence[Report], settings: config.Plan, topology: Topology) -> Table:
+    """A row for each program; bytes and times on one device."""
+    mesh = settings.mesh
+    shape = " x ".join(f"{axis} {getattr(mesh, axis)}" for axis in MESH_AXES)
+    table = columns(
+        f"{settings.model} on {topology.name}, {shape}: per device",
+        "program",
+        ("GiB held", "in work", "at most", "Tflop", "GB moved", "ms at least", "MFU at most"),
+    )
+    for report in reports:
+        if report.counts is None:
+            table.add_row(report.name, "", "", f"> {topology.chip.memory / _GIB:.2f}")
+            continue
+        table.add_row(
+            report.name,
+            *(f"{size / _GIB:.2f}" for size in (report.held, report.work, report.peak)),
+            f"{report.counts.flops / 1e12:.3g}",
+            f"{report.counts.bytes() / 1e9:.3g}",
+            f"{1e3 * report.bound(topology):.3g}",
+            f"{report.utilization(topology):.0%}" if report.tokens else "",
+        )
+    return table
+
+
+def _messages(report: Report, topology: Topology) -> Table:
+    assert report.counts is not None
+    table = columns(
+        f"{report.name}: messages between devices",
+        "message",
+        ("array", "devices", "times", "GB", "ms at least"),
+    )
+    for message in report.counts.collectives[:_MESSAGES]:
+        shape = message.shape if len(message.shape) < 40 else f"{message.shape[:37]}..."
+        table.add_row(
+            message.kind,
+            shape,
+            str(message.size),
+            str(message.count),
+            f"{message.bytes * message.count / 1e9:.3g}",
+            f"{1e3 * message.seconds(topology.link(message.size)):.3g}",
+        )
+    return table
+
+
+def _speed(step: Report, settings: config.Plan, topology: Topology) -> str:
+    bound = step.bound(topology)
+    return (
+        f"at most {step.tokens / bound:,.0f} tokens a second: {settings.steps:,} steps take "
+        f"{clock(settings.steps * bound)} at least (bounds of the vendor's peaks, no forecast)"
+    )
+
+
+def _size(report: Report) -> str:
+    return f"{report.peak / _GIB:.2f} GiB" if report.peak else "more than all"
+
+
+def _knobs(settings: config.Plan, rows: int) -> list[str]:
+    """What makes a run smaller, the cheapest first."""
+    knobs = []
+    if settings.dtype != "bfloat16":
+        knobs.append("--dtype bfloat16")
+    if not settings.remat:
+        knobs.append("--remat")
+    if settings.batch_size > rows * settings.passes:
+        knobs.append(f"--passes {min(2 * settings.passes, settings.batch_size // rows)}")
+    knobs += ["a larger --mesh.fsdp or --mesh.model", "a smaller --data.sequence-length"]
+    return knobs

@@ -1,0 +1,101 @@
+"""A training planned for devices that are not here."""
+
+import dataclasses
+import importlib.util
+
+import jax
+import pytest
+
+from idp_jax.config import ConfigError, Data, Lora, Mesh, Plan
+from idp_jax.pods import plan as pods
+from idp_jax.pods.chips import CHIPS, Topology, open_topology
+from idp_jax.pods.plan import plan
+from tests.helpers import tiny_folder
+
+pytestmark = pytest.mark.usefixtures("optax_promotes")
+WITH_LIBTPU = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+
+
+def _config(model, topology: str, **changes) -> Plan:
+    settings = {
+        "model": str(model),
+        "topology": topology,
+        "method": "lora",
+        "lora": Lora(rank=4),
+        "batch_size": 16,
+        "tokens": 16 * 256 * 10,
+        "data": Data(train="self", sequence_length=256, validation_windows=24),
+        "dtype": "bfloat16",
+        "remat": True,
+        "bits": 3,
+        "group_size": 64,
+    }
+    return Plan(**settings | changes)
+
+
+@pytest.fixture
+def model(tmp_path):
+    sizes = {"hidden_dim": 1024, "num_heads": 8, "num_kv_heads": 8, "ffw_dim": 2048}
+    return tiny_folder(tmp_path / "model", "llama", **sizes, max_positions=2048)
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """The test's own eight devices as if they were not here."""
+    chip = dataclasses.replace(CHIPS["v5e"], platform="cpu")
+    topology = Topology("v5e:2x4", chip, (2, 4), jax.devices())
+    monkeypatch.setattr(pods, "open_topology", lambda name: topology)
+    return topology
+
+
+@pytest.mark.parametrize("name", ["v5e", "v9:2x2", "v5e:0x4", "h100:", "v5e:2x2x2x2", "v5e:axb"])
+def test_a_topology_that_is_none_is_named(name):
+    with pytest.raises(ConfigError, match=r"is no kind and shape of v4, v5e, v5p, v6e, h100; give"):
+        open_topology(name)
+
+
+def test_every_program_is_compiled_and_counted(model, here):
+    planned = plan(_config(model, "v5e:2x4", mesh=Mesh(data=2, fsdp=2, model=2)))
+    reports = {report.name: report for report in planned.reports}
+    assert list(reports) == ["step", "validation", "prefill", "decode"]  # of a CPU: no kernels
+    step, validation = reports["step"], reports["validation"]
+    assert step.fits(here) and step.peak >= step.held and step.tokens == 16 * 256
+    assert step.counts.flops > validation.counts.flops > 0
+    assert 0 < step.utilization(here) < 1 and step.bound(here) >= step.network(here) > 0
+    # 24 windows on four shares of the batch, 12 at once.
+    assert validation.tokens == 12 * 256
+
+
+def test_validation_is_shared_by_all_devices(model, here):
+    alone = plan(_config(model, "v5e:2x4", mesh=Mesh(data=8), programs="validation"))
+    (report,) = alone.reports
+    from idp_jax.pods.programs import Job
+    from idp_jax.training.plan import forward
+
+    job = Job(_config(model, "v5e:2x4"), alone.mesh, "cpu")
+    total = report.tokens / 256 * forward(job.model, 256)
+    assert report.counts.flops == pytest.approx(total / 8, rel=0.05)
+
+
+def test_what_cannot_be_planned_is_refused(model, here):
+    with pytest.raises(ConfigError, match="--batch-size 12 does not divide over .* 8 devices"):
+        plan(_config(model, "v5e:2x4", batch_size=12))
+    with pytest.raises(ConfigError, match="--programs steps begins none of step, validation"):
+        plan(_config(model, "v5e:2x4", programs="steps"))
+    with pytest.raises(ValueError, match="does not use 8 devices"):
+        plan(_config(model, "v5e:2x4", mesh=Mesh(data=3)))
+
+
+@WITH_LIBTPU
+def test_a_pod_of_sixteen(model):
+    planned = plan(_config(model, "v5e:4x4", mesh=Mesh(data=4, fsdp=2, model=2)))
+    reports = {report.name: report for report in planned.reports}
+    assert {"step", "validation", "loading q", "loading down", "decode"} <= set(reports)
+    assert all(report.fits(planned.topology) for report in reports.values())
+    step = reports["step"]
+    assert step.counts.flops > 0
+    wide = [c for c in step.counts.collectives if c.shape == "bf16[2,256,1024]"]
+    layers = 2
+    assert sum(c.count for c in wide if c.kind == "all-reduce") <= 5 * layers
