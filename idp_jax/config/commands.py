@@ -167,6 +167,11 @@ class Train(Loading):
         return self.tokens // (self.batch_size * self.data.sequence_length)
 
     @property
+    def windows_at_once(self) -> int:
+        """Windows that go through the model together."""
+        return self.batch_size // self.passes
+
+    @property
     def learning_rate(self) -> float:
         """The given learning rate, or the method's default."""
         return self.optimizer.learning_rate or LEARNING_RATES[self.method]

@@ -111,7 +111,7 @@ class Job:
     def _validation_rows(self) -> int:
         parts = batch_parts(self.mesh)
         units = -(-self.config.data.validation_windows // parts)
-        most = self.config.batch_size // parts
+        most = self.config.windows_at_once // parts
         return parts * max(n for n in range(1, most + 1) if units % n == 0)
 
     def _validation(self, adapter: Adapter) -> jax.stages.Compiled:

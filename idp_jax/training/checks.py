@@ -51,7 +51,7 @@ def check(config: Train, mesh: jax.sharding.Mesh | None) -> int:
 def check_batch(config: Train, mesh: jax.sharding.Mesh | None) -> None:
     """Refuses a batch whose passes do not divide over the devices of a mesh."""
     rows = batch_parts(mesh)
-    if config.batch_size // config.passes % rows:
+    if config.windows_at_once % rows:
         each = "" if config.passes == 1 else f" in {config.passes} passes"
         raise ConfigError(
             f"--batch-size {config.batch_size}{each} does not divide over the mesh's data x fsdp = "

@@ -212,7 +212,7 @@ class _Trainings:
                 make_objective(config.objective, remat=config.remat),
                 make_optimizer(config.optimizer, config.learning_rate, config.steps),
                 text.batches(config.batch_size),
-                text.validation_batches(config.batch_size, batch_parts(self.mesh)),
+                text.validation_batches(config.windows_at_once, batch_parts(self.mesh)),
                 steps=config.steps,
                 evaluate_every=config.evaluate_every,
                 checkpoint_every=config.checkpoint_every,

@@ -263,6 +263,16 @@ def test_validation_batches_are_equal_and_whole(source):
         assert (np.concatenate(found) == text.validation).all()
 
 
+def test_validation_batches_are_filled_up_where_devices_share_them(source):
+    text = opened(source, held_out=6)
+    first, second = text.validation_batches(4, parts=4)
+    assert first.tokens.shape == second.tokens.shape == (4, LENGTH)
+    assert first.loss_mask.all() and second.loss_mask[:2].all() and not second.loss_mask[2:].any()
+    counted = np.concatenate([first.tokens, second.tokens[:2]])
+    assert (counted == text.validation).all()
+    assert all(batch.loss_mask is None for batch in text.validation_batches(4, parts=2))
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_held_out_windows_are_never_trained_on(source, seed):
     text = opened(source, seed)
