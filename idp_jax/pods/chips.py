@@ -120,10 +120,10 @@ def _tpus(kind: str, sizes: tuple[int, ...]) -> list[Any]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     from jax.experimental import topologies
 
-    shape = "x".join(map(str, sizes))
-    return list(
-        topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{shape}").devices
-    )
+    name = f"{kind}:{'x'.join(map(str, sizes))}"
+    # The two cores of a v4 are one device where programs run, and two by the compiler's default.
+    options = {"chip_config_name": "megacore"} if kind == "v4" else {}
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
 
 
 def _gpus(kind: str, sizes: tuple[int, ...]) -> list[Any]:
