@@ -111,8 +111,7 @@ class TrainingText:
                 last batch is filled up with some that do not count.
         """
         length, missing = self.length, -len(self.validation) % parts
-        units = (len(self.validation) + missing) // parts
-        rows = parts * max(n for n in range(1, size // parts + 1) if units % n == 0)
+        rows = validation_rows(len(self.validation), size, parts)
 
         def batched(windows: np.ndarray) -> np.ndarray:
             filled = np.concatenate([windows, np.repeat(windows[:1], missing, 0)])
@@ -176,6 +175,12 @@ class TrainingText:
                     f"{self.source} gives no window of {self.length} tokens to train on beside the "
                     f"{self.held_out} held out; give more text or fewer --data.validation-windows"
                 )
+
+
+def validation_rows(windows: int, size: int, parts: int) -> int:
+    """The windows of each of the equal batches that `validation_batches` makes."""
+    units = -(-windows // parts)
+    return parts * max(n for n in range(1, size // parts + 1) if units % n == 0)
 
 
 class Batches:

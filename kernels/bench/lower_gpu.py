@@ -19,28 +19,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 
 from idp_jax.kernels.bench import cases
 from idp_jax.kernels.bench.shapes import all_shapes
 from idp_jax.kernels.quant_matmul import mosaic_gpu as quant_gpu
 from idp_jax.kernels.sparse24_matmul import mosaic_gpu as sparse_gpu
-
-# Device facts of an H100 SXM, as XLA's GpuTargetConfig text proto.
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 minor: 0 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
+from idp_jax.pods.chips import open_topology
 
 
 def lower(device, multiply, weight, rows: int, dtype):
@@ -66,9 +50,7 @@ def main() -> int:
     )
     parser.add_argument("--quick", action="store_true", help="one shape instead of all")
     arguments = parser.parse_args()
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100
-    )
+    device = open_topology("h100:1").devices[0]
     failures = 0
     operations = {"quant": quant_gpu.quant_matmul, "sparse24": sparse_gpu.sparse24_matmul}
     kinds = cases.every_kind((-1, 32, 64, 128))
@@ -78,7 +60,7 @@ def main() -> int:
         name = f"{kind.name}, {shape[0]} x {shape[1]}, {rows} rows, {dtype.__name__}"
         weight = cases.abstract_weight(kind, *shape, "fragments")
         try:
-            lowered = lower(topology.devices[0], operations[kind.operation], weight, rows, dtype)
+            lowered = lower(device, operations[kind.operation], weight, rows, dtype)
             lowered.compile()
             print(f"{name}: {len(lowered.as_text())} characters", flush=True)
         except Exception as error:
@@ -86,7 +68,7 @@ def main() -> int:
             print(f"{name}: failed, {str(error).splitlines()[0]}", flush=True)
     for kind in kinds:
         weight = cases.abstract_weight(kind, 4096, 4096, "fragments")
-        size = sliced_by_a_walk(topology.devices[0], operations[kind.operation], weight)
+        size = sliced_by_a_walk(device, operations[kind.operation], weight)
         failures += size > 1
         print(f"{kind.name}, a walk over layers: slices of {size} elements", flush=True)
     print(f"{failures} failed")
