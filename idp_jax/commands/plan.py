@@ -31,11 +31,9 @@ def run(settings: config.Plan) -> None:
         say(_speed(step, settings, job.topology))
     large = [r for r in reports if not r.fits(job.topology)]
     if large:
+        room = f"{job.topology.chip.memory / _GIB:.2f} GiB that a device of {settings.topology} has"
         knobs = ", ".join(_knobs(settings, batch_parts(job.mesh)))
-        raise ConfigError(
-            f"{large[0].name} needs {_size(large[0])} of the {job.topology.chip.memory / _GIB:.2f} "
-            f"GiB that a device of {settings.topology} has; give {knobs}"
-        )
+        raise ConfigError(f"{large[0].name} needs {_size(large[0])} of the {room}; give {knobs}")
 
 
 def _programs(reports: Sequence[Report], settings: config.Plan, topology: Topology) -> Table:
@@ -49,7 +47,7 @@ def _programs(reports: Sequence[Report], settings: config.Plan, topology: Topolo
     )
     for report in reports:
         if report.counts is None:
-            table.add_row(report.name, "", "", f"> {topology.chip.memory / _GIB:.2f}")
+            table.add_row(report.name, "", "", _size(report))
             continue
         table.add_row(
             report.name,
@@ -57,7 +55,7 @@ def _programs(reports: Sequence[Report], settings: config.Plan, topology: Topolo
             f"{report.counts.flops / 1e12:.3g}",
             f"{report.counts.bytes() / 1e9:.3g}",
             f"{1e3 * report.bound(topology):.3g}",
-            f"{report.utilization(topology):.0%}" if report.tokens else "",
+            f"{report.utilization(topology):.0%}" if report.useful else "",
         )
     return table
 
@@ -91,7 +89,8 @@ def _speed(step: Report, settings: config.Plan, topology: Topology) -> str:
 
 
 def _size(report: Report) -> str:
-    return f"{report.peak / _GIB:.2f} GiB" if report.peak else "more than all"
+    least = "" if report.counts is not None else "at least "
+    return f"{least}{report.peak / _GIB:.2f} GiB" if report.peak else "more"
 
 
 def _knobs(settings: config.Plan, rows: int) -> list[str]:

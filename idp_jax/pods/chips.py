@@ -118,6 +118,8 @@ def _tpus(kind: str, sizes: tuple[int, ...]) -> list[Any]:
         raise ImportError("the TPU compiler is missing; pip install libtpu")
     # Without a TPU it would ask the cloud's metadata server what machine this is.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # Several processes may compile at once: none of them holds a TPU.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
 
     name = f"{kind}:{'x'.join(map(str, sizes))}"

@@ -4,7 +4,7 @@ Times are bounds, not forecasts: no program is faster than its products at the v
 messages around a ring, or its arguments out of memory once.
 """
 
-import time
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +18,11 @@ from idp_jax.pods.programs import Job, Program
 from idp_jax.sharding import MESH_AXES, make_mesh
 from idp_jax.training.checks import check_batch
 from idp_jax.training.plan import forward
+from idp_jax.training.teacher import check_teacher
+
+# What the TPU compiler says of a program that does not fit: all of it, or what comes and goes.
+_USED = re.compile(r"(?:Used |temporaries \()([\d.]+)([KMG])")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
 @dataclass(frozen=True)
@@ -26,14 +31,12 @@ class Report:
 
     Attributes:
         name: what it does.
-        held: bytes of its arguments: model, adapter, optimiser state.
+        held: bytes of its arguments (model, adapter, optimiser state) and of what else is there.
         work: bytes that come and go.
-        peak: bytes of both at the worst moment.
-        counts: see `hlo.Counts`; None where the program does not fit.
+        peak: bytes of both at the worst moment; 0 where the compiler does not say.
+        counts: see `hlo.Counts`; None where the compiler has refused a program that does not fit.
         useful: operations that its mathematics need, on each device.
         tokens: that all devices read together.
-        seconds: of compiling.
-        reason: why it does not compile, or None.
     """
 
     name: str
@@ -43,8 +46,6 @@ class Report:
     counts: Counts | None
     useful: float
     tokens: int
-    seconds: float
-    reason: str | None = None
 
     def fits(self, topology: Topology) -> bool:
         """Whether a device has the memory."""
@@ -101,6 +102,7 @@ def plan(config: Plan, say: Callable[[str], None] = lambda line: None) -> Planne
         shape = {"data": -1}
     mesh = make_mesh(shape, topology.devices)
     check_batch(config, mesh)
+    check_teacher(config)
     job = Job(config, mesh, topology.chip.platform)
     programs = [p for p in job.programs() if p.name.startswith(config.programs)]
     if not programs:
@@ -116,7 +118,6 @@ def plan(config: Plan, say: Callable[[str], None] = lambda line: None) -> Planne
 
 
 def _report(program: Program, job: Job) -> Report:
-    started = time.perf_counter()
     length = job.config.data.sequence_length
     useful = program.forwards * program.tokens / length * forward(job.model, length) / job.mesh.size
     try:
@@ -127,13 +128,14 @@ def _report(program: Program, job: Job) -> Report:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        reason = next(line for line in str(error).splitlines() if "RESOURCE_EXHAUSTED" in line)
-        return Report(program.name, 0, 0, 0, None, useful, program.tokens, 0.0, reason)
-    seconds = time.perf_counter() - started
+        used = _USED.search(str(error))
+        peak = int(float(used[1]) * _UNITS[used[2]]) + program.beside if used else 0
+        return Report(program.name, 0, 0, peak, None, useful, program.tokens)
     memory = compiled.memory_analysis()
     assert memory is not None
     held, work = int(memory.argument_size_in_bytes), int(memory.temp_size_in_bytes)
     fresh = int(memory.output_size_in_bytes - memory.alias_size_in_bytes)
     peak = int(getattr(memory, "peak_memory_in_bytes", 0)) or held + work + max(fresh, 0)
     counts = count(compiled.as_text() or "")
-    return Report(program.name, held, work, peak, counts, useful, program.tokens, seconds)
+    held, peak = held + program.beside, peak + program.beside
+    return Report(program.name, held, work, peak, counts, useful, program.tokens)

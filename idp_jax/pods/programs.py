@@ -4,7 +4,9 @@ The invariant: what is compiled is what a run calls, with arguments of the same 
 places; only the numbers are missing.
 """
 
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,19 +16,24 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from idp_jax.config import Plan
 from idp_jax.data.batch import Batch
+from idp_jax.data.stream import validation_rows
 from idp_jax.formats.source import open_config
 from idp_jax.inference.generation import decode_step, prefill
-from idp_jax.models.abstract import DENSE, Storage, abstract
+from idp_jax.models.abstract import Storage, abstract
 from idp_jax.models.config import ModelConfig, from_hf
 from idp_jax.models.decoder import Decoder
-from idp_jax.models.matrices import matrices
+from idp_jax.models.matrices import Matrix, matrices
 from idp_jax.models.storage import repack_matrix
-from idp_jax.recover.methods import METHODS, Adapter, Run
+from idp_jax.recover import Repaired
+from idp_jax.recover.methods import METHODS, Adapter
 from idp_jax.sharding import RULES, batch_parts, shardings
-from idp_jax.training.checks import abstract_adapter
-from idp_jax.training.objectives import next_token
+from idp_jax.training.checks import abstract_adapter, check_positions
+from idp_jax.training.objectives import make_objective
+from idp_jax.training.plan import dtype_of, storage_of
 from idp_jax.training.starts import resolved
 from idp_jax.training.step import TrainState, evaluate_step, make_optimizer, make_train_step
+from idp_jax.training.teacher import asks, hear, what_is_asked
+from idp_jax.training.word import Word
 
 _SLOTS = 128  # of a generation, new tokens
 
@@ -38,13 +45,16 @@ class Program(NamedTuple):
         name: what it does.
         compile: for the mesh's devices; takes minutes.
         tokens: that it reads, all devices together; 0 where it reads none.
-        forwards: ways through the model's layers that its mathematics need, for each token.
+        forwards: ways through model and head that its mathematics need, for each token; 0 where it
+            needs the head for few of them.
+        beside: bytes that each device holds meanwhile and the program does not read.
     """
 
     name: str
     compile: Callable[[], jax.stages.Compiled]
     tokens: int = 0
     forwards: int = 1
+    beside: int = 0
 
 
 def placed(tree: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -53,17 +63,22 @@ def placed(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.tree.map(put, tree, shardings(tree, mesh))
 
 
-def storage(raw: Any, config: Plan, platform: str) -> Storage:
+def _storage(raw: Any, config: Plan, platform: str) -> Storage:
     """How a run on this platform keeps the matrices of a model's blocks."""
-    packed = getattr(raw, "quantization_config", None) or {}
-    if config.bits is not None:
-        packed = {"bits": config.bits, "group_size": config.group_size}
-    if config.weights == "dense" or "bits" not in packed:
-        return DENSE
     kernels = {"tpu": "pallas_tpu", "gpu": "mosaic_gpu"}
     backend = kernels.get(platform) if config.kernel == "auto" else config.kernel
-    backend = None if backend == "xla" else backend
-    return Storage(packed["bits"], packed.get("group_size", 128), backend=backend)
+    kept = storage_of(raw, config.weights != "dense")
+    if config.bits is not None and config.weights != "dense":
+        kept = Storage(config.bits, config.group_size)
+    if kept.bits is None or backend == "xla":
+        return kept
+    return replace(kept, backend=backend)
+
+
+def _bytes(tree: Any) -> int:
+    """On each device, of shapes with their places."""
+    size = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return sum(map(size, jax.tree.leaves(tree)))
 
 
 class Job:
@@ -73,89 +88,121 @@ class Job:
         raw = open_config(config.model)
         self.config, self.mesh = config, mesh
         self.model: ModelConfig = from_hf(raw)
-        self.storage = storage(raw, config, platform)
-        self.dtype = config.dtype
-        self.decoder: Decoder = abstract(self.model, dtype=self.dtype, weights=self.storage)
+        self.storage = _storage(raw, config, platform)
+        self.dtype = dtype_of(raw, config)
+        self.objective = make_objective(config.objective, remat=config.remat)
+        self._key = jax.random.key(0)
+        shapes = abstract(self.model, dtype=self.dtype, weights=self.storage)
+        self.decoder: Decoder = placed(shapes, mesh)
+        self.teacher: Decoder | None = None
+        if config.teacher.model is not None and asks(self.objective):
+            theirs = open_config(config.teacher.model)
+            dtype, kept = dtype_of(theirs, config), storage_of(theirs, config.weights != "dense")
+            self.teacher = placed(abstract(from_hf(theirs), dtype=dtype, weights=kept), mesh)
         self.runs = METHODS[config.method].runs(resolved(config))
         with jax.set_mesh(mesh):  # a start may run the model, with the kernels of these devices
-            self.adapters = [abstract_adapter(config, run, self.decoder) for run in self.runs]
-        self._key = jax.random.key(0)
+            self.adapters = [abstract_adapter(config, run, shapes) for run in self.runs]
+            for adapter in self.adapters:
+                check_positions(adapter, shapes, config.data.sequence_length)
 
     def programs(self) -> Iterator[Program]:
         """All of them, the training's own first."""
         config, length = self.config, self.config.data.sequence_length
+        tokens = config.batch_size * length
+        beside = 0 if self.teacher is None else _bytes(self.teacher)
         for run, adapter in zip(self.runs, self.adapters, strict=True):
             named = f" of {run.label}" if len(self.runs) > 1 else ""
-            tokens = config.batch_size * length
-            yield Program(f"step{named}", partial(self._step, run, adapter), tokens, 2)
+            held = 0 if self.teacher is None else beside - _bytes(self._head())
+            yield Program(f"step{named}", partial(self._step, adapter), tokens, 2, held)
             rows = self._validation_rows()
-            yield Program(f"validation{named}", partial(self._validation, adapter), rows * length)
+            compiling = partial(self._validation, adapter)
+            yield Program(f"validation{named}", compiling, rows * length, beside=beside)
+        if self.teacher is not None:
+            yield Program("teacher", self._teacher, tokens, beside=_bytes(self.decoder))
         if self.storage.backend is not None:
             for matrix in matrices(self.model):
-                yield Program(f"loading {matrix.name}", partial(self._loading, matrix.name))
+                yield Program(f"loading {matrix.name}", partial(self._loading, matrix))
         rows = batch_parts(self.mesh)
-        yield Program("prefill", partial(self._prefill, rows, length), rows * length)
-        yield Program("decode", partial(self._decode, rows, length), rows)
+        yield Program("prefill", partial(self._prefill, rows, length), rows * length, 0)
+        yield Program("decode", partial(self._decode, rows, length), rows, 0)
 
-    def _step(self, run: Run, adapter: Adapter) -> jax.stages.Compiled:
-        config = self.config
+    def _step(self, adapter: Adapter) -> jax.stages.Compiled:
+        config, steps = self.config, max(self.config.steps, 1)
         optimizer = make_optimizer(config.optimizer, config.learning_rate, config.steps)
-        objective = partial(next_token, remat=config.remat)
         step = make_train_step(
-            optimizer, objective, steps=config.steps, key=self._key, passes=config.passes
+            optimizer, self.objective, steps=steps, key=self._key, passes=config.passes
         )
         state = jax.eval_shape(lambda adapter: TrainState.start(adapter, optimizer), adapter)
         with jax.set_mesh(self.mesh):
-            return step.compiled(self._placed(state), self._placed(self.decoder), self._batch())
+            batch = self._batch(config.batch_size)
+            if self.teacher is not None:
+                batch = batch._replace(teacher=self._word(batch))
+            return step.compiled(placed(state, self.mesh), self.decoder, batch)
+
+    def _asked(self) -> dict[str, Any]:
+        return what_is_asked(self.config.teacher, self.objective)
+
+    def _head(self) -> Any:
+        """What of the teacher comes with its word."""
+        teacher = self.teacher
+        if teacher is None or self._asked()["form"] != "full":
+            return None
+        source = teacher.embedding if teacher.head is None else teacher.head.kernel
+        head = jax.eval_shape(lambda teacher: teacher.output_head(), teacher)
+        return head.replace(kernel=source.get_value())  # with its place
+
+    def _word(self, batch: Batch) -> Word:
+        """The teacher's word on a batch, cut like that."""
+        said = partial(hear, **self._asked())
+        word = jax.eval_shape(said, self.teacher, batch.tokens, batch.segments, self._key)
+        word = jax.tree.map(lambda leaf: self._rows(leaf.shape, leaf.dtype), word)
+        return word.replace(head=self._head())
+
+    def _teacher(self) -> jax.stages.Compiled:
+        with jax.set_mesh(self.mesh):
+            batch = self._batch(self.config.batch_size)
+            arguments = self.teacher, batch.tokens, batch.segments, self._key
+            return hear.lower(*arguments, **self._asked()).compile()
 
     def _validation_rows(self) -> int:
-        parts = batch_parts(self.mesh)
-        units = -(-self.config.data.validation_windows // parts)
-        most = self.config.windows_at_once // parts
-        return parts * max(n for n in range(1, most + 1) if units % n == 0)
+        config, parts = self.config, batch_parts(self.mesh)
+        return validation_rows(config.data.validation_windows, config.windows_at_once, parts)
 
     def _validation(self, adapter: Adapter) -> jax.stages.Compiled:
         batch = self._batch(self._validation_rows())
+        if self.config.data.validation_windows % batch_parts(self.mesh):  # some do not count
+            batch = batch._replace(loss_mask=self._rows(batch.tokens.shape, bool))
         with jax.set_mesh(self.mesh):
-            arguments = self._placed(adapter), self._placed(self.decoder), batch
-            return evaluate_step.lower(*arguments).compile()
+            return evaluate_step.lower(placed(adapter, self.mesh), self.decoder, batch).compile()
 
-    def _loading(self, name: str) -> jax.stages.Compiled:
+    def _loading(self, matrix: Matrix) -> jax.stages.Compiled:
         """One matrix of all layers, from the layout of the files to that of the kernels."""
-        files = Storage(self.storage.bits, self.storage.group_size)
-        decoder = self._placed(abstract(self.model, dtype=self.dtype, weights=files))
-        matrix = next(m for m in matrices(self.model) if m.name == name)
+        files = replace(self.storage, backend=None)
+        layers = placed(abstract(self.model, dtype=self.dtype, weights=files), self.mesh).layers
         options = {"backend": str(self.storage.backend), "use_sparse24": False}
         with jax.set_mesh(self.mesh):
-            weight = getattr(decoder.layers, name)
-            return repack_matrix.lower(weight, matrix, **options).compile()
+            return repack_matrix.lower(getattr(layers, matrix.name), matrix, **options).compile()
 
     def _prefill(self, rows: int, length: int) -> jax.stages.Compiled:
-        from idp_jax.recover import Repaired
-
         read = lambda decoder, ids: prefill(Repaired(decoder), ids, None, _SLOTS)
         with jax.set_mesh(self.mesh):
-            ids = self._batch(rows, length).tokens
-            return jax.jit(read).lower(self._placed(self.decoder), ids).compile()
+            ids = self._rows((rows, length), jnp.int32)
+            return jax.jit(read).lower(self.decoder, ids).compile()
 
     def _decode(self, rows: int, length: int) -> jax.stages.Compiled:
-        from idp_jax.recover import Repaired
-
         ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
         read = lambda decoder, ids: prefill(Repaired(decoder), ids, None, _SLOTS)[1]
         with jax.set_mesh(self.mesh):
-            cache = self._placed(jax.eval_shape(read, self.decoder, ids))
-        rows_of = NamedSharding(self.mesh, PartitionSpec(RULES["batch"]))
-        tokens = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=rows_of)
-        with jax.set_mesh(self.mesh):
+            cache = placed(jax.eval_shape(read, self.decoder, ids), self.mesh)
+            tokens, slot = self._rows((rows,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
             step = jax.jit(decode_step, donate_argnums=2)
-            slot = jax.ShapeDtypeStruct((), jnp.int32)
-            return step.lower(self._placed(self.decoder), tokens, cache, slot).compile()
+            return step.lower(self.decoder, tokens, cache, slot).compile()
 
-    def _placed(self, tree: Any) -> Any:
-        return placed(tree, self.mesh)
+    def _batch(self, rows: int) -> Batch:
+        ids = self._rows((rows, self.config.data.sequence_length), jnp.int32)
+        return Batch(ids, ids if self.config.data.documents == "apart" else None)
 
-    def _batch(self, rows: int | None = None, length: int | None = None) -> Batch:
-        size = (rows or self.config.batch_size, length or self.config.data.sequence_length)
+    def _rows(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        """The shape of an array whose first axis is cut like a batch."""
         place = NamedSharding(self.mesh, PartitionSpec(RULES["batch"]))
-        return Batch(jax.ShapeDtypeStruct(size, jnp.int32, sharding=place))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)

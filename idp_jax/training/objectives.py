@@ -97,7 +97,8 @@ class Mix:
             values = {term.name: (_each(term, logits, at) * weight).sum() for term in terms}
             return self._sum(values), values
 
-        head = word.head if word.kept is None else None
+        theirs = word.head if word.kept is None else None
+        head = None if theirs is None else theirs.whole()
         targets = jnp.roll(batch.tokens, -1, 1)
         ours = repaired.decoder.output_head().whole()
         return summed(score, hidden, ours, (targets, weight, said), head)

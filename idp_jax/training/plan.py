@@ -97,7 +97,8 @@ def plan(config: Train, mesh: jax.sharding.Mesh | None) -> list[Plan]:
     """
     raw = open_config(config.model)
     model = from_hf(raw)
-    decoder = abstract(model, dtype=_dtype(raw, config), weights=_storage(raw, config))
+    keeps = config.weights == "packed" or (config.weights == "auto" and not shares_host())
+    decoder = abstract(model, dtype=dtype_of(raw, config), weights=storage_of(raw, keeps))
     optimizer = make_optimizer(config.optimizer, config.learning_rate, config.steps)
     step = make_train_step(
         optimizer, _objective(config.remat), steps=max(config.steps, 1), passes=config.passes
@@ -186,15 +187,15 @@ def _objective(remat: bool):
     return lambda repaired, batch: next_token(repaired, batch, remat=remat)
 
 
-def _dtype(raw: Any, config: Train) -> str:
+def dtype_of(raw: Any, config: Train) -> str:
+    """The dtype that a run gives a model of this configuration."""
     own = str(getattr(raw, "dtype", None) or "float32").removeprefix("torch.")
     return own if config.dtype == "auto" else config.dtype
 
 
-def _storage(raw: Any, config: Train) -> Storage:
-    """Packed where the run keeps matrices so: by its settings, and off the CPU by itself."""
+def storage_of(raw: Any, keeps: bool) -> Storage:
+    """How a run keeps a model's matrices, that keeps packed ones packed or writes them out."""
     packed = getattr(raw, "quantization_config", None) or {}
-    keeps = config.weights == "packed" or (config.weights == "auto" and not shares_host())
     if not keeps or "bits" not in packed:
         return DENSE
     return Storage(bits=packed["bits"], group_size=packed.get("group_size", 128))

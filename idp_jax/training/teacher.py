@@ -17,6 +17,7 @@ import numpy as np
 
 from idp_jax import formats
 from idp_jax.config import ConfigError, Train
+from idp_jax.config import Teacher as TeacherSettings
 from idp_jax.data.batch import Batch
 from idp_jax.data.sources import SELF
 from idp_jax.formats.source import open_config
@@ -67,7 +68,7 @@ class Teacher:
     @property
     def _is_asked(self) -> bool:
         """Whether the objective wants to hear of every batch."""
-        return _asks(self._objective)
+        return asks(self._objective)
 
     @cached_property
     def decoder(self) -> Decoder:
@@ -124,20 +125,11 @@ class Teacher:
         return batch._replace(teacher=shard_batch(word, self._mesh))
 
     def _word(self, batch: Batch) -> Word:
-        settings, decoder = self._config.teacher, self.decoder
-        form = settings.form if self._objective.divergent else "full"
-        word = hear(
-            decoder,
-            batch.tokens,
-            batch.segments,
-            jax.random.key(self._config.seed),
-            form=form,
-            tokens=settings.tokens,
-            temperature=settings.temperature,
-            keep_hidden=form == "full" or self._objective.hidden,
-        )
+        decoder, asked = self.decoder, what_is_asked(self._config.teacher, self._objective)
+        key = jax.random.key(self._config.seed)
+        word = hear(decoder, batch.tokens, batch.segments, key, **asked)
         # Put in outside of the jit: a result of it would be a copy.
-        return word.replace(head=decoder.output_head()) if form == "full" else word
+        return word.replace(head=decoder.output_head()) if asked["form"] == "full" else word
 
     def _open_cache(self) -> Cache:
         settings, config = self._config.teacher, self._config
@@ -165,7 +157,18 @@ class Teacher:
         return Cache(settings.cache, identity, config.data.sequence_length, shapes)
 
 
-def _asks(objective: Mix) -> bool:
+def what_is_asked(settings: TeacherSettings, objective: Mix) -> dict[str, Any]:
+    """What `hear` is to keep of the teacher's word for an objective, by keyword."""
+    form = settings.form if objective.divergent else "full"
+    return {
+        "form": form,
+        "tokens": settings.tokens,
+        "temperature": settings.temperature,
+        "keep_hidden": form == "full" or objective.hidden,
+    }
+
+
+def asks(objective: Mix) -> bool:
     """Whether a term may need the teacher; nobody knows it of a file's."""
     return any(term.needs_teacher is not False for term in objective.terms)
 
@@ -188,7 +191,7 @@ def check_teacher(config: Train) -> None:
             raise ConfigError(f"--teacher.cache {settings.cache} needs its --teacher.model")
         return
     theirs = from_hf(open_config(settings.model))
-    if not _asks(objective):
+    if not asks(objective):
         if config.data.train != SELF and not config.starts_from_teacher:
             raise ConfigError(
                 f"--teacher.model {settings.model} is never asked: --objective "
@@ -220,7 +223,7 @@ def _check_sizes(config: Train, objective: Mix, theirs) -> None:
 
 def _check_cache(config: Train, objective: Mix) -> None:
     cache, form = config.teacher.cache, config.teacher.form
-    if not _asks(objective):
+    if not asks(objective):
         raise ConfigError(
             f"--teacher.cache {cache} is never read: --objective {config.objective!r} needs no "
             "teacher; leave it out"

@@ -6,10 +6,13 @@ import importlib.util
 import jax
 import pytest
 
-from idp_jax.config import ConfigError, Data, Lora, Mesh, Plan
+from idp_jax.commands.plan import run
+from idp_jax.config import ConfigError, Data, Lora, Mesh, Plan, Teacher
 from idp_jax.pods import plan as pods
 from idp_jax.pods.chips import CHIPS, Topology, open_topology
 from idp_jax.pods.plan import plan
+from idp_jax.pods.programs import Job
+from idp_jax.training.plan import forward
 from tests.helpers import tiny_folder
 
 pytestmark = pytest.mark.usefixtures("optax_promotes")
@@ -71,12 +74,46 @@ def test_every_program_is_compiled_and_counted(model, here):
 def test_validation_is_shared_by_all_devices(model, here):
     alone = plan(_config(model, "v5e:2x4", mesh=Mesh(data=8), programs="validation"))
     (report,) = alone.reports
-    from idp_jax.pods.programs import Job
-    from idp_jax.training.plan import forward
-
     job = Job(_config(model, "v5e:2x4"), alone.mesh, "cpu")
     total = report.tokens / 256 * forward(job.model, 256)
     assert report.counts.flops == pytest.approx(total / 8, rel=0.05)
+
+
+def test_a_teacher_stands_beside_the_step(model, here):
+    mesh, teacher = Mesh(data=2, fsdp=2, model=2), Teacher(model=str(model))
+    data = Data(train="self", sequence_length=256, validation_windows=10, documents="apart")
+    alone = _config(model, "v5e:2x4", mesh=mesh, data=data, programs="step")
+    beside = dataclasses.replace(alone, objective="kl", teacher=teacher)
+    (without,), (step,) = (list(plan(config).reports) for config in (alone, beside))
+    assert step.held > without.held and step.counts.flops > without.counts.flops
+    every = dataclasses.replace(beside, programs="")
+    job = Job(every, plan(every).mesh, "cpu")
+    assert [p.name for p in job.programs()][:3] == ["step", "validation", "teacher"]
+
+
+def test_a_pool_has_a_step_for_every_prompt(model, here):
+    config = _config(model, "v5e:2x4", method="idp", pool_lengths=(3, 5), programs="step")
+    names = [report.name for report in plan(config).reports]
+    assert names == ["step of prompt of 3", "step of prompt of 5"]
+
+
+@pytest.mark.parametrize(
+    ("said", "needs"),
+    [
+        ("Used 18.25G of 15.75G hbm. Exceeded", "step needs at least 18.25 GiB of the 15.75 GiB"),
+        ("memory required for HLO temporaries (46.48G) exceeds", "needs at least 46.48 GiB of the"),
+        ("of another form", "step needs more of the 15.75 GiB"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_what_to_change(model, here, monkeypatch, said, needs):
+    def refuse(job, adapter):
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {said}")
+
+    monkeypatch.setattr(Job, "_step", refuse)
+    with pytest.raises(
+        ConfigError, match=f"{needs}.*; give --dtype bfloat16, --passes 2, a larger --mesh"
+    ):
+        run(_config(model, "v5e:2x4", programs="step", dtype="float32"))
 
 
 def test_what_cannot_be_planned_is_refused(model, here):

@@ -103,7 +103,5 @@ def test_a_rate_is_a_number(config_alone):
 def test_packed_matrices_are_counted_as_they_are_kept(config_alone):
     raw = open_config(config_alone)
     raw.quantization_config = {"quant_method": "gptq", "bits": 3, "group_size": 32}
-    config = settings(config_alone)
-    assert room._storage(raw, config).bits is None  # expanded on a CPU
-    packed = dataclasses.replace(config, weights="packed")
-    assert room._storage(raw, packed) == room.Storage(bits=3, group_size=32)
+    assert room.storage_of(raw, keeps=False).bits is None
+    assert room.storage_of(raw, keeps=True) == room.Storage(bits=3, group_size=32)
