@@ -17,7 +17,7 @@ INTEROP_INSTALLED := $(INTEROP)/.installed
 LIBRARIES := gptqmodel==7.7.0 compressed-tensors==0.20.0
 DEMO := configs/demo$(if $(QUICK),-quick).yaml
 
-.PHONY: demo test test-slow test-newest reference golden golden-packed interop benchmarks compression clean
+.PHONY: demo test test-slow test-pods test-newest reference golden golden-packed interop benchmarks compression clean
 
 demo: $(INSTALLED)  ## compress, repair and score SmolLM2-135M (QUICK=1: the short form)
 	$(BIN)/idp-jax demo --config_path $(DEMO)
@@ -30,6 +30,9 @@ test: $(INSTALLED)  ## lint, and all tests but the slow ones
 
 test-slow: $(INSTALLED)  ## the others: whole jobs, fuzzers, further variants
 	$(BIN)/python -m pytest -n auto --dist loadfile -m slow $(PYTEST_ARGS)
+
+test-pods: $(INSTALLED)  ## what is compiled for TPUs (needs libtpu in .venv)
+	$(BIN)/python -m pytest tests/pods tests/kernels/test_compile_tpu.py $(PYTEST_ARGS)
 
 test-newest: $(NEWEST_INSTALLED)  ## the tests of `make test` on Python 3.13 and the newest jax and flax
 	$(NEWEST)/bin/python -m pytest -n auto -m "not slow" $(PYTEST_ARGS)

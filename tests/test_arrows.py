@@ -35,8 +35,15 @@ ARROWS = {
         *("models", "processes", "recover", "sharding", "weights"),
     },
     "pods": {
-        *("config", "data", "formats", "inference", "models"),
-        *("recover", "sharding", "training"),
+        "config",
+        "data",
+        "formats",
+        "inference",
+        "kernels",
+        "models",
+        "recover",
+        "sharding",
+        "training",
     },
     "analysis": {"config", "evaluation"},
     "experiments": {

@@ -9,8 +9,8 @@ from idp_jax.commands.tables import columns, show
 from idp_jax.config import ConfigError
 from idp_jax.jobs.progress import clock, console
 from idp_jax.pods.chips import Topology
-from idp_jax.pods.plan import Report, plan
-from idp_jax.sharding import MESH_AXES, batch_parts
+from idp_jax.pods.plan import Planned, Report, plan
+from idp_jax.sharding import batch_parts
 
 _GIB = 2**30
 _MESSAGES = 12  # rows of a table
@@ -21,7 +21,7 @@ def run(settings: config.Plan) -> None:
     say = lambda line: console.print(line, highlight=False, soft_wrap=True)
     job = plan(settings, say)
     reports = list(job.reports)
-    show(_programs(reports, settings, job.topology), console)
+    show(_programs(reports, settings, job), console)
     for report in reports:
         if report.counts is not None and report.counts.collectives:
             show(_messages(report, job.topology), console)
@@ -32,14 +32,14 @@ def run(settings: config.Plan) -> None:
     large = [r for r in reports if not r.fits(job.topology)]
     if large:
         room = f"{job.topology.chip.memory / _GIB:.2f} GiB that a device of {settings.topology} has"
-        knobs = ", ".join(_knobs(settings, batch_parts(job.mesh)))
+        knobs = ", ".join(_knobs(large[0], settings, batch_parts(job.mesh)))
         raise ConfigError(f"{large[0].name} needs {_size(large[0])} of the {room}; give {knobs}")
 
 
-def _programs(reports: Sequence[Report], settings: config.Plan, topology: Topology) -> Table:
+def _programs(reports: Sequence[Report], settings: config.Plan, job: Planned) -> Table:
     """A row for each program; bytes and times on one device."""
-    mesh = settings.mesh
-    shape = " x ".join(f"{axis} {getattr(mesh, axis)}" for axis in MESH_AXES)
+    topology = job.topology
+    shape = " x ".join(f"{axis} {size}" for axis, size in job.mesh.shape.items())
     table = columns(
         f"{settings.model} on {topology.name}, {shape}: per device",
         "program",
@@ -93,14 +93,15 @@ def _size(report: Report) -> str:
     return f"{least}{report.peak / _GIB:.2f} GiB" if report.peak else "more"
 
 
-def _knobs(settings: config.Plan, rows: int) -> list[str]:
-    """What makes a run smaller, the cheapest first."""
+def _knobs(report: Report, settings: config.Plan, rows: int) -> list[str]:
+    """What makes a program smaller, the cheapest first."""
     knobs = []
     if settings.dtype != "bfloat16":
         knobs.append("--dtype bfloat16")
-    if not settings.remat:
+    of_training = report.name.startswith(("step", "validation", "teacher"))
+    if not settings.remat and report.name.startswith("step"):
         knobs.append("--remat")
-    if settings.batch_size > rows * settings.passes:
+    if of_training and settings.batch_size > rows * settings.passes:
         knobs.append(f"--passes {min(2 * settings.passes, settings.batch_size // rows)}")
     knobs += ["a larger --mesh.fsdp or --mesh.model", "a smaller --data.sequence-length"]
     return knobs

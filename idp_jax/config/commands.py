@@ -5,7 +5,7 @@ No number is defaulted here that the model's own config.json supplies.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from tyro.conf import Positional
 
@@ -97,7 +97,7 @@ class Train(Loading):
         read = {f"data.{name}": getattr(self.data, name) for name in _TEXTS}
         read |= {"teacher.model": self.teacher.model, "teacher.cache": self.teacher.cache}
         read |= {"init.file": self.init.file}
-        check_apart(self.out, {"model": self.model, **read})
+        self._check_places({"model": self.model, **read})
         at_least("batch-size", self.batch_size, 1)
         at_least("passes", self.passes, 1)
         if self.batch_size % self.passes:
@@ -126,6 +126,10 @@ class Train(Loading):
         if self.patience is not None:
             at_least("patience", self.patience, 1)
         self._check_start()
+
+    def _check_places(self, read: dict[str, Any]) -> None:
+        """Refuses a result that would lie in what is read."""
+        check_apart(self.out, read)
 
     @property
     def starts_from_teacher(self) -> bool:
@@ -192,7 +196,7 @@ class Plan(Train):
     bits: int | None = None
     """Plan as if the matrices were packed to 2, 3, 4 or 8 bits; by default as the model is."""
     group_size: int = 128
-    """Inputs that share a scale, with --bits."""
+    """Inputs that share a scale, with --bits; -1 for all of a column's."""
     programs: str = ""
     """Only programs whose name begins so: step, validation, loading, prefill, decode."""
     out: Path = Path("runs/planned")
@@ -202,7 +206,13 @@ class Plan(Train):
         super().__post_init__()
         if self.bits is not None:
             one_of("bits", self.bits, (2, 3, 4, 8))
-        at_least("group-size", self.group_size, 1)
+            if self.weights == "dense":
+                raise ConfigError("--weights dense writes matrices out; leave out it or --bits")
+        if self.group_size != -1:
+            at_least("group-size", self.group_size, 1)
+
+    def _check_places(self, read: dict[str, Any]) -> None:
+        """Nothing is written."""
 
 
 @dataclass(frozen=True, kw_only=True)

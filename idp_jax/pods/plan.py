@@ -4,6 +4,7 @@ Times are bounds, not forecasts: no program is faster than its products at the v
 messages around a ring, or its arguments out of memory once.
 """
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,9 +17,8 @@ from idp_jax.pods.chips import Topology, open_topology
 from idp_jax.pods.hlo import Counts, count
 from idp_jax.pods.programs import Job, Program
 from idp_jax.sharding import MESH_AXES, make_mesh
-from idp_jax.training.checks import check_batch
+from idp_jax.training.checks import check_batch, check_shapes
 from idp_jax.training.plan import forward
-from idp_jax.training.teacher import check_teacher
 
 # What the TPU compiler says of a program that does not fit: all of it, or what comes and goes.
 _USED = re.compile(r"(?:Used |temporaries \()([\d.]+)([KMG])")
@@ -96,13 +96,16 @@ def plan(config: Plan, say: Callable[[str], None] = lambda line: None) -> Planne
     Raises:
         ConfigError: a topology, mesh or model that cannot be used.
     """
+    check_shapes(config, None)  # before the compiler is opened
     topology = open_topology(config.topology)
     shape = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
-    if all(size == 1 for size in shape.values()):
-        shape = {"data": -1}
+    if math.prod(shape.values()) == 1 < len(topology.devices):
+        raise ConfigError(
+            f"the file's mesh is one device, and --topology {config.topology} has "
+            f"{len(topology.devices)}; give --mesh.data -1, or how they are to share the work"
+        )
     mesh = make_mesh(shape, topology.devices)
     check_batch(config, mesh)
-    check_teacher(config)
     job = Job(config, mesh, topology.chip.platform)
     programs = [p for p in job.programs() if p.name.startswith(config.programs)]
     if not programs:

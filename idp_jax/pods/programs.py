@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from idp_jax.config import Plan
+from idp_jax.config import ConfigError, Plan
 from idp_jax.data.batch import Batch
 from idp_jax.data.stream import validation_rows
 from idp_jax.formats.source import open_config
@@ -27,7 +27,7 @@ from idp_jax.models.storage import repack_matrix
 from idp_jax.recover import Repaired
 from idp_jax.recover.methods import METHODS, Adapter
 from idp_jax.sharding import RULES, batch_parts, shardings
-from idp_jax.training.checks import abstract_adapter, check_positions
+from idp_jax.training.checks import abstract_adapter
 from idp_jax.training.objectives import make_objective
 from idp_jax.training.plan import dtype_of, storage_of
 from idp_jax.training.starts import resolved
@@ -63,16 +63,30 @@ def placed(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.tree.map(put, tree, shardings(tree, mesh))
 
 
-def _storage(raw: Any, config: Plan, platform: str) -> Storage:
-    """How a run on this platform keeps the matrices of a model's blocks."""
+def _storage(raw: Any, config: Plan, platform: str) -> dict[str, Storage]:
+    """How a run on this platform keeps each matrix of a model's blocks.
+
+    Raises:
+        ConfigError: groups that do not divide a matrix' inputs.
+    """
     kernels = {"tpu": "pallas_tpu", "gpu": "mosaic_gpu"}
     backend = kernels.get(platform) if config.kernel == "auto" else config.kernel
-    kept = storage_of(raw, config.weights != "dense")
-    if config.bits is not None and config.weights != "dense":
-        kept = Storage(config.bits, config.group_size)
-    if kept.bits is None or backend == "xla":
-        return kept
-    return replace(kept, backend=backend)
+    backend, kept = (
+        None if backend == "xla" else backend,
+        storage_of(raw, config.weights != "dense"),
+    )
+    for matrix in matrices(from_hf(raw)):
+        size = config.group_size
+        if config.bits is not None:
+            if size != -1 and matrix.inputs % size:
+                raise ConfigError(
+                    f"--group-size {size} does not divide the {matrix.inputs} inputs of "
+                    f"{matrix.name}; choose one that does, or -1"
+                )
+            kept[matrix.name] = Storage(config.bits, size)
+        if kept[matrix.name].bits is not None:
+            kept[matrix.name] = replace(kept[matrix.name], backend=backend)
+    return kept
 
 
 def _bytes(tree: Any) -> int:
@@ -102,8 +116,6 @@ class Job:
         self.runs = METHODS[config.method].runs(resolved(config))
         with jax.set_mesh(mesh):  # a start may run the model, with the kernels of these devices
             self.adapters = [abstract_adapter(config, run, shapes) for run in self.runs]
-            for adapter in self.adapters:
-                check_positions(adapter, shapes, config.data.sequence_length)
 
     def programs(self) -> Iterator[Program]:
         """All of them, the training's own first."""
@@ -113,22 +125,23 @@ class Job:
         for run, adapter in zip(self.runs, self.adapters, strict=True):
             named = f" of {run.label}" if len(self.runs) > 1 else ""
             held = 0 if self.teacher is None else beside - _bytes(self._head())
-            yield Program(f"step{named}", partial(self._step, adapter), tokens, 2, held)
+            if config.steps:
+                yield Program(f"step{named}", partial(self._step, adapter), tokens, 2, held)
             rows = self._validation_rows()
             compiling = partial(self._validation, adapter)
             yield Program(f"validation{named}", compiling, rows * length, beside=beside)
-        if self.teacher is not None:
+        if self.teacher is not None and config.steps:
             yield Program("teacher", self._teacher, tokens, beside=_bytes(self.decoder))
-        if self.storage.backend is not None:
-            for matrix in matrices(self.model):
+        for matrix in matrices(self.model):
+            if self.storage[matrix.name].backend is not None:
                 yield Program(f"loading {matrix.name}", partial(self._loading, matrix))
         rows = batch_parts(self.mesh)
         yield Program("prefill", partial(self._prefill, rows, length), rows * length, 0)
         yield Program("decode", partial(self._decode, rows, length), rows, 0)
 
     def _step(self, adapter: Adapter) -> jax.stages.Compiled:
-        config, steps = self.config, max(self.config.steps, 1)
-        optimizer = make_optimizer(config.optimizer, config.learning_rate, config.steps)
+        config, steps = self.config, self.config.steps
+        optimizer = make_optimizer(config.optimizer, config.learning_rate, steps)
         step = make_train_step(
             optimizer, self.objective, steps=steps, key=self._key, passes=config.passes
         )
@@ -177,9 +190,10 @@ class Job:
 
     def _loading(self, matrix: Matrix) -> jax.stages.Compiled:
         """One matrix of all layers, from the layout of the files to that of the kernels."""
-        files = replace(self.storage, backend=None)
+        files = {name: replace(kept, backend=None) for name, kept in self.storage.items()}
         layers = placed(abstract(self.model, dtype=self.dtype, weights=files), self.mesh).layers
-        options = {"backend": str(self.storage.backend), "use_sparse24": False}
+        backend = str(self.storage[matrix.name].backend)
+        options = {"backend": backend, "use_sparse24": False}
         with jax.set_mesh(self.mesh):
             return repack_matrix.lower(getattr(layers, matrix.name), matrix, **options).compile()
 

@@ -25,17 +25,22 @@ from idp_jax.training.teacher import check_teacher
 
 
 def check(config: Train, mesh: jax.sharding.Mesh | None) -> int:
+    """`check_shapes` of a run that is to be made here, and what it reads and writes."""
+    check_sinks(config)
+    _check_sources(config)
+    return check_shapes(config, mesh)
+
+
+def check_shapes(config: Train, mesh: jax.sharding.Mesh | None) -> int:
     """Tries a run on the model's shapes alone.
 
     Returns:
         The number of parameters that it would train.
 
     Raises:
-        ValueError: a source, selector, size or mesh that cannot be used.
+        ValueError: a selector, teacher, size or mesh that cannot be used.
     """
     check_selector(config.selector, joint=config.pool.training == "joint")
-    check_sinks(config)
-    _check_sources(config)
     check_teacher(config)
     check_batch(config, mesh)
     decoder = abstract(from_hf(open_config(config.model)))

@@ -252,7 +252,7 @@ class _Run:
             self.since = time.perf_counter()
         try:
             batch = self.batches.take()
-        except ValueError:
+        except Exception:
             self.catch_up()  # the step before went well: its numbers are to be told
             raise
         self.state, values = train_step(self.state, self.decoder, batch)

@@ -14,12 +14,14 @@ import jax.numpy as jnp
 
 from idp_jax.config import Train
 from idp_jax.data.batch import Batch
+from idp_jax.formats.quantization import read_config
 from idp_jax.formats.source import open_config
 from idp_jax.jobs.machine import free_memory, shares_host
 from idp_jax.jobs.progress import clock
 from idp_jax.models.abstract import DENSE, Storage, abstract
 from idp_jax.models.config import ModelConfig, from_hf
 from idp_jax.models.matrices import matrices
+from idp_jax.models.names import NAMES
 from idp_jax.recover.methods import METHODS, Run, parameter_count
 from idp_jax.training.checks import abstract_adapter
 from idp_jax.training.objectives import next_token
@@ -193,12 +195,22 @@ def dtype_of(raw: Any, config: Train) -> str:
     return own if config.dtype == "auto" else config.dtype
 
 
-def storage_of(raw: Any, keeps: bool) -> Storage:
-    """How a run keeps a model's matrices, that keeps packed ones packed or writes them out."""
-    packed = getattr(raw, "quantization_config", None) or {}
-    if not keeps or "bits" not in packed:
-        return DENSE
-    return Storage(bits=packed["bits"], group_size=packed.get("group_size", 128))
+def storage_of(raw: Any, keeps: bool) -> dict[str, Storage]:
+    """How a run keeps each matrix, that keeps packed ones packed or writes them out.
+
+    Raises:
+        ValueError: as `quantization.read_config`.
+    """
+    layout, model = read_config(getattr(raw, "quantization_config", None)), from_hf(raw)
+    kept = {}
+    for matrix in matrices(model):
+        name = NAMES[model.architecture].weight(0, matrix.name)
+        packing = layout.packing(name) if keeps and layout is not None else None
+        kept[matrix.name] = DENSE
+        if packing is not None:
+            size, order = packing.group_size, packing.act_order
+            kept[matrix.name] = Storage(packing.bits, size, act_order=order)
+    return kept
 
 
 def _teacher(config: Train) -> ModelConfig:

@@ -19,21 +19,20 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental import topologies
 from jax.extend.core import Var
 
 from idp_jax.kernels.bench import cases
 from idp_jax.kernels.bench.shapes import ROWS, all_shapes
 from idp_jax.kernels.quant_matmul import pallas_tpu as quant_tpu
 from idp_jax.kernels.sparse24_matmul import pallas_tpu as sparse_tpu
+from idp_jax.kernels.targets import tpus
 
-TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+TOPOLOGIES = {"v4": (2, 2, 1), "v5e": (2, 2), "v5p": (2, 2, 1), "v6e": (2, 2)}
 BOUND = 1.15
 """Bytes accessed over packed weight + x + y may not exceed this."""
 
@@ -152,8 +151,7 @@ def _moved(mapping) -> int:
 
 
 def _device(kind: str):
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[kind])
-    return topology.devices[0]
+    return tpus(kind, TOPOLOGIES[kind])[0]
 
 
 def every_case(rows=ROWS, shapes=None) -> Iterator[Case]:

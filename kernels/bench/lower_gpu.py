@@ -24,7 +24,7 @@ from idp_jax.kernels.bench import cases
 from idp_jax.kernels.bench.shapes import all_shapes
 from idp_jax.kernels.quant_matmul import mosaic_gpu as quant_gpu
 from idp_jax.kernels.sparse24_matmul import mosaic_gpu as sparse_gpu
-from idp_jax.pods.chips import open_topology
+from idp_jax.kernels.targets import h100s
 
 
 def lower(device, multiply, weight, rows: int, dtype):
@@ -50,7 +50,7 @@ def main() -> int:
     )
     parser.add_argument("--quick", action="store_true", help="one shape instead of all")
     arguments = parser.parse_args()
-    device = open_topology("h100:1").devices[0]
+    device = h100s(1, 1)[0]
     failures = 0
     operations = {"quant": quant_gpu.quant_matmul, "sparse24": sparse_gpu.sparse24_matmul}
     kinds = cases.every_kind((-1, 32, 64, 128))

@@ -4,14 +4,11 @@ Needs libtpu, not a TPU; kernels/bench/compile_tpu.py compiles them all.
 """
 
 import importlib.util
-import os
 
 import pytest
 
 if importlib.util.find_spec("libtpu") is None:
     pytest.skip("libtpu is not installed (pip install libtpu)", allow_module_level=True)
-# Test workers load the library side by side; no TPU is there to fight over.
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 from idp_jax.kernels.bench.compile_tpu import BOUND, Case, bytes_of_a_walk, compile_case
 

@@ -34,6 +34,7 @@ def _config(model, topology: str, **changes) -> Plan:
         "remat": True,
         "bits": 3,
         "group_size": 64,
+        "mesh": Mesh(data=-1),
     }
     return Plan(**settings | changes)
 
@@ -56,6 +57,12 @@ def here(monkeypatch):
 @pytest.mark.parametrize("name", ["v5e", "v9:2x2", "v5e:0x4", "h100:", "v5e:2x2x2x2", "v5e:axb"])
 def test_a_topology_that_is_none_is_named(name):
     with pytest.raises(ConfigError, match=r"is no kind and shape of v4, v5e, v5p, v6e, h100; give"):
+        open_topology(name)
+
+
+@pytest.mark.parametrize("name", ["v5e:4x4x4", "v5p:4x4", "h100:2x2x2"])
+def test_a_torus_of_another_kind_is_refused(name):
+    with pytest.raises(ConfigError, match=f"{name} is no .*; give one such as v5e:16x16"):
         open_topology(name)
 
 
@@ -121,6 +128,16 @@ def test_what_cannot_be_planned_is_refused(model, here):
         plan(_config(model, "v5e:2x4", batch_size=12))
     with pytest.raises(ConfigError, match="--programs steps begins none of step, validation"):
         plan(_config(model, "v5e:2x4", programs="steps"))
+    with pytest.raises(ConfigError, match="the file's mesh is one device, and --topology v5e:2x4"):
+        plan(_config(model, "v5e:2x4", mesh=Mesh()))
+    with pytest.raises(ConfigError, match="--group-size 96 does not divide the 1024 inputs of q"):
+        plan(_config(model, "v5e:2x4", group_size=96))
+    with pytest.raises(ConfigError, match="--weights dense writes matrices out"):
+        _config(model, "v5e:2x4", weights="dense")
+    with pytest.raises(ValueError, match="nothing"):
+        plan(_config(model, "v5e:2x4", method="idp", selector="nothing"))
+    with pytest.raises(ConfigError, match="--objective 'foo'"):
+        plan(_config(model, "v5e:2x4", objective="foo"))
     with pytest.raises(ValueError, match="does not use 8 devices"):
         plan(_config(model, "v5e:2x4", mesh=Mesh(data=3)))
 

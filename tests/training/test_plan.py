@@ -103,5 +103,14 @@ def test_a_rate_is_a_number(config_alone):
 def test_packed_matrices_are_counted_as_they_are_kept(config_alone):
     raw = open_config(config_alone)
     raw.quantization_config = {"quant_method": "gptq", "bits": 3, "group_size": 32}
-    assert room.storage_of(raw, keeps=False).bits is None
-    assert room.storage_of(raw, keeps=True) == room.Storage(bits=3, group_size=32)
+    assert set(room.storage_of(raw, keeps=False).values()) == {room.DENSE}
+    assert set(room.storage_of(raw, keeps=True).values()) == {room.Storage(3, 32)}
+    packing = {"num_bits": 4, "group_size": 64, "strategy": "group", "type": "int"}
+    raw.quantization_config = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": packing}},
+        "ignore": ["lm_head", "model.layers.0.mlp.up_proj"],
+    }
+    kept = room.storage_of(raw, keeps=True)
+    assert kept["down"] == room.Storage(4, 64) and kept["up"] == room.DENSE
