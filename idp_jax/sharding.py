@@ -168,9 +168,9 @@ def _stacked(names, ndim: int) -> tuple[str | None, ...] | None:
     return ("layers",) * (ndim - len(names)) + tuple(names)
 
 
-def batch_parts(mesh: jax.sharding.Mesh | None) -> int:
+def batch_parts(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None) -> int:
     """How many parts a batch is cut into: its rows must be a multiple of that."""
-    return 1 if mesh is None else parts("batch", mesh.shape)
+    return 1 if mesh is None or mesh.empty else parts("batch", mesh.shape)
 
 
 def shardings(tree, mesh: jax.sharding.Mesh) -> Any:

@@ -10,37 +10,23 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, struct
+from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from idp_jax.kernels.stack import select_layer
+from idp_jax.models.attention import KEPT, Context, attention
 from idp_jax.models.config import ModelConfig
-from idp_jax.models.layers import Norm, attention, rotate
+from idp_jax.models.layers import Norm, rotate
 from idp_jax.models.matrices import matrices, stages
 from idp_jax.sharding import constrain
 from idp_jax.weights import is_compressed, products
 
 _Layers = TypeVar("_Layers")  # a block, or one of its weights
-# What the backward pass keeps of a layer beside its input: the results of matrices, which take time
-# to make. Scores, weights and norms it makes again, because to keep them takes longer.
-KEPT = "matrix"
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
 }
-
-
-class Context(struct.PyTreeNode):
-    """What every layer of one forward pass shares.
-
-    Attributes:
-        visible: bool [B | 1, T, T], see `layers.visibility`.
-        rotation: cosines and sines [B | 1, T, H], or None where positions are learned.
-    """
-
-    visible: jax.Array
-    rotation: tuple[jax.Array, jax.Array] | None
 
 
 class Block(nnx.Module):
@@ -101,10 +87,10 @@ class Block(nnx.Module):
         """What o reads, [B, T, N * H], and this input's keys and values [B, T, K, H].
 
         Args:
-            past: what this layer attends to before the input, as `layers.attention` takes it.
+            past: what this layer attends to before the input, as `attention` takes it.
         """
         q, k, v = self.heads(x, context)
-        return attention(q, k, v, context.visible, past), (k, v)
+        return attention(q, k, v, context, past), (k, v)
 
     def mlp_input(self, h: jax.Array, attended: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Adds the attention to the residual; returns it and what gate and up read."""

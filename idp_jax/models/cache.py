@@ -16,7 +16,8 @@ class KV(struct.PyTreeNode):
     """Stored keys and values of every layer.
 
     Attributes:
-        k, v: [L, B, S, K, H]; B is 1 where all rows share them. Keys are stored after RoPE.
+        k, v: [L, B, S, K, H]; B is 1 where all rows share them. Keys are stored after RoPE. Beside
+            k and v of several rows, mask and next_position may have one for all of them.
         mask: bool [B, S]: slots that hold something; or [L, B, S], where layers hold different
             ones.
         next_position: int32 [B]: the position of the token that follows.

@@ -13,7 +13,8 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
-from idp_jax.models.block import KEPT, Block, Context, scan_layers
+from idp_jax.models.attention import KEPT, Context
+from idp_jax.models.block import Block, scan_layers
 from idp_jax.models.cache import KV
 from idp_jax.models.config import ModelConfig
 from idp_jax.models.embedding import rows_of
@@ -142,9 +143,10 @@ class Decoder(nnx.Module):
             return self._start(embeddings, attention_mask, past, segments)
 
     def _start(self, embeddings, attention_mask, past: KV | None, segments):
-        if attention_mask is None and segments is None:
+        plain = attention_mask is None
+        if plain and segments is None:
             self._check_length(embeddings.shape[1], past)
-        if attention_mask is None:
+        if plain:
             # A row of plain text is like any other: one serves all.
             rows = 1 if segments is None else embeddings.shape[0]
             attention_mask = jnp.ones((rows, embeddings.shape[1]), jnp.int32)
@@ -163,7 +165,7 @@ class Decoder(nnx.Module):
             h = h + rows.get(mode="fill", fill_value=jnp.nan).astype(h.dtype)
         else:
             turns = rotation(positions, self._frequencies(positions))
-        context = Context(visible, turns)
+        context = Context(visible, turns, segments, plain)
         h = constrain(h, *_STREAM)
         return h, context, first + seen.max(-1)
 

@@ -1,8 +1,8 @@
-"""The pieces that LLaMA and OPT blocks are made of: norms, rotary positions, masks and attention.
+"""The pieces that LLaMA and OPT blocks are made of: norms, rotary positions and masks.
 
-Normalisation, rotation and softmax run in float32 whatever the dtype of the activations.
+Normalisation and rotation run in float32 whatever the dtype of the activations.
 
-Dims: B batch, T query time, S stored (past) time, N heads, K kv heads, G = N / K, H head dim.
+Dims: B batch, T time, N heads, H head dim.
 """
 
 from typing import Any
@@ -13,10 +13,6 @@ import numpy as np
 from flax import nnx
 
 from idp_jax.models.config import RopeConfig
-
-_MASKED = -1e30  # finite, so that a row that sees nothing gives a mean instead of NaN
-_SMALLEST_BLOCK = 128  # queries of one attention block
-_MOST_BLOCKS = 8
 
 
 class Norm(nnx.Module):
@@ -150,73 +146,3 @@ def _counted(which: jax.Array, *labels: jax.Array) -> jax.Array:
     # The total never falls, so the largest one met at a beginning is that of the last.
     before = jax.lax.cummax(jnp.where(begins, total - found, 0), axis=total.ndim - 1)
     return jnp.put_along_axis(jnp.zeros_like(total), order, total - before, -1, inplace=False)
-
-
-def attention(
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    visible_BTT: jax.Array,
-    past: tuple[jax.Array, jax.Array, jax.Array] | None = None,
-) -> jax.Array:
-    """Attention of the input over itself and the past, which is visible where it holds something.
-
-    Queries go in blocks, each against the keys up to its own end, because later ones are hidden
-    anyway: half the work, and the scores of a block stay in cache. There are at most eight blocks,
-    so that the program does not grow with the input.
-
-    Args:
-        visible_BTT: bool, from `visibility`; it must be causal.
-        past: keys and values [B | 1, S, K, H] and their mask [B | 1, S].
-
-    Returns:
-        [B, T, N * H] in the dtype of q.
-    """
-    time = q_BTNH.shape[1]
-    size = max(_SMALLEST_BLOCK, -(-time // _MOST_BLOCKS))
-    blocks = []
-    for start in range(0, time, size):
-        end = min(start + size, time)
-        seen = visible_BTT[:, start:end, :end]
-        sources = [(k_BTKH[:, :end], v_BTKH[:, :end], seen[:, None, None])]
-        if past is not None:
-            keys, values, mask = past
-            dtype = q_BTNH.dtype
-            sources.append((keys.astype(dtype), values.astype(dtype), mask[:, None, None, None]))
-        blocks.append(_attend(q_BTNH[:, start:end], sources))
-    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, 1)
-
-
-def _attend(q_BTNH: jax.Array, sources: list) -> jax.Array:
-    """One softmax over several stretches of keys, (keys, values, mask) each.
-
-    Normalised after the mixing: the sum of the weights divides the result [T, H], not the scores
-    [T, S].
-    """
-    batch, time, heads, width = q_BTNH.shape
-    kv_heads = sources[0][0].shape[2]
-    shape = (batch, kv_heads, heads // kv_heads, time)
-    scale = np.float32(width**-0.5).astype(q_BTNH.dtype)
-    rows = jnp.moveaxis(q_BTNH * scale, 1, 2).reshape(batch, kv_heads, -1, width)
-    logits = []
-    for keys, _, mask in sources:
-        shared = keys.shape[0] == 1 and batch > 1
-        equation = "bkrh,skh->bkrs" if shared else "bkrh,bskh->bkrs"
-        keys = keys[0] if shared else keys
-        scores = jnp.einsum(equation, rows, keys, preferred_element_type=jnp.float32)
-        logits.append(jnp.where(mask, scores.reshape(*shape, -1), _MASKED))
-    # The largest score only keeps exp in range: the result does not depend on it.
-    top = [jax.lax.stop_gradient(x).max(-1, keepdims=True, initial=_MASKED) for x in logits]
-    top = top[0] if len(top) == 1 else jnp.maximum(*top)
-    total, mixed = jnp.float32(0), jnp.float32(0)
-    for scores, (_, values, _) in zip(logits, sources, strict=True):
-        weights = jnp.exp(scores - top)
-        total = total + weights.sum(-1, keepdims=True)
-        shared = values.shape[0] == 1 and batch > 1
-        equation = "bkrs,skh->bkrh" if shared else "bkrs,bskh->bkrh"
-        values = values[0] if shared else values
-        weights = weights.reshape(*rows.shape[:3], -1).astype(values.dtype)
-        part = jnp.einsum(equation, weights, values, preferred_element_type=jnp.float32)
-        mixed = mixed + part.reshape(*shape, width)
-    out = (mixed / total).astype(q_BTNH.dtype)
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads * width)

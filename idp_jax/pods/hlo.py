@@ -27,6 +27,9 @@ _LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 _GOES_ON = "AsyncCollectiveDone"  # what a computation calls in which a message does not start
 _GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\})")
 _MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+# Kernels of splash attention, and how many products each makes of all queries and keys.
+_ATTENTION = re.compile(r"splash_mha_(fwd|dq|dkv)")
+_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,7 @@ def _group(instruction: _Instruction) -> int:
 def _flops(instruction: _Instruction, types: dict[str, str]) -> float:
     if instruction.opcode == "custom-call":
         said = re.search(r'"flops":"?(\d+)', instruction.line)
-        return float(said[1]) if said else 0.0
+        return float(said[1]) if said else _attention_flops(instruction)
     if instruction.opcode not in ("dot", "convolution"):
         return 0.0
     result = math.prod(_sizes(_SHAPE.findall(instruction.result)[0][1]))
@@ -200,6 +203,23 @@ def _flops(instruction: _Instruction, types: dict[str, str]) -> float:
     labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.rest)
     inputs = operands[1][labels[1].index("i")] if labels else 1
     return 2.0 * result * inputs * _taps(instruction.rest)
+
+
+def _attention_flops(instruction: _Instruction) -> float:
+    """Of JAX's splash attention, which does not say them; 0 of other kernels.
+
+    It skips what lies wholly behind a query; keys that stand before the input are visible to all.
+    """
+    named = _ATTENTION.match(instruction.name)
+    arrays = re.search(r"operand_layout_constraints=\{(.*?\})\}", instruction.rest)
+    if named is None or arrays is None:
+        return 0.0
+    queries, keys = (
+        _sizes(sizes) for kind, sizes in _SHAPE.findall(arrays[1])[2:4] if kind[0] in "bf"
+    )
+    (*_, time, width), stored = queries, keys[-2]
+    visible = time * stored - time * (time - 1) / 2
+    return _PRODUCTS[named[1]] * 2.0 * math.prod(queries[:-2]) * width * visible
 
 
 def _taps(rest: str) -> int:

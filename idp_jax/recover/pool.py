@@ -87,9 +87,9 @@ class Pool(nnx.Module):
             repaired.prefix,
             repaired.prompt_embeddings,
             repaired.selector,
-            share,
-            key,
-            self.joint,
+            share=share,
+            key=key,
+            joint=self.joint,
         )
 
 

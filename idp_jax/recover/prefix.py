@@ -14,7 +14,7 @@ from flax import nnx
 
 from idp_jax.models.cache import KV
 from idp_jax.models.decoder import Decoder
-from idp_jax.recover.repaired import Repaired, encode_prompts
+from idp_jax.recover.repaired import Repaired, copies_of_batch, encode_prompts
 from idp_jax.recover.starts import Start, first_embeddings
 
 
@@ -103,6 +103,16 @@ class PrefixAdapter(nnx.Module):
             mask = jnp.asarray(_slots(self.lengths, length))[:, None]
         return Repaired(decoder, KV(k, v, mask, jnp.full((1,), length, jnp.int32)))
 
+    def repair_for_training(self, decoder: Decoder, share: jax.Array, key: jax.Array) -> Repaired:
+        """As `repair`, with a prefix for each part of the batch; see `copies_of_batch`."""
+        repaired = self.repair(decoder)
+        assert repaired.prefix is not None
+        k, v = (copies_of_batch(x[:, 0]) for x in (repaired.prefix.k, repaired.prefix.v))
+        if len(k) == 1:
+            return repaired
+        kv = repaired.prefix.replace(k=jnp.moveaxis(k, 0, 1), v=jnp.moveaxis(v, 0, 1))
+        return repaired.replace(prefix=kv, copied=True)
+
 
 class ProjectedPrefix(nnx.Module):
     """A prefix that is trained through an MLP: what it began as + W tanh(V e + b) + c, e trained.
@@ -156,6 +166,10 @@ class ProjectedPrefix(nnx.Module):
     def repair(self, decoder: Decoder) -> Repaired:
         """The model with the plain prefix before every input."""
         return self.prefix().repair(decoder)
+
+    def repair_for_training(self, decoder: Decoder, share: jax.Array, key: jax.Array) -> Repaired:
+        """As of the plain prefix."""
+        return self.prefix().repair_for_training(decoder, share, key)
 
 
 def lengths_by_damage(damage: Sequence[float], mean: int) -> tuple[int, ...]:

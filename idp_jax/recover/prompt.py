@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 
 from idp_jax.models.decoder import Decoder
-from idp_jax.recover.repaired import Repaired, encode_prompts
+from idp_jax.recover.repaired import Repaired, copies_of_batch, encode_prompts, encode_rows
 from idp_jax.recover.starts import Start, first_embeddings
 
 
@@ -48,3 +48,12 @@ class SoftPrompt(nnx.Module):
         if not self.length:
             return Repaired(decoder)
         return Repaired(decoder, encode_prompts(decoder, [self.embeddings[...]]))
+
+    def repair_for_training(self, decoder: Decoder, share: jax.Array, key: jax.Array) -> Repaired:
+        """As `repair`, with a prompt for each part of the batch; see `copies_of_batch`."""
+        rows = copies_of_batch(self.embeddings[...])
+        if len(rows) == 1 or not self.length:
+            return self.repair(decoder)
+        kv = encode_rows(decoder, rows, [0] * len(rows))
+        kv = kv.replace(mask=kv.mask[:1], next_position=kv.next_position[:1])
+        return Repaired(decoder, kv, copied=True)

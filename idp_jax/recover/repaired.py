@@ -14,6 +14,7 @@ from idp_jax.models.decoder import Decoder
 from idp_jax.models.inputs import token_arrays
 from idp_jax.recover.selection import Selection, as_selection
 from idp_jax.recover.selectors import ScoreInputs, Selector, layer0_inputs
+from idp_jax.sharding import batch_parts, constrain
 
 
 class Repaired(struct.PyTreeNode):
@@ -25,17 +26,26 @@ class Repaired(struct.PyTreeNode):
         prompt_embeddings: [M, P, E] of a pool's prompts, for its selector; None where the prefix
             did not come from embeddings.
         selector: what scores a pool's prompts; see `with_selector`.
+        copied: whether the prefix' rows are copies of one, see `copies_of_batch` (static).
     """
 
     decoder: Decoder
     prefix: KV | None = None
     prompt_embeddings: jax.Array | None = None
     selector: Selection | None = None
+    copied: bool = struct.field(pytree_node=False, default=False)
 
     @staticmethod
     def of(model: "Decoder | Repaired") -> "Repaired":
         """A bare model as a Repaired without a repair; a Repaired as it is."""
         return model if isinstance(model, Repaired) else Repaired(model)
+
+    @property
+    def choices(self) -> int:
+        """How many prompts there are to choose from: 1 where there is no choice, 0 without any."""
+        if self.prefix is None:
+            return 0
+        return 1 if self.copied else self.prefix.batch
 
     def with_selector(self, selector: str | Selector) -> "Repaired":
         """The same pool with another selector: a name, a function or an nnx module.
@@ -60,10 +70,10 @@ class Repaired(struct.PyTreeNode):
         Raises:
             ValueError: there is something to choose, and no selector.
         """
-        if self.prefix is None or self.prefix.batch == 1:
+        if self.prefix is None or self.choices == 1:
             return None
         if self.selector is None:
-            raise ValueError(f"a pool of {self.prefix.batch} prompts needs a selector")
+            raise ValueError(f"a pool of {self.choices} prompts needs a selector")
         mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
         return layer0_inputs(self.decoder, self.prefix, input_ids, mask, self.prompt_embeddings)
 
@@ -119,6 +129,17 @@ def stack_prompts(prompts: list[jax.Array]) -> jax.Array:
     return jnp.stack([jnp.pad(p, [(longest - p.shape[0], 0), (0, 0)]) for p in prompts])
 
 
+def copies_of_batch(x: jax.Array) -> jax.Array:
+    """A copy of x for each part that the mesh cuts a batch into, [R, ...], where that part lies.
+
+    What is differentiated with respect to its own copy is summed over the devices once, behind
+    everything that was made of the copies, and not wherever a batch meets it: a prompt's own
+    gradient is small, that of its keys and values in all layers is not.
+    """
+    parts = batch_parts(jax.sharding.get_abstract_mesh())
+    return constrain(jnp.broadcast_to(x, (parts, *x.shape)), "batch", *[None] * x.ndim)
+
+
 @jax.jit
 def encode_prompts(decoder: Decoder, prompts: list[jax.Array]) -> KV:
     """Runs soft prompts [n_i, E] through the model, apart from each other.
@@ -130,15 +151,21 @@ def encode_prompts(decoder: Decoder, prompts: list[jax.Array]) -> KV:
     Returns:
         Their keys and values, one row per prompt.
     """
-    embeddings = stack_prompts(prompts).astype(decoder.embedding.dtype)
+    embeddings = stack_prompts(prompts)
+    empty = [embeddings.shape[1] - prompt.shape[0] for prompt in prompts]
+    return encode_rows(decoder, embeddings, empty)
+
+
+def encode_rows(decoder: Decoder, embeddings: jax.Array, empty: list[int]) -> KV:
+    """As `encode_prompts`, of prompts [M, N, E] whose first tokens, `empty` many, are none."""
+    embeddings = embeddings.astype(decoder.embedding.dtype)
     longest = embeddings.shape[1]
-    empty = [longest - prompt.shape[0] for prompt in prompts]
     mask = jnp.arange(longest)[None] >= jnp.asarray(empty)[:, None]
     config = decoder.config
     first = jnp.asarray(empty if config.rope is not None else [0] * len(empty), jnp.int32)
-    shape = (config.num_layers, len(prompts), 0, config.num_kv_heads, config.head_dim)
+    shape = (config.num_layers, len(empty), 0, config.num_kv_heads, config.head_dim)
     nothing = jnp.zeros(shape, embeddings.dtype)
-    before = KV(nothing, nothing, jnp.zeros((len(prompts), 0), bool), first)
+    before = KV(nothing, nothing, jnp.zeros((len(empty), 0), bool), first)
     return decoder.hidden(
         None, mask.astype(jnp.int32), embeddings=embeddings, past=before, keep=True
     )[1]

@@ -166,7 +166,7 @@ def forward(model: ModelConfig, length: int) -> float:
     through them.
     """
     products = sum(2 * matrix.inputs * matrix.outputs for matrix in matrices(model))
-    attention = 4 * model.num_heads * model.head_dim * length
+    attention = 2 * model.num_heads * model.head_dim * length  # half of the keys are hidden
     head = 2 * model.vocab_size * model.embedding_dim
     return float(length * (model.num_layers * (products + attention) + head))
 

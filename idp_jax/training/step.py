@@ -181,7 +181,7 @@ def _check_choice(repaired: Repaired, batch: Batch) -> None:
     Raises:
         ValueError: the repair is a pool, and the batch has segments.
     """
-    choices = 1 if repaired.prefix is None else repaired.prefix.batch
+    choices = repaired.choices
     if choices > 1 and batch.segments is not None:
         raise ValueError(
             f"a pool of {choices} prompts chooses one for a whole row, not for each document; "

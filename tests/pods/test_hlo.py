@@ -97,3 +97,15 @@ def test_what_the_tpu_compiler_writes():
     )
     assert found.flops == 7 * 1024 + 2 * 4 * 8 * 32 + 2 * 4 * 8 * 32 * 16
     assert found.arrays["bf16[4,32]"] == 256
+
+
+def test_splash_attention_is_counted_by_its_shapes():
+    layouts = (
+        "{s8[1,8,8]{2,1,0}, s8[1,8,8]{2,1,0}, bf16[2,4,16,8]{3,2,1,0}, bf16[2,2,48,8]{3,2,1,0}"
+    )
+    line = "  %{}.1 = bf16[2,4,16,8] custom-call(%a), operand_layout_constraints={}}}}}"
+    pairs = 16 * 32 + 16 * 17 / 2  # what stands before is visible to all
+    for kernel, products in [("fwd_residuals", 2), ("dq_no_residuals", 3), ("dkv", 4)]:
+        body = line.format(f"splash_mha_{kernel}", layouts)
+        text = "ENTRY %main (p: bf16[1]) -> bf16[1] {\n" + body + "\n}\n"
+        assert count(text).flops == products * 2 * 2 * 4 * 8 * pairs

@@ -43,7 +43,7 @@ def test_operations_are_those_of_the_products(config_alone):
     heads, kv = raw["num_attention_heads"], raw["num_key_value_heads"]
     head = model.head_dim
     layer = 2 * (2 * d * heads * head + 2 * d * kv * head + 3 * d * f)
-    products = raw["num_hidden_layers"] * (layer + 2 * 2 * heads * head * length)
+    products = raw["num_hidden_layers"] * (layer + 2 * heads * head * length)
     expected = length * (products + 2 * d * raw["vocab_size"])
     assert forward(model, length) == expected
     (found,) = plan(settings(config_alone), None)
