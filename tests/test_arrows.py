@@ -18,7 +18,7 @@ ARROWS = {
     "processes": {"sharding"},
     "weights": {"kernels", "sharding"},
     "models": {"jobs", "kernels", "sharding", "weights"},
-    "recover": {"config", "models", "weights"},
+    "recover": {"config", "models", "sharding", "weights"},
     "formats": {"config", "jobs", "kernels", "models", "recover", "sharding", "weights"},
     "inference": {"models", "processes", "recover"},
     "data": {"inference", "models"},

@@ -42,6 +42,7 @@ class Storage:
         sparse24: whether two of every four inputs are zero.
         backend: "pallas_tpu" or "mosaic_gpu" for the layout of its kernels, "auto" for that of the
             best that this machine has; None for the layout of the files.
+        parts: into which a mesh cuts the matrices.
     """
 
     bits: int | None = None
@@ -50,6 +51,7 @@ class Storage:
     scale_dtype: str = "float16"
     sparse24: bool = False
     backend: str | None = None
+    parts: int = 1
 
 
 DENSE = Storage()
@@ -144,21 +146,23 @@ def random_weight(
     """One matrix of all layers [L, I, O], with values of about 1 / sqrt(I)."""
     rng, dtype = _named(key, matrix.name), jnp.dtype(dtype)
     if isinstance(rng, np.random.Generator):
-        return _stored(_weight(rng, matrix, storage, dtype, layers), storage)
+        return _stored(_weight(rng, matrix, storage, dtype, layers), matrix, storage)
     return _weight_on_device(rng, matrix, storage, dtype, layers)
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _weight_on_device(key: jax.Array, matrix: Matrix, storage: Storage, dtype, layers: int):
     # One program, so that what is drawn and what is repacked are not held side by side.
-    return _stored(_weight(key, matrix, storage, dtype, layers), storage)
+    return _stored(_weight(key, matrix, storage, dtype, layers), matrix, storage)
 
 
-def _stored(weight: Dense | Quantized, storage: Storage):
+def _stored(weight: Dense | Quantized, matrix: Matrix, storage: Storage):
     weight = jax.tree.map(jnp.asarray, weight)
     if storage.backend is None:
         return weight
-    return repack(weight, backend=storage.backend, use_sparse24=storage.sparse24)
+    parts = storage.parts if matrix.split == "inputs" else 1
+    made = {"backend": storage.backend, "use_sparse24": storage.sparse24, "parts": parts}
+    return repack(weight, **made)
 
 
 # What follows computes in numpy on the host, and in JAX on the device.

@@ -78,7 +78,10 @@ def repack_matrix(
     weight: Dense | Quantized, matrix: Matrix, *, backend: str, use_sparse24: bool
 ) -> Dense | Quantized | Repacked:
     """A matrix of all layers as the kernels read it, and where they do."""
-    repacked = repack_weight(weight, backend=backend, use_sparse24=use_sparse24)
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty or matrix.split == "outputs" else mesh.shape[TENSOR_AXIS]
+    made = {"backend": backend, "use_sparse24": use_sparse24, "parts": parts}
+    repacked = repack_weight(weight, **made)
     return constrain_parts(repacked, repacked.logical_axes(*matrix.axes))
 
 
@@ -187,7 +190,7 @@ def _difference(weight: Repacked, dtype: str, axes: tuple[str, str]) -> jax.Arra
     dense = Dense(one.dense(dtype), bias)
     # As the model has it: where it lies in the stack.
     here = select_layer(weight.packed.get_value(), jnp.int32(last))
-    weight = Repacked(here, bias=bias, backend=weight.backend)
+    weight = Repacked(here, bias=bias, backend=weight.backend, filled=weight.filled)
     largest = jnp.float32(0)
     for rows in (1, 128):  # few and many may be different kernels
         x = jax.random.normal(jax.random.key(0), (rows, dense.kernel[...].shape[0]), dtype)

@@ -26,7 +26,7 @@ from idp_jax.models.matrices import Matrix, matrices
 from idp_jax.models.storage import repack_matrix
 from idp_jax.recover import Repaired
 from idp_jax.recover.methods import METHODS, Adapter
-from idp_jax.sharding import RULES, batch_parts, shardings
+from idp_jax.sharding import RULES, batch_parts, parts, shardings
 from idp_jax.training.checks import abstract_adapter
 from idp_jax.training.objectives import make_objective
 from idp_jax.training.plan import dtype_of, storage_of
@@ -63,7 +63,7 @@ def placed(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.tree.map(put, tree, shardings(tree, mesh))
 
 
-def _storage(raw: Any, config: Plan, platform: str) -> dict[str, Storage]:
+def _storage(raw: Any, config: Plan, platform: str, parts: int) -> dict[str, Storage]:
     """How a run on this platform keeps each matrix of a model's blocks.
 
     Raises:
@@ -85,7 +85,7 @@ def _storage(raw: Any, config: Plan, platform: str) -> dict[str, Storage]:
                 )
             kept[matrix.name] = Storage(config.bits, size)
         if kept[matrix.name].bits is not None:
-            kept[matrix.name] = replace(kept[matrix.name], backend=backend)
+            kept[matrix.name] = replace(kept[matrix.name], backend=backend, parts=parts)
     return kept
 
 
@@ -102,7 +102,7 @@ class Job:
         raw = open_config(config.model)
         self.config, self.mesh = config, mesh
         self.model: ModelConfig = from_hf(raw)
-        self.storage = _storage(raw, config, platform)
+        self.storage = _storage(raw, config, platform, parts("heads", mesh.shape))
         self.dtype = dtype_of(raw, config)
         self.objective = make_objective(config.objective, remat=config.remat)
         self._key = jax.random.key(0)

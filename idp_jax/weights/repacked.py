@@ -1,6 +1,7 @@
 """Packed and 2:4 sparse weights in the layout of the kernels."""
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from idp_jax.kernels.codes import GRID_SPAN, TILE
 from idp_jax.kernels.devices import best_backend
 from idp_jax.kernels.quant_matmul import api as kernels
 from idp_jax.kernels.quant_matmul.layout import KernelWeight
@@ -31,6 +33,7 @@ class Repacked(nnx.Module):
         bias: [..., O] or None.
         dtype: of the matrix that was read, where that was a dense one.
         backend: "auto", or the backend that must serve.
+        filled: how many of its last inputs are none, see `_filled`.
     """
 
     def __init__(
@@ -40,18 +43,20 @@ class Repacked(nnx.Module):
         bias=None,
         dtype: str = "float32",
         backend: str,
+        filled: int = 0,
     ):
         self.packed = nnx.Param(packed)
         self.bias = None if bias is None else nnx.Param(bias)
         self.dtype = dtype
         self.backend = backend
+        self.filled = filled
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Multiplies x [..., I]: [..., O] in the dtype of x, summed in float32.
 
         On a mesh it is called by `stage.products`, on every device with its part.
         """
-        packed = self.packed.get_value()
+        packed, x = self.packed.get_value(), _behind(x, self.filled)
         if isinstance(packed, SparseWeight):
             y = sparse_kernels.sparse24_matmul(x, packed, backend=self.backend)
         else:
@@ -73,6 +78,12 @@ class Repacked(nnx.Module):
         else:
             words, scales, zeros = sparse_kernels.to_codes(packed)
         assert packed.bits is not None
+        if self.filled:
+            inputs, groups = packed.inputs - self.filled, packed.groups
+            groups = max(1, groups * inputs // packed.inputs)
+            words = words[..., : inputs * packed.bits // 32, :]
+            scales, zeros = scales[..., :groups, :], zeros[..., :groups, :]
+            group_index = None if group_index is None else group_index[..., :inputs]
         return Quantized(words, scales, zeros, bits=packed.bits, group_index=group_index, bias=bias)
 
     def logical_axes(self, inputs: str | None, outputs: str | None) -> dict[str, Any]:
@@ -87,13 +98,16 @@ class Repacked(nnx.Module):
 
     def without_bias(self) -> "Repacked":
         """The same matrix alone."""
-        return Repacked(self.packed.get_value(), dtype=self.dtype, backend=self.backend)
+        kept = {"dtype": self.dtype, "backend": self.backend, "filled": self.filled}
+        return Repacked(self.packed.get_value(), **kept)
 
     def in_order(self, x: jax.Array) -> tuple[jax.Array, "Repacked"]:
-        """The inputs in the order of the words, and the matrix for them."""
+        """The inputs in the order of the words and as many, and the matrix for them."""
+        x, whole = _behind(x, self.filled), self._with()
+        whole.filled = 0
         if self.order is None:
-            return x, self
-        return x[..., self.order], self._with(order=None)
+            return x, whole
+        return x[..., self.order], whole._with(order=None)
 
     def divides(self, split: str, parts: int) -> bool:
         """Whether its "inputs" or "outputs" can be cut into so many parts, of whole tiles."""
@@ -112,6 +126,11 @@ class Repacked(nnx.Module):
         copy.packed = nnx.Param(dataclasses.replace(self.packed.get_value(), **changes))
         copy.bias = self.bias
         return copy
+
+
+def _behind(x: jax.Array, count: int) -> jax.Array:
+    """Inputs with as many zeros behind them."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, count)]) if count else x
 
 
 def is_compressed(node) -> bool:
@@ -136,6 +155,7 @@ def repack(
     *,
     backend: str = "auto",
     use_sparse24: bool = False,
+    parts: int = 1,
 ) -> Dense | Quantized | Repacked:
     """Brings a packed or 2:4 sparse weight into the layout of the kernels; can be jitted.
 
@@ -146,6 +166,7 @@ def repack(
         backend: "auto", "pallas_tpu", "mosaic_gpu" or "xla".
         use_sparse24: store two of every four inputs. The others must be zero, and what is not
             packed must be bfloat16 numbers; then a matrix that is not packed is taken too.
+        parts: into which a mesh cuts the inputs; a packed matrix is filled up so that they divide.
 
     Raises:
         ValueError: scales that kernels do not take (see `kernels.prepare`).
@@ -153,10 +174,44 @@ def repack(
     chosen = best_backend() if backend == "auto" else backend
     if chosen == "xla" or (isinstance(weight, Dense) and not use_sparse24):
         return weight
+    filled = 0
+    if isinstance(weight, Quantized) and not use_sparse24:
+        weight, filled = _filled(weight, parts)
     packed = _packed(weight, chosen, use_sparse24)
     bias = None if weight.bias is None else weight.bias[...]
     dtype = weight.kernel.dtype.name if isinstance(weight, Dense) else "float32"
-    return Repacked(packed, bias=bias, dtype=dtype, backend=backend)
+    return Repacked(packed, bias=bias, dtype=dtype, backend=backend, filled=filled)
+
+
+def _filled(weight: Quantized, parts: int) -> tuple[Quantized, int]:
+    """A weight with more inputs, so many that each part has as many whole tiles and groups.
+
+    What is multiplied by them is zero. It stays as it is where that would make a part no smaller
+    than the whole.
+    """
+    inputs, groups = weight.words.shape[-2] * 32 // weight.bits, weight.groups
+    unit = parts * TILE
+    if groups > 1:
+        unit = math.lcm(parts * math.lcm(TILE, inputs // groups), GRID_SPAN)
+    more = -inputs % unit
+    if parts == 1 or more == 0 or inputs % groups or (inputs + more) // parts >= inputs:
+        return weight, 0
+    new_groups = 0 if groups == 1 else more * groups // inputs
+    rows = lambda x, count: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, count), (0, 0)])
+    index = None if weight.group_index is None else weight.group_index[...]
+    if index is not None:
+        added = groups + jnp.arange(more, dtype=index.dtype) * groups // inputs
+        added = jnp.broadcast_to(added, (*index.shape[:-1], more))
+        index = jnp.concatenate([index, added if groups > 1 else jnp.zeros_like(added)], -1)
+    whole = Quantized(
+        rows(weight.words[...], more * weight.bits // 32),
+        rows(weight.scales[...], new_groups),
+        rows(weight.zeros[...], new_groups),
+        bits=weight.bits,
+        group_index=index,
+        bias=None if weight.bias is None else weight.bias[...],
+    )
+    return whole, more
 
 
 def _packed(

@@ -126,6 +126,32 @@ def test_several_matrices_reduce_the_gradient_of_their_input_once(rows):
     assert sum(f",2,{INPUTS}]" in shapes for shapes in reduced) == 1
 
 
+@pytest.mark.parametrize("order", [False, True])
+@pytest.mark.parametrize("groups", [1, 10])
+def test_inputs_that_do_not_divide_are_filled_up(groups, order):
+    inputs = 1280  # five tiles, and ten groups of 128
+    words, scales, zeros = checkpoint(3, inputs, OUTPUTS, groups)
+    index = np.random.default_rng(1).permutation(np.arange(inputs) * groups // inputs)
+    index = jnp.asarray(index, jnp.int32) if order else None
+    weight = Quantized(words, scales, zeros, bits=3, group_index=index)
+    repacked = repack(weight, backend="pallas_tpu", parts=4)
+    assert isinstance(repacked, Repacked)
+    assert repacked.filled == 768 and repacked.divides("inputs", 4)
+    repacked.backend = "xla"
+    for ours, read in zip(
+        jax.tree.leaves(repacked.restored()), jax.tree.leaves(weight), strict=True
+    ):
+        np.testing.assert_array_equal(ours, read)
+    x, upstream = _numbers(5, 8, 2, inputs), _numbers(6, 8, 2, OUTPUTS)
+    expected = _slopes(weight, AXES["inputs"], x, upstream)
+    alone = _slopes(repacked, AXES["inputs"], x, upstream)
+    with jax.set_mesh(make_mesh({"data": 2, "model": 4})):
+        found = jax.jit(_slopes, static_argnums=1)(repacked, AXES["inputs"], x, upstream)
+    for wanted, *ours in zip(*map(jax.tree.leaves, (expected, alone, found)), strict=True):
+        for value in ours:
+            np.testing.assert_allclose(value, wanted, rtol=1e-4, atol=2e-3)
+
+
 def test_a_layer_of_a_stack_is_gathered_as_it_is_stored():
     layers = [_quantized(), _quantized(4 - 1)]
     stack = jax.tree.map(lambda *xs: jnp.stack(xs), *layers)
