@@ -96,11 +96,11 @@ def _size(report: Report) -> str:
 def _knobs(report: Report, settings: config.Plan, rows: int) -> list[str]:
     """What makes a program smaller, the cheapest first."""
     knobs = []
-    if settings.dtype != "bfloat16":
+    if settings.dtype not in (None, "bfloat16"):
         knobs.append("--dtype bfloat16")
     of_training = report.name.startswith(("step", "validation", "teacher"))
-    if not settings.remat and report.name.startswith("step"):
-        knobs.append("--remat")
+    if settings.remat not in (None, "layer") and report.name.startswith("step"):
+        knobs.append("--remat layer")
     if of_training and settings.batch_size > rows * settings.passes:
         knobs.append(f"--passes {min(2 * settings.passes, settings.batch_size // rows)}")
     knobs += ["a larger --mesh.fsdp or --mesh.model", "a smaller --data.sequence-length"]

@@ -40,7 +40,7 @@ def _plan(settings: config.Train) -> None:
     model = from_hf(open_config(settings.model))
     plans = plan(settings, None)
     tokens = settings.batch_size * settings.data.sequence_length
-    dtype = "float32" if settings.dtype == "auto" else settings.dtype
+    dtype = "float32" if settings.dtype in ("auto", None) else settings.dtype
     console.print("measuring this machine", highlight=False)
     show(training_table(plans, settings, measured_rate(model, dtype, tokens)), console)
     for found in plans:

@@ -17,6 +17,7 @@ Form = Literal[PackedForm, PrunedForm]
 
 FloatType = Literal["float32", "bfloat16", "float16"]
 Dtype = Literal[FloatType, "auto"]  # auto: the checkpoint's own
+Remat = Literal["none", "dots", "layer"]
 Weights = Literal["auto", "packed", "dense"]
 Kernel = Literal["auto", "pallas_tpu", "mosaic_gpu", "xla"]
 

@@ -15,6 +15,7 @@ from idp_jax.config.choices import (
     Form,
     PackedForm,
     PrunedForm,
+    Remat,
     Repair,
 )
 from idp_jax.config.groups import (
@@ -87,8 +88,10 @@ class Train(Loading):
     plan: bool = False
     """Print the memory and the time that the run would take here, and stop."""
     tracking: Tracking = field(default_factory=Tracking)
-    remat: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
+    remat: Remat | None = None
+    """What the backward pass makes again: none of the activations; all but the results of matrices
+    (dots; default on a CPU); a layer from its input (layer; on accelerators): less memory, a third
+    more time."""
     seed: int = 0
     """Of initial values, the order of windows and sampled text."""
 

@@ -67,7 +67,7 @@ def taught(recipe: dict[str, Any], model: str, origin: str, cache: Path | None =
         return from_dict(Train, recipe, origin)
     if cache is None or "cache" in own or found.teacher.form != "full" or not _heard(found):
         return found
-    return replace(found, teacher=replace(found.teacher, cache=cache / found.dtype))
+    return replace(found, teacher=replace(found.teacher, cache=cache / (found.dtype or "default")))
 
 
 def _heard(settings: Train) -> bool:

@@ -188,8 +188,9 @@ class Loading(Settings):
     """Packed matrices stay packed or are expanded once; auto expands on a CPU that has the room."""
     kernel: Kernel = "auto"
     """What multiplies by packed and 2:4 matrices; auto is the best that the machine has."""
-    dtype: Dtype = "float32"
-    """Of activations and dense weights; auto keeps the checkpoint's."""
+    dtype: Dtype | None = None
+    """Of activations and dense weights: by default float32 on a CPU, bfloat16 on accelerators; auto
+    keeps the checkpoint's."""
     mesh: Mesh = field(default_factory=Mesh)
 
     @property

@@ -53,6 +53,7 @@ def score(settings: Evaluate, *, progress: Progress = SILENT) -> Results:
         ValueError: the model, the adapter, a task or the text cannot be used.
     """
     with claimed(settings.out, settings.overwrite, settings.mesh, is_results) as mesh:
+        settings = replace(settings, dtype=settings.dtype or formats.default_dtype())
         tokenizer = formats.load_tokenizer(settings.model)
         inputs = read_inputs(settings, tokenizer)
         adapter = _adapter(settings, inputs)

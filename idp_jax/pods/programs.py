@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from idp_jax.config import ConfigError, Plan
 from idp_jax.data.batch import Batch
 from idp_jax.data.stream import validation_rows
+from idp_jax.formats.load import default_dtype
 from idp_jax.formats.source import open_config
 from idp_jax.inference.generation import decode_step, prefill
 from idp_jax.models.abstract import Storage, abstract
@@ -100,6 +101,8 @@ class Job:
 
     def __init__(self, config: Plan, mesh: jax.sharding.Mesh, platform: str):
         raw = open_config(config.model)
+        with jax.set_mesh(mesh):  # whose devices' it is
+            config = replace(config, dtype=config.dtype or default_dtype())
         self.config, self.mesh = config, mesh
         self.model: ModelConfig = from_hf(raw)
         self.storage = _storage(raw, config, platform, parts("heads", mesh.shape))
@@ -116,6 +119,16 @@ class Job:
         self.runs = METHODS[config.method].runs(resolved(config))
         with jax.set_mesh(mesh):  # a start may run the model, with the kernels of these devices
             self.adapters = [abstract_adapter(config, run, shapes) for run in self.runs]
+
+    def notes(self) -> Iterator[str]:
+        """What a run on these devices does otherwise than the files say, a line each."""
+        for matrix in matrices(self.model):
+            filled = getattr(getattr(self.decoder.layers, matrix.name), "filled", 0)
+            if filled:
+                yield (
+                    f"{matrix.name}: its {matrix.inputs:,} inputs are filled up to "
+                    f"{matrix.inputs + filled:,}, so that they divide over --mesh.model"
+                )
 
     def programs(self) -> Iterator[Program]:
         """All of them, the training's own first."""

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from idp_jax.data.batch import Batch
+from idp_jax.models.decoder import Remat
 from idp_jax.recover.repaired import Repaired, with_penalties
 from idp_jax.training.chunks import summed
 from idp_jax.training.terms import Positions, Term, parse
@@ -32,11 +33,11 @@ class Mix:
 
     Attributes:
         terms: see `terms.parse`.
-        remat: recompute the layers in the backward pass instead of storing them.
+        remat: what the backward pass makes again, see `Decoder.hidden`.
     """
 
     terms: tuple[Term, ...]
-    remat: bool = False
+    remat: Remat | None = None
 
     @property
     def hidden(self) -> bool:
@@ -115,13 +116,13 @@ def _each(term: Term, logits: jax.Array, positions: Positions) -> jax.Array:
     return found
 
 
-def make_objective(text: str, *, remat: bool = False) -> Mix:
+def make_objective(text: str, *, remat: Remat | None = None) -> Mix:
     """The objective of a sum such as "kl + 0.5*ce"; raises ConfigError as `terms.parse`."""
     return Mix(parse(text), remat)
 
 
 def next_token(
-    repaired: Repaired, batch: Batch, *, remat: bool = False
+    repaired: Repaired, batch: Batch, *, remat: Remat | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean cross-entropy of every next token that counts; as `Mix.__call__`."""
     return Mix(_NEXT_TOKEN, remat)(repaired, batch)

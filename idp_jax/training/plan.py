@@ -7,6 +7,7 @@ it measured. The invariant: to plan, nothing is read of the model but its config
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,12 +15,14 @@ import jax.numpy as jnp
 
 from idp_jax.config import Train
 from idp_jax.data.batch import Batch
+from idp_jax.formats.load import default_dtype
 from idp_jax.formats.quantization import read_config
 from idp_jax.formats.source import open_config
 from idp_jax.jobs.machine import free_memory, shares_host
 from idp_jax.jobs.progress import clock
 from idp_jax.models.abstract import DENSE, Storage, abstract
 from idp_jax.models.config import ModelConfig, from_hf
+from idp_jax.models.decoder import default_remat
 from idp_jax.models.matrices import matrices
 from idp_jax.models.names import NAMES
 from idp_jax.recover.methods import METHODS, Run, parameter_count
@@ -84,7 +87,10 @@ class Plan:
         if config.batch_size > config.passes:
             smaller = f"more --passes than {config.passes}"
         shorter = f"--data.sequence-length below {config.data.sequence_length}"
-        ways = [None if config.remat else "--remat", smaller or shorter]
+        ways = [
+            None if _makes_again(config) else "--remat layer",
+            smaller or shorter,
+        ]
         return (
             f"warning: {self.label} needs {self.bytes / 1e9:.2f} GB, this machine has "
             f"{self.room / 1e9:.2f} GB: give {' or '.join(filter(None, ways))}"
@@ -103,7 +109,10 @@ def plan(config: Train, mesh: jax.sharding.Mesh | None) -> list[Plan]:
     decoder = abstract(model, dtype=dtype_of(raw, config), weights=storage_of(raw, keeps))
     optimizer = make_optimizer(config.optimizer, config.learning_rate, config.steps)
     step = make_train_step(
-        optimizer, _objective(config.remat), steps=max(config.steps, 1), passes=config.passes
+        optimizer,
+        partial(next_token, remat=config.remat),
+        steps=max(config.steps, 1),
+        passes=config.passes,
     )
     size = (config.batch_size, config.data.sequence_length)
     batch = Batch(jax.ShapeDtypeStruct(size, jnp.int32))
@@ -154,7 +163,7 @@ def planned(
         held=held,
         work=work,
         room=room,
-        step=config.batch_size * window * (2 + config.remat + teacher),
+        step=config.batch_size * window * (2 + _makes_again(config) + teacher),
         validations=times * config.data.validation_windows * window,
     )
 
@@ -185,12 +194,15 @@ def measured_rate(model: ModelConfig, dtype: Any, tokens: int) -> float:
     return 2.0 * rows * inputs * outputs / best
 
 
-def _objective(remat: bool):
-    return lambda repaired, batch: next_token(repaired, batch, remat=remat)
+def _makes_again(config: Train) -> bool:
+    """Whether the backward pass goes through the layers once more."""
+    return (config.remat or default_remat()) == "layer"
 
 
 def dtype_of(raw: Any, config: Train) -> str:
     """The dtype that a run gives a model of this configuration."""
+    if config.dtype is None:
+        return default_dtype()
     own = str(getattr(raw, "dtype", None) or "float32").removeprefix("torch.")
     return own if config.dtype == "auto" else config.dtype
 

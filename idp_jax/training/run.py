@@ -8,7 +8,7 @@ other, each in a folder below.
 
 from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ def train(
     """
     out = Path(config.out)
     mesh = mesh_of(config.mesh)
+    config = replace(config, dtype=config.dtype or formats.default_dtype())
     with ExitStack() as held, jax.set_mesh(mesh) if mesh is not None else nullcontext():
         parameters = check(config, mesh)
         conditions = _extensions(config)

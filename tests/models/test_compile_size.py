@@ -28,8 +28,8 @@ def _prompt_gradient(model):
     ids = tiny_ids(model)
 
     def loss(prompt, model):
-        _, past = model.hidden(embeddings=prompt, keep=True, remat=True)
-        return jnp.square(model.logits(model.hidden(ids, past=past, remat=True))).mean()
+        _, past = model.hidden(embeddings=prompt, keep=True, remat="layer")
+        return jnp.square(model.logits(model.hidden(ids, past=past, remat="layer"))).mean()
 
     prompt = jnp.ones((1, 4, model.config.embedding_dim), jnp.float32)
     return jax.make_jaxpr(jax.grad(loss))(prompt, model)

@@ -47,7 +47,7 @@ def packed_logits(decoder, ids, segments, past):
 
 
 @partial(jax.jit, static_argnames="remat")
-def gradients(decoder, past, *, remat=False):
+def gradients(decoder, past, *, remat="dots"):
     """Of the first and of the second document's loss by all embeddings, [2, B, T, E]."""
 
     def losses(embeddings):
@@ -59,7 +59,7 @@ def gradients(decoder, past, *, remat=False):
 
 
 @pytest.mark.parametrize(
-    ("before", "remat"), [("none", False), ("shared", False), ("own", False), ("own", True)]
+    ("before", "remat"), [("none", "dots"), ("shared", "dots"), ("own", "none"), ("own", "layer")]
 )
 def test_no_gradient_reaches_another_document(model, before, remat):
     first, second = np.asarray(gradients(model, pasts(model)[before], remat=remat), np.float32)

@@ -31,7 +31,7 @@ def _config(model, topology: str, **changes) -> Plan:
         "tokens": 16 * 256 * 10,
         "data": Data(train="self", sequence_length=256, validation_windows=24),
         "dtype": "bfloat16",
-        "remat": True,
+        "remat": "layer",
         "bits": 3,
         "group_size": 64,
         "mesh": Mesh(data=-1),

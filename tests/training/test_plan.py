@@ -48,7 +48,7 @@ def test_operations_are_those_of_the_products(config_alone):
     assert forward(model, length) == expected
     (found,) = plan(settings(config_alone), None)
     assert found.step == 4 * 2 * expected and found.validations == 3 * 3 * expected
-    (again,) = plan(settings(config_alone, remat=True), None)
+    (again,) = plan(settings(config_alone, remat="layer"), None)
     assert again.step == 4 * 3 * expected
 
 
@@ -75,9 +75,9 @@ def test_what_does_not_fit_is_said_with_the_remedy(config_alone):
     assert fits.warning(config) is None
     assert dataclasses.replace(found, room=None).warning(config) is None
     tight = dataclasses.replace(found, held=4 * 10**9, work=2 * 10**9, room=5 * 10**9)
-    said = "warning: lora needs 6.00 GB, this machine has 5.00 GB: give --remat or more --pas"
+    said = "warning: lora needs 6.00 GB, this machine has 5.00 GB: give --remat layer or more --pas"
     assert str(tight.warning(config)).startswith(said)
-    one = dataclasses.replace(config, batch_size=1, remat=True)
+    one = dataclasses.replace(config, batch_size=1, remat="layer")
     assert str(tight.warning(one)).endswith("GB: give --data.sequence-length below 32")
     assert tight.line(1e9).startswith("lora: 6.00 GB of 5.00 GB of memory (4.00 GB held, 2.00 GB")
 
