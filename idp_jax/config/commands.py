@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
-from tyro.conf import Positional
-
 from idp_jax.config.choices import (
     LEARNING_RATES,
     Dtype,
@@ -30,6 +28,7 @@ from idp_jax.config.groups import (
     at_least,
     one_of,
 )
+from idp_jax.config.marks import Positional
 from idp_jax.config.places import check_apart, check_not_working
 from idp_jax.config.recovery import (
     Data,

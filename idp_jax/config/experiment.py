@@ -11,12 +11,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tyro.conf import Suppress
-
 from idp_jax.config.choices import Role
 from idp_jax.config.commands import Compress, Train
 from idp_jax.config.files import from_dict, part_from_dict
 from idp_jax.config.groups import Compression, ConfigError, Settings, Timing, at_least
+from idp_jax.config.marks import Suppress
 from idp_jax.config.places import check_apart
 
 Recipes = dict[str, dict[str, Any]]

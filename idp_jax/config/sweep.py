@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tyro.conf import Suppress
-
 from idp_jax.config.choices import LEARNING_RATES
 from idp_jax.config.commands import Compress, Train
 from idp_jax.config.experiment import PLACED, Recipes, check_recipes, taught
 from idp_jax.config.groups import Compression, ConfigError, Settings, at_least
+from idp_jax.config.marks import Suppress
 from idp_jax.config.places import check_apart
 
 # Of `train`, what a recipe may not say.

@@ -4,15 +4,11 @@ Compilation is left out (everything runs once before), and a LoRA is measured be
 matrices, unmerged, because merging would leave the quantisation grid or fill the pruning mask.
 """
 
-import time
-from functools import partial
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from idp_jax.evaluation.results import LatencyResult
-from idp_jax.inference.generation import decode_step, prefill
+from idp_jax.inference.timing import time_generation
 from idp_jax.models import Decoder
 from idp_jax.recover import Repaired
 from idp_jax.weights import Lora
@@ -57,9 +53,8 @@ def latency(
         )
     draw = np.random.default_rng(seed)
     ids = draw.integers(0, config.vocab_size, (batch_size, prompt_length), np.int32)
-    read = jax.jit(partial(_read, slots=new_tokens))
-    times = [_timed(read, repaired, jnp.asarray(ids), new_tokens) for _ in range(repeats + 1)][1:]
-    prefill_ms, decode_ms = (1000 * np.asarray(times)).T
+    times = time_generation(repaired, ids, new_tokens=new_tokens, repeats=repeats)
+    prefill_ms, decode_ms = 1000 * times.T
     step = float(np.median(decode_ms)) / new_tokens
     return LatencyResult(
         prefill_ms=float(np.median(prefill_ms)),
@@ -78,27 +73,3 @@ def latency(
 def _has_lora(decoder: Decoder) -> bool:
     layers = decoder.layers
     return any(isinstance(getattr(layers, name), Lora) for name in layers.weight_names)
-
-
-def _read(repaired: Repaired, ids: jax.Array, *, slots: int):
-    logits, cache = prefill(repaired, ids, jnp.ones_like(ids), slots)
-    return logits.argmax(-1).astype(jnp.int32), cache
-
-
-@jax.jit
-def _decode(decoder: Decoder, first: jax.Array, cache, steps: jax.Array):
-    start = jnp.int32(cache.length) - steps
-
-    def advance(step, state):
-        logits, cache = decode_step(decoder, state[0], state[1], start + step)
-        return logits.argmax(-1).astype(jnp.int32), cache
-
-    return jax.lax.fori_loop(jnp.int32(0), steps, advance, (first, cache))[0]
-
-
-def _timed(read, repaired: Repaired, ids: jax.Array, new_tokens: int) -> tuple[float, float]:
-    start = time.perf_counter()
-    first, cache = jax.block_until_ready(read(repaired, ids))
-    middle = time.perf_counter()
-    jax.block_until_ready(_decode(repaired.decoder, first, cache, jnp.int32(new_tokens)))
-    return middle - start, time.perf_counter() - middle

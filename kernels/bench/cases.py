@@ -19,6 +19,21 @@ LAYERS = 8
 """Layers of a walk."""
 
 
+EVERY_BITS = "none,2,3,4,8"
+BITS_HELP = "bits of the codes, with commas; none is 2:4 with bfloat16 values"
+
+
+def parse_bits(text: str) -> list[int | None]:
+    """The bits of an option such as "none,2,3"."""
+    return [None if word == "none" else int(word) for word in text.split(",")]
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, for a table."""
+    said = str(error).strip().partition("\n")[0] or type(error).__name__
+    return "failed: " + said[:100].replace("|", "/")
+
+
 class Kind(NamedTuple):
     """A kind of compressed weight.
 

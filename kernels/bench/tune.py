@@ -2,13 +2,15 @@
 
     python kernels/bench/tune.py --model LLaMA-7B --kernels quant --bits 3,4
 
-Kernels only ever look the table up. A size that does not fit the device's memory is skipped.
+Kernels only ever look the table up. A size that does not fit the device's memory is skipped. With
+`--missing` a run that was stopped goes on.
 """
 
 import argparse
 import functools
 import itertools
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -75,8 +77,8 @@ def best_sizes(
         multiply = functools.partial(cases.multiply(kernel, backend))
         try:
             times[tuple(sizes)] = seconds_per_call(multiply, x, weights)
-        except (jax.errors.JaxRuntimeError, ValueError) as error:
-            print(f"{name} {sizes}: {str(error).splitlines()[0][:100]}")
+        except Exception as error:  # whatever the compiler finds wrong
+            print(f"{name} {sizes}: {cases.first_line(error)}")
     if not times:
         del table[name]
         raise ValueError(f"no candidate runs for {name}: extend `candidates` in tune.py")
@@ -86,27 +88,39 @@ def best_sizes(
     return list(best)
 
 
-def main() -> None:
-    """Tunes every shape of a model; the table is written after each, so it can be interrupted."""
+def main() -> int:
+    """Tunes every shape of a model; the table is written after each, so it can be interrupted.
+
+    Returns:
+        1 if a kernel ran with no size at all, else 0.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="LLaMA-7B", choices=sorted(SHAPES))
     parser.add_argument("--kernels", default="quant,sparse24", help="with commas")
-    parser.add_argument("--bits", default="2,3,4,8", help="with commas")
+    parser.add_argument("--bits", default=cases.EVERY_BITS, help=cases.BITS_HELP)
     parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="rows of x, with commas")
+    parser.add_argument("--missing", action="store_true", help="only what the table does not have")
     arguments = parser.parse_args()
     backend = best_backend()
     if backend == "xla":
         parser.error("there is nothing to tune on a CPU: run this where a TPU or a GPU is")
-    numbers = lambda text: list(map(int, text.split(",")))
     rows_served = gpu_blocks.MOST_ROWS if backend == "mosaic_gpu" else max(ROWS)
-    rows = [m for m in numbers(arguments.rows) if m <= rows_served]
-    for kernel in arguments.kernels.split(","):
-        values = [None] * (kernel == "sparse24") + numbers(arguments.bits)
-        for case in itertools.product(values, SHAPES[arguments.model], rows):
-            best_sizes(backend, kernel, *case)
-            _write()
+    rows = [m for m in map(int, arguments.rows.split(",")) if m <= rows_served]
+    kernels, bits = arguments.kernels.split(","), cases.parse_bits(arguments.bits)
+    known = tuned.table().get(device_kind(), {}) if arguments.missing else {}
+    failures = 0
+    for case in itertools.product(kernels, bits, SHAPES[arguments.model], rows):
+        if case[:2] == ("quant", None) or table_key(backend, *case) in known:
+            continue
+        try:
+            best_sizes(backend, *case)
+        except ValueError as error:
+            print(error, flush=True)
+            failures += 1
+        _write()
+    return failures > 0
 
 
 def _write() -> None:
@@ -116,4 +130,4 @@ def _write() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

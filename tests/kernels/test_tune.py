@@ -1,5 +1,7 @@
 """The sizes that tuning writes are those that the kernels look up."""
 
+import sys
+
 import jax
 import pytest
 
@@ -41,3 +43,29 @@ def test_kernels_find_what_was_measured(backend, kernel, bits, rows, monkeypatch
     else:
         found = sizes.prefill_blocks(kind, bits, *_SHAPE, rows, 2)
     assert list(found) == best
+
+
+def test_what_the_table_has_is_left_out(monkeypatch):
+    table = {jax.devices()[0].device_kind: {}}
+    tuned_now = []
+
+    def best_sizes(backend, kernel, bits, shape, rows):
+        tuned_now.append((kernel, bits, shape, rows))
+        key = tune.table_key(backend, kernel, bits, shape, rows)
+        table[jax.devices()[0].device_kind][key] = [1]
+
+    monkeypatch.setattr(tuned, "table", lambda: table)
+    monkeypatch.setattr(tune, "best_backend", lambda: "mosaic_gpu")
+    monkeypatch.setattr(tune, "best_sizes", best_sizes)
+    monkeypatch.setattr(tune, "_write", lambda: None)
+    options = ["tune.py", "--bits", "none,3", "--rows", "1,512"]
+    monkeypatch.setattr(sys, "argv", options)
+    assert tune.main() == 0
+    shapes = 3
+    assert [case[:2] for case in tuned_now] == [
+        *[("quant", 3)] * shapes,
+        *[("sparse24", None)] * shapes,
+        *[("sparse24", 3)] * shapes,
+    ]
+    monkeypatch.setattr(sys, "argv", [*options, "--missing"])
+    assert tune.main() == 0 and len(tuned_now) == 3 * shapes

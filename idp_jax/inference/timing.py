@@ -1,0 +1,53 @@
+"""How long a prompt and the tokens after it take, compilation left out."""
+
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from idp_jax.inference.generation import decode_step, prefill
+from idp_jax.models import Decoder
+from idp_jax.recover import Repaired
+
+
+def time_generation(
+    repaired: Repaired, ids: np.ndarray, *, new_tokens: int, repeats: int
+) -> np.ndarray:
+    """Times greedy generation, once everything has run before.
+
+    Args:
+        ids: int32 [B, T], prompts.
+        new_tokens: decode steps timed together.
+
+    Returns:
+        float64 [repeats, 2]: seconds of the prompts, and of all new tokens.
+    """
+    read = jax.jit(partial(_read, slots=new_tokens))
+    runs = [_timed(read, repaired, jnp.asarray(ids), new_tokens) for _ in range(repeats + 1)]
+    return np.asarray(runs[1:])
+
+
+def _read(repaired: Repaired, ids: jax.Array, *, slots: int):
+    logits, cache = prefill(repaired, ids, jnp.ones_like(ids), slots)
+    return logits.argmax(-1).astype(jnp.int32), cache
+
+
+@jax.jit
+def _decode(decoder: Decoder, first: jax.Array, cache, steps: jax.Array):
+    start = jnp.int32(cache.length) - steps
+
+    def advance(step, state):
+        logits, cache = decode_step(decoder, state[0], state[1], start + step)
+        return logits.argmax(-1).astype(jnp.int32), cache
+
+    return jax.lax.fori_loop(jnp.int32(0), steps, advance, (first, cache))[0]
+
+
+def _timed(read, repaired: Repaired, ids: jax.Array, new_tokens: int) -> tuple[float, float]:
+    start = time.perf_counter()
+    first, cache = jax.block_until_ready(read(repaired, ids))
+    middle = time.perf_counter()
+    jax.block_until_ready(_decode(repaired.decoder, first, cache, jnp.int32(new_tokens)))
+    return middle - start, time.perf_counter() - middle
