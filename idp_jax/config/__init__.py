@@ -16,6 +16,7 @@ from idp_jax.config.groups import (
     Mesh,
     Scoring,
     Timing,
+    refuse_url,
 )
 from idp_jax.config.recovery import (
     Data,
@@ -60,4 +61,5 @@ __all__ = [
     "Tracking",
     "Train",
     "Variant",
+    "refuse_url",
 ]

@@ -5,6 +5,7 @@ setting has one line of help.
 """
 
 import math
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin
@@ -37,16 +38,43 @@ def one_of(name: str, value: Any, allowed: tuple) -> None:
         raise ConfigError(f"--{name} {value!r} is not one of {', '.join(map(str, allowed))}")
 
 
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//|/(?!/))")  # a `Path` keeps one of the slashes
+
+
+def refuse_url(name: str, value: Any) -> None:
+    """Refuses a URL where a file or folder is asked for: it would name a local folder in silence.
+
+    Args:
+        name: of the option, or of what else the value is.
+        value: a text, a path, or some of them.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    for text in value if isinstance(value, tuple) else (value,):
+        given = _URL.match(str(text)) if isinstance(text, str | Path) else None
+        if given and (isinstance(text, Path) or given[2] == "//"):
+            shown = f"{given[1]}://{str(text)[given.end() :]}"
+            raise ConfigError(
+                f"{name} {shown} is a URL, and only files and folders are taken; mount the bucket "
+                "(gcsfuse, s3fs) and give its place there"
+            )
+
+
 class Settings:
     """The base of all groups: unknown keys are refused, and so are values that are none."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
+    section: ClassVar[str] = ""  # what stands before the options of a group inside another
+    words: ClassVar[tuple[str, ...]] = ()  # settings that name no file or folder, whatever they say
 
     def __post_init__(self):
         for entry in fields(self):  # type: ignore[arg-type]  # every group is a dataclass
             option, value = entry.name.replace("_", "-"), getattr(self, entry.name)
             if get_origin(entry.type) is Literal:
                 one_of(option, value, get_args(entry.type))
+            if entry.name not in self.words:
+                refuse_url(f"--{self.section}{option}", value)
             if isinstance(value, float) and math.isnan(value):
                 raise ConfigError(f"--{option} {value} is no number")
             if entry.name == "seed" and not 0 <= value < 2**32:  # numpy and torch take no other

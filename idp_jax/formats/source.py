@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from idp_jax.config import refuse_url
 from idp_jax.formats import gguf
 from idp_jax.formats.folder import (
     SIDECARS,
@@ -102,6 +103,7 @@ def resolve(path_or_name: str | Path) -> Path:
         return path
     if path.is_file():
         raise CheckpointError(f"{path} is neither a model folder nor a .gguf file")
+    refuse_url("the model", path_or_name)
     name = str(path_or_name)
     if (
         name.count("/") != 1
