@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 from idp_jax.formats import gguf, hf
 from idp_jax.formats.folder import reason, refuse_custom_code
@@ -43,8 +42,9 @@ def load_model(
         use_sparse24: whether 2:4 matrices that are bfloat16 numbers go to a 2:4 kernel, which reads
             fewer bytes. Where many rows meet a matrix, as in training, a dense one may be faster,
             because it needs no expanding.
-        mesh: where to place the parameters, see `idp_jax.sharding.make_mesh`.
-        progress: wraps the iteration over layers, for a progress bar.
+        mesh: where to place the parameters, see `idp_jax.sharding.make_mesh`; each process reads
+            what its devices hold.
+        progress: wraps the iteration over the arrays, for a progress bar.
 
     Returns:
         The model; `model(input_ids, attention_mask=None)` gives float32 logits [B, T, V].
@@ -55,8 +55,7 @@ def load_model(
             machine cannot run.
     """
     backend = machine_backend(kernel)
-    model = hf.assemble(open_source(path_or_name), dtype=dtype, progress=progress)
-    model = shard(model, mesh) if mesh is not None else jax.tree.map(jnp.asarray, model)
+    model = hf.assemble(open_source(path_or_name), dtype=dtype, mesh=mesh, progress=progress)
     if weights == "dense" or (weights == "auto" and better_dense(model)):
         return expand(model)
     if backend == "xla":

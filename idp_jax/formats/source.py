@@ -33,6 +33,7 @@ SMOLLM2 = (
 )
 
 
+_ROWS = 1024  # that are compared at a time
 # What packed matrices are unpacked by.
 _READ_BY = frozenset(("bits", "group_size", "sym", "desc_act", "checkpoint_format", "dynamic"))
 
@@ -46,12 +47,16 @@ class Source:
         hf_config: the transformers configuration object.
         names: all tensor names, in Hugging Face's spelling.
         read: name -> array, read from disk at the call.
+        kind: name -> its shape and dtype; nothing is read.
+        view: name -> array, of which only what is looked at is read, where the file allows that.
     """
 
     path: Path
     hf_config: Any
     names: frozenset[str]
     read: Callable[[str], np.ndarray]
+    kind: Callable[[str], tuple[tuple[int, ...], np.dtype]]
+    view: Callable[[str], np.ndarray]
 
     def find(self, name: str) -> str | None:
         """The name under which the checkpoint has a tensor, if it has it."""
@@ -158,10 +163,11 @@ def open_source(path_or_name: str | Path) -> Source:
     """
     path = resolve(path_or_name)
     if path.is_file():
-        return Source(path, *gguf.open_file(path))
+        config, names, read, kind = gguf.open_file(path)
+        return Source(path, config, names, read, kind, read)
     hf_config = open_config(path)
     files = model_files(path, getattr(hf_config, "transformers_weights", None))
-    source = Source(path, hf_config, files.names, files)
+    source = Source(path, hf_config, files.names, files, files.kind, files.view)
     if getattr(hf_config, "tie_word_embeddings", False) and _holds_other_head(source):
         hf_config.tie_word_embeddings = False
     return source
@@ -175,7 +181,11 @@ def _holds_other_head(source: Source) -> bool:
     head, embedding = (source.find(f"{module}.weight") for module in (names.head, names.embedding))
     if head is None or embedding is None:
         return False
-    return not np.array_equal(source.read(head), source.read(embedding), equal_nan=True)
+    first, second = source.view(head), source.view(embedding)
+    if first.shape != second.shape:
+        return True
+    pieces = (slice(start, start + _ROWS) for start in range(0, len(first), _ROWS))
+    return not all(np.array_equal(first[p], second[p], equal_nan=True) for p in pieces)
 
 
 def open_config(path_or_name: str | Path) -> Any:
@@ -209,4 +219,4 @@ def part_of(source: Source, file: Path, quantization: dict[str, Any] | None) -> 
     config = copy.copy(source.hf_config)
     config.quantization_config = quantization
     files = TensorFiles([file])
-    return Source(file.parent, config, files.names, files)
+    return Source(file.parent, config, files.names, files, files.kind, files.view)
