@@ -21,7 +21,7 @@ ARROWS = {
     "recover": {"config", "models", "weights"},
     "formats": {"config", "jobs", "kernels", "models", "recover", "sharding", "weights"},
     "inference": {"models", "processes", "recover"},
-    "data": {"inference", "models"},
+    "data": {"inference", "jobs", "models"},
     "compression": {
         *("config", "data", "formats", "jobs", "kernels"),
         *("models", "processes", "sharding", "weights"),

@@ -17,6 +17,7 @@ from idp_jax.config.groups import (
     Scoring,
     Timing,
     refuse_url,
+    url_of,
 )
 from idp_jax.config.recovery import (
     Data,
@@ -62,4 +63,5 @@ __all__ = [
     "Train",
     "Variant",
     "refuse_url",
+    "url_of",
 ]

@@ -41,6 +41,15 @@ def one_of(name: str, value: Any, allowed: tuple) -> None:
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//|/(?!/))")  # a `Path` keeps one of the slashes
 
 
+def url_of(value: Any) -> str | None:
+    """The URL that a text or a path is, or None."""
+    given = _URL.match(str(value)) if isinstance(value, str | Path) else None
+    if given is None or (isinstance(value, str) and given[2] != "//"):
+        return None
+    root = "/" if given[1] == "file" and isinstance(value, Path) else ""
+    return f"{given[1]}://{root}{str(value)[given.end() :]}"
+
+
 def refuse_url(name: str, value: Any) -> None:
     """Refuses a URL where a file or folder is asked for: it would name a local folder in silence.
 
@@ -51,12 +60,10 @@ def refuse_url(name: str, value: Any) -> None:
     Raises:
         ConfigError: it is one.
     """
-    for text in value if isinstance(value, tuple) else (value,):
-        given = _URL.match(str(text)) if isinstance(text, str | Path) else None
-        if given and (isinstance(text, Path) or given[2] == "//"):
-            shown = f"{given[1]}://{str(text)[given.end() :]}"
+    for given in map(url_of, value if isinstance(value, tuple) else (value,)):
+        if given is not None:
             raise ConfigError(
-                f"{name} {shown} is a URL, and only files and folders are taken; mount the bucket "
+                f"{name} {given} is a URL, and only files and folders are taken; mount the bucket "
                 "(gcsfuse, s3fs) and give its place there"
             )
 
@@ -67,13 +74,14 @@ class Settings:
     __pydantic_config__: ClassVar = {"extra": "forbid"}
     section: ClassVar[str] = ""  # what stands before the options of a group inside another
     words: ClassVar[tuple[str, ...]] = ()  # settings that name no file or folder, whatever they say
+    urls: ClassVar[tuple[str, ...]] = ()  # settings that may be URLs, see `jobs.remote`
 
     def __post_init__(self):
         for entry in fields(self):  # type: ignore[arg-type]  # every group is a dataclass
             option, value = entry.name.replace("_", "-"), getattr(self, entry.name)
             if get_origin(entry.type) is Literal:
                 one_of(option, value, get_args(entry.type))
-            if entry.name not in self.words:
+            if entry.name not in self.words + self.urls:
                 refuse_url(f"--{self.section}{option}", value)
             if isinstance(value, float) and math.isnan(value):
                 raise ConfigError(f"--{option} {value} is no number")
@@ -209,6 +217,8 @@ class Mesh(Settings):
 @dataclass(frozen=True, kw_only=True)
 class Loading(Settings):
     """Which model is loaded, and how it is held."""
+
+    urls: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str
     """Hub name, model folder, GGUF file or compressed folder."""

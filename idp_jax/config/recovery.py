@@ -107,6 +107,7 @@ class Data(Settings):
     """Training and validation text, packed into windows without gaps."""
 
     section: ClassVar[str] = "data."
+    urls: ClassVar[tuple[str, ...]] = ("train", "validation")
 
     train: str | None = None
     """A .txt or .jsonl file, hub:NAME[:CONFIG], or self (text that the teacher, or by
@@ -131,6 +132,7 @@ class Teacher(Settings):
     """The uncompressed model, which says what the repaired one should have said."""
 
     section: ClassVar[str] = "teacher."
+    urls: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str | None = None
     """Hub name, model folder or GGUF file; it also writes the text of --data.train self."""

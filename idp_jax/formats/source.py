@@ -10,12 +10,12 @@ import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from idp_jax.config import refuse_url
 from idp_jax.formats import gguf
 from idp_jax.formats.folder import (
     SIDECARS,
@@ -26,6 +26,7 @@ from idp_jax.formats.folder import (
     stop_ids,
 )
 from idp_jax.formats.tensor_files import TensorFiles, model_files
+from idp_jax.jobs.remote import local
 from idp_jax.models.names import NAMES
 
 SMOLLM2 = (
@@ -96,19 +97,18 @@ class Source:
 
 
 def resolve(path_or_name: str | Path) -> Path:
-    """The local folder or GGUF file that a name stands for; a hub name is downloaded (once).
+    """The local folder or GGUF file that a name stands for; a hub name or URL is fetched (once).
 
     Raises:
         CheckpointError: nothing is there, and no hub repository of that name can be reached.
     """
     if str(path_or_name) == SMOLLM2:
         return _packaged_smollm2()
-    path = Path(path_or_name).expanduser()
+    path = local(path_or_name, _is_of_model)
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file():
         raise CheckpointError(f"{path} is neither a model folder nor a .gguf file")
-    refuse_url("the model", path_or_name)
     name = str(path_or_name)
     if (
         name.count("/") != 1
@@ -119,6 +119,14 @@ def resolve(path_or_name: str | Path) -> Path:
             f"no model at {name}: give an existing folder, a .gguf file or a hub name"
         )
     return _download(name)
+
+
+def _is_of_model(name: str) -> bool:
+    """Whether a file of a bucket's folder, by its place there, is read as part of a model."""
+    patterns = ("*.json", "*.txt", "*.safetensors", "*.bin", *SIDECARS)
+    return any(
+        fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns
+    )
 
 
 def _packaged_smollm2() -> Path:

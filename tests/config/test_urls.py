@@ -1,4 +1,4 @@
-"""A URL never becomes a local folder in silence: every option that takes a text or a path."""
+"""A URL never becomes a local folder in silence: an option takes it as one, or refuses it."""
 
 import dataclasses
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import get_origin
 import pytest
 
 from idp_jax.cli import COMMANDS, parse
-from idp_jax.config import ConfigError
+from idp_jax.config import ConfigError, url_of
 from idp_jax.config.files import from_dict, from_yaml
 from idp_jax.config.groups import Settings
 from idp_jax.formats import load_model
@@ -48,8 +48,14 @@ CASES = [(name, *found) for name, kind in COMMANDS.items() for found in texts(ki
 FREE = {"text", "compressions", "recipes", "adapters", "variants", "learning_rates"}
 
 
+# What `jobs.remote` brings here: models and texts that are read, and the folder of a training.
+TRAINS = {("model",), ("out",), ("teacher", "model"), ("data", "train"), ("data", "validation")}
+TAKEN = {"train": TRAINS, "plan": TRAINS, "compress": {("model",), ("calibration",)}}
+TAKEN |= {name: {("model",)} for name in ("convert", "merge", "eval", "pool-study")}
+
+
 @pytest.mark.parametrize(("command", "place", "several"), CASES)
-def test_no_option_takes_a_url(command, place, several):
+def test_an_option_takes_a_url_or_refuses_it(command, place, several):
     if place[-1] in FREE:
         return
     kind, url = COMMANDS[command], "gs://bucket/a b"
@@ -61,6 +67,12 @@ def test_no_option_takes_a_url(command, place, several):
         part[name] = dict(part.get(name) or {})
         part = part[name]
     part[last] = [url] if several else url
+    if place in TAKEN.get(command, ()):
+        found = from_dict(kind, settings)
+        for name in place:
+            found = getattr(found, name)
+        assert url_of(found) == url
+        return
     with pytest.raises(ConfigError) as raised:
         from_dict(kind, settings)
     said = str(raised.value)
@@ -80,7 +92,9 @@ def test_there_are_options_with_paths():
 def test_the_command_line_and_files_take_none(url, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=f"--out {url} is a URL"):
-        parse(COMMANDS["train"], ["--model", "m", "--out", url], "train")
+        parse(COMMANDS["compress"], ["m", "--out", url], "compress")
+    taken = parse(COMMANDS["train"], ["--model", "m", "--out", url], "train")
+    assert url_of(taken.out) == url
     with pytest.raises(ConfigError, match=f"--config_path {url} is a URL"):
         from_yaml(COMMANDS["train"], url)
     assert not list(tmp_path.iterdir())
@@ -102,6 +116,6 @@ def test_libraries_write_to_none(tmp_path, monkeypatch):
             write_text(out, "tide")
         with pytest.raises(ConfigError, match="gs://b/run is a URL"), run_folder(Path(out), {}):
             pass
-    with pytest.raises(ConfigError, match="the model gs://b/model is a URL"):
-        load_model("gs://b/model")
+    with pytest.raises(ConfigError, match="nostore://b/model cannot be used"):
+        load_model("nostore://b/model")
     assert not list(tmp_path.iterdir())
