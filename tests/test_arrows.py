@@ -19,7 +19,10 @@ ARROWS = {
     "weights": {"kernels", "sharding"},
     "models": {"jobs", "kernels", "sharding", "weights"},
     "recover": {"config", "models", "weights"},
-    "formats": {"config", "jobs", "kernels", "models", "recover", "sharding", "weights"},
+    "formats": {
+        *("config", "jobs", "kernels", "models", "processes"),
+        *("recover", "sharding", "weights"),
+    },
     "inference": {"models", "processes", "recover"},
     "data": {"inference", "jobs", "models"},
     "compression": {

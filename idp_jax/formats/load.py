@@ -12,6 +12,7 @@ from idp_jax.formats.source import open_source, resolve
 from idp_jax.kernels.dispatch import machine_backend
 from idp_jax.models.decoder import Decoder
 from idp_jax.models.storage import better_dense, expand, repack, restore, wrong_products
+from idp_jax.processes import together
 from idp_jax.sharding import shard
 
 _logger = logging.getLogger(__name__)
@@ -55,7 +56,8 @@ def load_model(
             machine cannot run.
     """
     backend = machine_backend(kernel)
-    model = hf.assemble(open_source(path_or_name), dtype=dtype, mesh=mesh, progress=progress)
+    read = lambda: hf.assemble(open_source(path_or_name), dtype=dtype, mesh=mesh, progress=progress)
+    model = together(read, mesh)  # each process meets the damage of its own part alone
     if weights == "dense" or (weights == "auto" and better_dense(model)):
         return expand(model)
     if backend == "xla":
