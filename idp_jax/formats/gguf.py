@@ -89,7 +89,7 @@ def open_file(path: Path):
 
     Returns:
         The transformers configuration, the tensor names in Hugging Face's spelling, a function that
-        reads one of them (float32, [out, in]), and one that gives its shape and dtype.
+        gives shape and dtype of one of them (float32, [out, in]), and one that reads it.
 
     Raises:
         ValueError: not a GGUF file, damaged, or of another architecture.
@@ -108,7 +108,7 @@ def open_file(path: Path):
         return _half_split(values, heads[matrix]) if matrix in heads else values
 
     kind = lambda name: (header.tensors[names[name]].shape, np.dtype(np.float32))
-    return config, frozenset(names), read, kind
+    return config, frozenset(names), kind, read
 
 
 def _values(path: Path, name: str, header: Header) -> np.ndarray:

@@ -47,15 +47,13 @@ class Source:
         path: the folder or the GGUF file.
         hf_config: the transformers configuration object.
         names: all tensor names, in Hugging Face's spelling.
-        read: name -> array, read from disk at the call.
         kind: name -> its shape and dtype; nothing is read.
-        view: name -> array, of which only what is looked at is read, where the file allows that.
+        view: name -> array; only what is looked at is read, where the file allows that.
     """
 
     path: Path
     hf_config: Any
     names: frozenset[str]
-    read: Callable[[str], np.ndarray]
     kind: Callable[[str], tuple[tuple[int, ...], np.dtype]]
     view: Callable[[str], np.ndarray]
 
@@ -171,11 +169,10 @@ def open_source(path_or_name: str | Path) -> Source:
     """
     path = resolve(path_or_name)
     if path.is_file():
-        config, names, read, kind = gguf.open_file(path)
-        return Source(path, config, names, read, kind, read)
+        return Source(path, *gguf.open_file(path))
     hf_config = open_config(path)
     files = model_files(path, getattr(hf_config, "transformers_weights", None))
-    source = Source(path, hf_config, files.names, files, files.kind, files.view)
+    source = Source(path, hf_config, files.names, files.kind, files.view)
     if getattr(hf_config, "tie_word_embeddings", False) and _holds_other_head(source):
         hf_config.tie_word_embeddings = False
     return source
@@ -227,4 +224,4 @@ def part_of(source: Source, file: Path, quantization: dict[str, Any] | None) -> 
     config = copy.copy(source.hf_config)
     config.quantization_config = quantization
     files = TensorFiles([file])
-    return Source(file.parent, config, files.names, files, files.kind, files.view)
+    return Source(file.parent, config, files.names, files.kind, files.view)
