@@ -49,11 +49,6 @@ class Later:
         return len(self.shape)
 
     @property
-    def size(self) -> int:
-        """The number of elements."""
-        return int(np.prod(self.shape))
-
-    @property
     def T(self) -> "Later":
         """The array with its axes the other way round."""
         return Later(self.shape[::-1], self.dtype, lambda: self._open().T, self._finish)

@@ -79,7 +79,7 @@ def load_tokenizer(path_or_name: str | Path):
     Raises:
         ValueError: there is none, or it cannot be read.
     """
-    path = resolve(path_or_name)
+    path = resolve(path_or_name, weights=False)
     if path.is_file():
         return gguf.load_tokenizer(path)
     # transformers makes an empty tokenizer of some architectures where it finds no files.

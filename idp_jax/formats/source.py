@@ -94,15 +94,18 @@ class Source:
         return stop_ids(self.path) if self.path.is_dir() else None
 
 
-def resolve(path_or_name: str | Path) -> Path:
+def resolve(path_or_name: str | Path, *, weights: bool = True) -> Path:
     """The local folder or GGUF file that a name stands for; a hub name or URL is fetched (once).
+
+    Args:
+        weights: whether they are needed; of a URL they are fetched only then.
 
     Raises:
         CheckpointError: nothing is there, and no hub repository of that name can be reached.
     """
     if str(path_or_name) == SMOLLM2:
         return _packaged_smollm2()
-    path = local(path_or_name, _is_of_model)
+    path = local(path_or_name, _is_of_model if weights else _describes_model)
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file():
@@ -121,7 +124,13 @@ def resolve(path_or_name: str | Path) -> Path:
 
 def _is_of_model(name: str) -> bool:
     """Whether a file of a bucket's folder, by its place there, is read as part of a model."""
-    patterns = ("*.json", "*.txt", "*.safetensors", "*.bin", *SIDECARS)
+    weights = "/" not in name and name.endswith((".safetensors", ".bin"))
+    return weights or _describes_model(name)
+
+
+def _describes_model(name: str) -> bool:
+    """The same, of what is no weights: configuration and tokenizer."""
+    patterns = ("*.json", "*.txt", *SIDECARS)
     return any(
         fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns
     )
@@ -199,7 +208,7 @@ def open_config(path_or_name: str | Path) -> Any:
     Raises:
         CheckpointError: it is missing or cannot be used.
     """
-    path = resolve(path_or_name)
+    path = resolve(path_or_name, weights=False)
     if path.is_file():
         return gguf.open_file(path)[0]
     if not (path / "config.json").is_file():

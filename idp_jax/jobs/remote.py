@@ -54,25 +54,25 @@ def _copied(url: str, wanted: Callable[[str], bool]) -> Path:
         found = [path] if single else [*system.find(path)]
         start = path.rstrip("/").rpartition("/")[0] if single else path.rstrip("/")
         names = {file.removeprefix(start).lstrip("/"): file for file in found}
-        names = {name: file for name, file in names.items() if single or wanted(name)}
-        if not names:
+        asked = {name: file for name, file in names.items() if single or wanted(name)}
+        if not asked:
             raise FileNotFoundError("nothing is there")
         folder = _place(url)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # of the processes of a machine one copies
-            _update(system, names, folder)
+            _update(system, asked, set(names), folder)
     return folder / next(iter(names)) if single else folder
 
 
-def _update(system: Any, names: dict[str, str], folder: Path) -> None:
-    """Copies the files that are not there yet, or are others by now, and removes what is gone."""
+def _update(system: Any, asked: dict[str, str], there: set[str], folder: Path) -> None:
+    """Copies the files that are not here yet, or are others by now, and removes what is gone."""
     kept = folder / ".kept.json"
     known = json.loads(kept.read_text()) if kept.is_file() else {}
-    for name in [name for name in known if name not in names]:
+    for name in [name for name in known if name not in there]:
         (folder / name).unlink(missing_ok=True)
         known.pop(name)
-    for name, file in names.items():
+    for name, file in asked.items():
         key = str(system.ukey(file))
         if known.get(name) == key and (folder / name).is_file():
             continue

@@ -6,8 +6,9 @@ import fsspec
 import numpy as np
 import pytest
 
-from idp_jax import load_model
+from idp_jax import load_model, load_tokenizer
 from idp_jax.config import ConfigError
+from idp_jax.formats.source import open_config
 from idp_jax.jobs import remote
 from idp_jax.jobs.remote import MANIFEST, local, working
 from tests.helpers import tiny_folder
@@ -69,6 +70,9 @@ def test_a_model_is_loaded_from_a_url(store, tmp_path):
     (folder / "optimizer").mkdir()
     (folder / "optimizer" / "state.bin").write_text("large")
     store.put(str(folder), "/models/m", recursive=True)
+    assert load_tokenizer("memory://models/m").vocab_size == 259
+    assert open_config("memory://models/m").vocab_size == 259
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))  # no weights for a plan
     ours, theirs = load_model(folder), load_model("memory://models/m")
     np.testing.assert_array_equal(ours.layers.up.kernel[...], theirs.layers.up.kernel[...])
     assert not list((tmp_path / "cache").rglob("state.bin"))
