@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from typing import TypeVar, cast
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ from jax.experimental import multihost_utils
 
 from idp_jax.sharding import MESH_AXES, make_mesh
 
+T = TypeVar("T")
 _LONGEST_LINE = 1000  # bytes of an error that is told to other processes
 
 
@@ -60,20 +62,55 @@ def first_process(action: Callable[[], object], name: str) -> None:
         except Exception as error:
             failure = error
     multihost_utils.sync_global_devices(name)
-    said = _told_by_first("" if failure is None else str(failure) or repr(failure))
+    said = _told_by_first("" if failure is None else _said(failure))
     if failure is not None:
         raise failure
     if said:
         raise ValueError(f"process 0 failed: {' '.join(said.split())}")
 
 
+def together(action: Callable[[], T], mesh: jax.sharding.Mesh | None) -> T:
+    """What `action` gives, where it does so in every process of a mesh, which all call this.
+
+    Raises:
+        Exception: what it raised here.
+        ValueError: what it raised in another process, in words; this one would wait for it for ever
+            otherwise.
+    """
+    if mesh is None or not mesh.is_multi_process:
+        return action()
+    found, failure = None, None
+    try:
+        found = action()
+    except Exception as error:
+        failure = error
+    lines = multihost_utils.process_allgather(_line("" if failure is None else _said(failure)))
+    if failure is not None:
+        raise failure
+    for number, line in enumerate(np.asarray(lines)):
+        if line.any():
+            raise ValueError(f"process {number} failed: {' '.join(_text(line).split())}")
+    return cast(T, found)
+
+
+def _said(error: Exception) -> str:
+    return str(error) or repr(error)
+
+
 def _told_by_first(text: str) -> str:
     """Process 0's text, on every process; what is too long is cut off."""
+    return _text(np.asarray(multihost_utils.broadcast_one_to_all(_line(text))))
+
+
+def _line(text: str) -> np.ndarray:
     line = np.zeros(_LONGEST_LINE, np.uint8)
     encoded = np.frombuffer(text.encode()[:_LONGEST_LINE], np.uint8)
     line[: encoded.size] = encoded
-    told = np.asarray(multihost_utils.broadcast_one_to_all(line))
-    return told.tobytes().rstrip(b"\0").decode(errors="ignore")
+    return line
+
+
+def _text(line: np.ndarray) -> str:
+    return line.tobytes().rstrip(b"\0").decode(errors="ignore")
 
 
 def gather(tree):

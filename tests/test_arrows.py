@@ -19,9 +19,12 @@ ARROWS = {
     "weights": {"kernels", "sharding"},
     "models": {"jobs", "kernels", "sharding", "weights"},
     "recover": {"config", "models", "sharding", "weights"},
-    "formats": {"config", "jobs", "kernels", "models", "recover", "sharding", "weights"},
+    "formats": {
+        *("config", "jobs", "kernels", "models", "processes"),
+        *("recover", "sharding", "weights"),
+    },
     "inference": {"models", "processes", "recover"},
-    "data": {"inference", "models"},
+    "data": {"inference", "jobs", "models"},
     "compression": {
         *("config", "data", "formats", "jobs", "kernels"),
         *("models", "processes", "sharding", "weights"),

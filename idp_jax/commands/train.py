@@ -1,9 +1,8 @@
 """`idp-jax train`: trains an adapter and says what came of it."""
 
-from pathlib import Path
-
 from idp_jax import config, training
 from idp_jax.commands.tables import show, training_table
+from idp_jax.config import url_of
 from idp_jax.formats.source import open_config
 from idp_jax.jobs.progress import Bars, console
 from idp_jax.models.config import from_hf
@@ -30,7 +29,7 @@ def run(settings: config.Train) -> None:
             )
     say(
         f"{result['extra_parameters']:,} parameters, {result['training_tokens']:,} tokens; "
-        f"adapter in {Path(settings.out) / 'adapter'}, that of the last step in last"
+        f"adapter in {url_of(settings.out) or settings.out}/adapter, that of the last step in last"
     )
 
 

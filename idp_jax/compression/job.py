@@ -51,6 +51,7 @@ from idp_jax.jobs.lock import locked
 from idp_jax.jobs.machine import describe, peak_memory
 from idp_jax.jobs.marker import mark
 from idp_jax.jobs.progress import SILENT, Progress
+from idp_jax.jobs.remote import local
 from idp_jax.models.block import Block
 from idp_jax.models.names import module_names
 from idp_jax.processes import first_process, gather, mesh_of
@@ -107,7 +108,7 @@ class Job:
             check_absent(self.out, overwrite=self.settings.overwrite)
             inputs = {"model": fingerprint(self.source.path)}
             if needs_data(self.by_name):
-                inputs["calibration"] = fingerprint(self.settings.calibration)
+                inputs["calibration"] = fingerprint(local(self.settings.calibration))
             written = sum(file.stat().st_size for file in self.model.glob("*.safetensors"))
             wanted = plan(self.config, self.settings, self.by_name).disk
             check_writable(self.out, max(wanted - written, 0))

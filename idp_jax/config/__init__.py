@@ -16,6 +16,8 @@ from idp_jax.config.groups import (
     Mesh,
     Scoring,
     Timing,
+    refuse_url,
+    url_of,
 )
 from idp_jax.config.recovery import (
     Data,
@@ -60,4 +62,6 @@ __all__ = [
     "Tracking",
     "Train",
     "Variant",
+    "refuse_url",
+    "url_of",
 ]

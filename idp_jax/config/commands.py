@@ -50,9 +50,10 @@ class Train(Loading):
     """Train a prompt, prefix, LoRA, norms or IDP pool beside a model."""
 
     has_presets: ClassVar[bool] = True  # of `config.presets`
+    urls: ClassVar[tuple[str, ...]] = ("model", "out")
 
     out: Path
-    """Folder of the run: checkpoints, metrics.jsonl, config.yaml and, at the end, adapter/."""
+    """Folder of the run, or a URL: checkpoints, metrics.jsonl, config.yaml, at the end adapter/."""
     method: Repair = "prompt"
     """What is trained; idp is a pool of prompts, trained one after the other."""
     prompt_length: int = 50
@@ -224,6 +225,8 @@ class Compress(Compression, Calibration):
     Killed and started again, it goes on from the last finished block.
     """
 
+    urls: ClassVar[tuple[str, ...]] = ("model", "calibration")
+
     model: Positional[str]
     """Hub name, model folder or GGUF file; for --plan a folder with a config.json is enough."""
     out: Path | None = None
@@ -259,6 +262,8 @@ class Compress(Compression, Calibration):
 class Convert(Settings):
     """Write a model in another storage form; its numbers stay."""
 
+    urls: ClassVar[tuple[str, ...]] = ("model",)
+
     model: Positional[str]
     """Hub name, model folder, GGUF file or compressed folder."""
     out: Path
@@ -279,6 +284,8 @@ class Convert(Settings):
 @dataclass(frozen=True, kw_only=True)
 class Merge(Settings):
     """Write a LoRA, or norms and biases, into the model beside it."""
+
+    urls: ClassVar[tuple[str, ...]] = ("model",)
 
     model: Positional[str]
     """Hub name, model folder or GGUF file; dense or pruned."""

@@ -8,7 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, TypeVar
 
-from idp_jax.config.groups import ConfigError
+from idp_jax.config.groups import ConfigError, refuse_url
 from idp_jax.config.presets import with_preset
 
 T = TypeVar("T")
@@ -31,6 +31,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """What a configuration file says; raises ConfigError where it is missing or not YAML."""
     import yaml
 
+    refuse_url("--config_path", path)
     try:
         text = Path(path).read_text(encoding="utf-8")
         _refuse_twice(yaml.compose(text, yaml.SafeLoader), path)

@@ -5,6 +5,7 @@ setting has one line of help.
 """
 
 import math
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin
@@ -37,16 +38,51 @@ def one_of(name: str, value: Any, allowed: tuple) -> None:
         raise ConfigError(f"--{name} {value!r} is not one of {', '.join(map(str, allowed))}")
 
 
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//|/(?!/))")  # a `Path` keeps one of the slashes
+
+
+def url_of(value: Any) -> str | None:
+    """The URL that a text or a path is, or None."""
+    given = _URL.match(str(value)) if isinstance(value, str | Path) else None
+    if given is None or (isinstance(value, str) and given[2] != "//"):
+        return None
+    root = "/" if given[1] == "file" and isinstance(value, Path) else ""
+    return f"{given[1]}://{root}{str(value)[given.end() :]}"
+
+
+def refuse_url(name: str, value: Any) -> None:
+    """Refuses a URL where a file or folder is asked for: it would name a local folder in silence.
+
+    Args:
+        name: of the option, or of what else the value is.
+        value: a text, a path, or some of them.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    for given in map(url_of, value if isinstance(value, tuple) else (value,)):
+        if given is not None:
+            raise ConfigError(
+                f"{name} {given} is a URL, and only files and folders are taken; mount the bucket "
+                "(gcsfuse, s3fs) and give its place there"
+            )
+
+
 class Settings:
     """The base of all groups: unknown keys are refused, and so are values that are none."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
+    section: ClassVar[str] = ""  # what stands before the options of a group inside another
+    words: ClassVar[tuple[str, ...]] = ()  # settings that name no file or folder, whatever they say
+    urls: ClassVar[tuple[str, ...]] = ()  # settings that may be URLs, see `jobs.remote`
 
     def __post_init__(self):
         for entry in fields(self):  # type: ignore[arg-type]  # every group is a dataclass
             option, value = entry.name.replace("_", "-"), getattr(self, entry.name)
             if get_origin(entry.type) is Literal:
                 one_of(option, value, get_args(entry.type))
+            if entry.name not in self.words + self.urls:
+                refuse_url(f"--{self.section}{option}", value)
             if isinstance(value, float) and math.isnan(value):
                 raise ConfigError(f"--{option} {value} is no number")
             if entry.name == "seed" and not 0 <= value < 2**32:  # numpy and torch take no other
@@ -181,6 +217,8 @@ class Mesh(Settings):
 @dataclass(frozen=True, kw_only=True)
 class Loading(Settings):
     """Which model is loaded, and how it is held."""
+
+    urls: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str
     """Hub name, model folder, GGUF file or compressed folder."""

@@ -6,7 +6,7 @@ A group knows no command; see `groups` for those that several commands share.
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import ClassVar, get_args
 
 from idp_jax.config.choices import (
     Biases,
@@ -57,6 +57,8 @@ class Optimizer(Settings):
 class Lora(Settings):
     """Low-rank updates."""
 
+    section: ClassVar[str] = "lora."
+
     rank: int = 8
     """Columns of A, rows of B."""
     alpha: float = 16.0
@@ -104,6 +106,9 @@ class Norms(Settings):
 class Data(Settings):
     """Training and validation text, packed into windows without gaps."""
 
+    section: ClassVar[str] = "data."
+    urls: ClassVar[tuple[str, ...]] = ("train", "validation")
+
     train: str | None = None
     """A .txt or .jsonl file, hub:NAME[:CONFIG], or self (text that the teacher, or by
     default the model itself, writes)."""
@@ -125,6 +130,9 @@ class Data(Settings):
 @dataclass(frozen=True)
 class Teacher(Settings):
     """The uncompressed model, which says what the repaired one should have said."""
+
+    section: ClassVar[str] = "teacher."
+    urls: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str | None = None
     """Hub name, model folder or GGUF file; it also writes the text of --data.train self."""
@@ -149,6 +157,9 @@ class Teacher(Settings):
 @dataclass(frozen=True)
 class Init(Settings):
     """What a prompt or prefix begins as; each prompt of a pool takes its own part of a text."""
+
+    section: ClassVar[str] = "init."
+    words: ClassVar[tuple[str, ...]] = ("text",)
 
     tokens: InitTokens = "vocabulary"
     """Rows of the vocabulary, drawn by the seed; the embeddings of real text; numbers drawn like
@@ -230,6 +241,8 @@ class Pool(Settings):
 @dataclass(frozen=True)
 class Tracking(Settings):
     """Where a run's numbers go beside metrics.jsonl."""
+
+    section: ClassVar[str] = "tracking."
 
     sinks: tuple[SinkName, ...] = ("tensorboard",)
     """tensorboard (left out where tensorboardX is not installed), wandb, trackio."""

@@ -8,7 +8,7 @@ recipe can change it.
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from idp_jax.config.choices import LEARNING_RATES
 from idp_jax.config.commands import Compress, Train
@@ -28,6 +28,8 @@ _NAME = re.compile(r"\w[\w.+-]*")  # what may be a folder's name everywhere
 @dataclass(frozen=True)
 class Corpora(Settings):
     """The text of a sweep. No document serves two purposes."""
+
+    section: ClassVar[str] = "data."
 
     train: str
     """What everything is calibrated and trained on: a .txt or .jsonl file, or hub:NAME[:CONFIG]."""

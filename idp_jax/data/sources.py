@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from idp_jax.data.text import Document, read_documents
+from idp_jax.jobs.remote import local
 
 SELF = "self"
 HUB = "hub:"
@@ -13,8 +14,8 @@ def documents(source: str, *, seed: int = 0, shuffle: bool = False) -> Iterator[
     """One pass over the documents of a source, which are read as they are asked for.
 
     Args:
-        source: a .txt or .jsonl file (or its .gz), or hub:NAME[:CONFIG] (streamed, split
-            "train", field `text`).
+        source: a .txt or .jsonl file (or its .gz) or a URL of one, or hub:NAME[:CONFIG] (streamed,
+            split "train", field `text`).
         shuffle: draw the documents by the seed instead of in their own order.
 
     Raises:
@@ -23,7 +24,7 @@ def documents(source: str, *, seed: int = 0, shuffle: bool = False) -> Iterator[
     if source.startswith(HUB):
         yield from _hub_documents(source, seed, shuffle)
     else:
-        yield from read_documents(source, seed if shuffle else None)
+        yield from read_documents(local(source), seed if shuffle else None)
 
 
 def _hub_documents(source: str, seed: int, shuffle: bool) -> Iterator[str]:

@@ -15,6 +15,9 @@ lowest bit on, `row_offsets` int64 [out], `shape` int64 [2]. `sparse-24-bitmask`
 The invariant: dequantised values are those that the library computes from float32 scales.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -25,13 +28,14 @@ from idp_jax.weights import Dense, Quantized
 
 REQUIRED = ("weight_packed", "weight_scale")
 OPTIONAL = ("weight_zero_point", "weight_g_idx", "weight_shape")
+LARGE = ("weight_packed",)  # what is read when the weight is placed
 MASKED = ("compressed", "bitmask", "shape")
 
 
 def to_weight(
     name: str,
     shape: tuple[int, int],
-    parts: dict[str, np.ndarray],
+    parts: Mapping[str, Any],
     bias: np.ndarray | None,
     packing: Packing,
 ) -> Quantized:
@@ -40,7 +44,8 @@ def to_weight(
     Args:
         name: of the module, for errors.
         shape: (out, in).
-        parts: the tensors of `REQUIRED`, and of `OPTIONAL` those that are there.
+        parts: the tensors of `REQUIRED`, and of `OPTIONAL` those that are there; those of `LARGE`
+            may be read later, and then so are the weight's words.
 
     Raises:
         ValueError: shapes or types that do not fit together, or scales that are not finite.
@@ -70,9 +75,9 @@ def to_weight(
     if index is not None and np.all(index == -1):
         index = None
     return Quantized(
-        np.asarray(pack(jnp.asarray(_padded_values(words.T, inputs)), 3))
+        np.asarray(pack(jnp.asarray(_padded_values(words[...].T, inputs)), 3))
         if padded
-        else np.ascontiguousarray(words.T),
+        else words.T,
         np.ascontiguousarray(scales.T),
         _single_zeros(f"{name}.weight_zero_point", zeros, (outputs, groups), bits)
         if zeros is not None and single

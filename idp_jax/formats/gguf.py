@@ -88,8 +88,8 @@ def open_file(path: Path):
     """Opens a GGUF file of a LLaMA model.
 
     Returns:
-        The transformers configuration, the tensor names in Hugging Face's spelling, and a function
-        that reads one of them (float32, [out, in]).
+        The transformers configuration, the tensor names in Hugging Face's spelling, a function that
+        gives shape and dtype of one of them (float32, [out, in]), and one that reads it.
 
     Raises:
         ValueError: not a GGUF file, damaged, or of another architecture.
@@ -107,7 +107,8 @@ def open_file(path: Path):
         matrix = name.split(".")[-2]
         return _half_split(values, heads[matrix]) if matrix in heads else values
 
-    return config, frozenset(names), read
+    kind = lambda name: (header.tensors[names[name]].shape, np.dtype(np.float32))
+    return config, frozenset(names), kind, read
 
 
 def _values(path: Path, name: str, header: Header) -> np.ndarray:

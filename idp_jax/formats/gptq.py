@@ -9,22 +9,26 @@ inputs are those of `weights.Quantized`, so they are taken over as they are.
 
 import functools
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from idp_jax.formats.later import Later
 from idp_jax.formats.quantization import PLANAR, Layout, Packing
 from idp_jax.kernels.packing import pack, unpack
 from idp_jax.weights import Quantized
 
 _log = logging.getLogger(__name__)
 REQUIRED, OPTIONAL = ("qweight", "qzeros", "scales"), ("g_idx",)
+LARGE = REQUIRED  # what is read when the weight is placed
 
 
 def to_weight(
     name: str,
     shape: tuple[int, int],
-    parts: dict[str, np.ndarray],
+    parts: Mapping[str, np.ndarray | Later],
     bias: np.ndarray | None,
     packing: Packing,
     layout: Layout,
@@ -34,7 +38,8 @@ def to_weight(
     Args:
         name: of the module, for errors.
         shape: (out, in).
-        parts: qweight, qzeros, scales and, where it is there, g_idx.
+        parts: qweight, qzeros, scales and, where it is there, g_idx; those of `LARGE` may be read
+            later, and then so is the weight's own.
         layout: the checkpoint's, for its form.
 
     Raises:
@@ -42,7 +47,7 @@ def to_weight(
             order of the inputs that is announced but not there.
     """
     outputs, inputs = shape
-    bits, groups = packing.bits, len(np.atleast_1d(parts["scales"]))
+    bits, groups = packing.bits, (parts["scales"].shape or (1,))[0]
     expected = {
         "qweight": (inputs * bits // 32, outputs),
         "qzeros": (groups, outputs * bits // 32),
@@ -54,29 +59,47 @@ def to_weight(
             f"{name}.g_idx is missing, which desc_act in the quantization settings asks for; fetch "
             "the checkpoint again"
         )
-    words, packed_zeros = parts["qweight"], parts["qzeros"].T
+    words, packed_zeros = parts["qweight"], parts["qzeros"]
     if layout.form == PLANAR and bits == 3:
-        words, packed_zeros = _from_planes(words), _from_planes(packed_zeros)
-    by_word = layout.zeros_by_word and bits != 3
-    if by_word:
-        packed_zeros = packed_zeros.view(np.uint32) + np.uint32(0xFFFFFFFF // (2**bits - 1))
-    zeros = np.asarray(unpack(jnp.asarray(packed_zeros), bits)).T
-    if layout.form == "gptq" and not by_word:
-        zeros = (zeros + np.uint8(1)) & np.uint8(2**bits - 1)
+        words = _from_planes(words[...])
+    make_zeros = lambda: _zeros(packed_zeros[...], bits, layout)
+    is_later = isinstance(packed_zeros, Later)
+    index = parts.get("g_idx")
     return Quantized(
         words,
         as_scales(f"{name}.scales", parts["scales"]),
-        np.ascontiguousarray(zeros),
+        Later((groups, outputs), np.uint8, make_zeros) if is_later else make_zeros(),
         bits=bits,
         group_index=groups_of(
-            f"{name}.g_idx", inputs, groups, parts.get("g_idx"), packing.group_size
+            f"{name}.g_idx",
+            inputs,
+            groups,
+            None if index is None else index[...],
+            packing.group_size,
         ),
         bias=bias,
     )
 
 
+def _zeros(words: np.ndarray, bits: int, layout: Layout) -> np.ndarray:
+    """The zeros [G, O] of `qzeros` [G, O * bits / 32]."""
+    packed = words.T
+    if layout.form == PLANAR and bits == 3:
+        packed = _from_planes(packed)
+    by_word = layout.zeros_by_word and bits != 3
+    if by_word:
+        packed = packed.view(np.uint32) + np.uint32(0xFFFFFFFF // (2**bits - 1))
+    zeros = np.asarray(unpack(jnp.asarray(packed), bits)).T
+    if layout.form == "gptq" and not by_word:
+        zeros = (zeros + np.uint8(1)) & np.uint8(2**bits - 1)
+    return np.ascontiguousarray(zeros)
+
+
 def check_parts(
-    name: str, parts: dict[str, np.ndarray], expected: dict[str, tuple[int, ...]], bits: int
+    name: str,
+    parts: Mapping[str, np.ndarray | Later],
+    expected: dict[str, tuple[int, ...]],
+    bits: int,
 ) -> None:
     """Holds the tensors of a packed matrix against what its size asks for.
 
@@ -98,7 +121,7 @@ def check_parts(
             )
 
 
-def as_scales(name: str, scales: np.ndarray) -> np.ndarray:
+def as_scales(name: str, scales: Any) -> Any:
     """Scales in the file's own float16, whatever the model's dtype; any other type as float32.
 
     Raises:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, cast, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import DTypeLike
@@ -16,6 +17,7 @@ from numpy.typing import DTypeLike
 from idp_jax.config.choices import FloatType
 from idp_jax.formats import compressed_tensors, gptq
 from idp_jax.formats.folder import CheckpointError
+from idp_jax.formats.later import Later, place, whole
 from idp_jax.formats.quantization import (
     DENSE,
     PACK_QUANTIZED,
@@ -25,7 +27,7 @@ from idp_jax.formats.quantization import (
     read_config,
 )
 from idp_jax.formats.source import Source
-from idp_jax.formats.stack import expanded, stack
+from idp_jax.formats.stack import expanded, stacked
 from idp_jax.models.abstract import abstract
 from idp_jax.models.block import Block, layer_slice
 from idp_jax.models.config import ModelConfig, from_hf
@@ -75,36 +77,43 @@ class Reader:
         self._expected = abstract(self.config)
         self._used: set[str] = set()
 
-    def tensor(
-        self, name: str, shape: tuple[int, ...] | None = None, *, cast: bool = True
-    ) -> np.ndarray:
-        """One tensor, expanded where only a mask and its values are stored.
+    def later(self, name: str, shape: tuple[int, ...] | None = None, *, cast: bool = True) -> Later:
+        """One tensor, expanded where only a mask and its values are stored, to be read later.
 
         Args:
             cast: whether it is a parameter; else a part of a packed matrix, in its own type.
 
         Raises:
-            CheckpointError: it is missing, not of this shape, or not of finite numbers.
+            CheckpointError: it is missing, not of this shape, or no weight; where it is read, that
+                it is not of finite numbers.
         """
-        value = self._read(name)
-        if shape is not None and value.shape != shape:
+        found, stored, view = self._find(name)
+        if shape is not None and found != shape:
             raise CheckpointError(
-                f"{name} in {self.source.path} has shape {value.shape}, config.json asks for "
-                f"{shape}"
+                f"{name} in {self.source.path} has shape {found}, config.json asks for {shape}"
             )
-        floating = str(value.dtype) in _STORED
+        floating = str(stored) in _STORED
         if cast and not floating:
             raise CheckpointError(
-                f"{name} in {self.source.path} holds {value.dtype} numbers, which are no weights "
+                f"{name} in {self.source.path} holds {stored} numbers, which are no weights "
                 "by themselves; give the original model, or one packed in a known form"
             )
-        stored = value
-        if cast and self.dtype is not None:
+        dtype = self.dtype if cast and self.dtype is not None else stored
+
+        def finish(part: np.ndarray) -> np.ndarray:
             with np.errstate(over="ignore"):
-                value = stored.astype(self.dtype)
-        if floating and not np.isfinite(value).all():
-            raise CheckpointError(self._not_finite(name, stored, value))
-        return value
+                value = part.astype(dtype, copy=False)
+            if floating and not np.isfinite(value).all():
+                raise CheckpointError(self._not_finite(name, part, value))
+            return value
+
+        return Later(found, dtype, view, finish)
+
+    def tensor(
+        self, name: str, shape: tuple[int, ...] | None = None, *, cast: bool = True
+    ) -> np.ndarray:
+        """One tensor, read; arguments and errors as of `later`."""
+        return whole(self.later(name, shape, cast=cast))
 
     def _not_finite(self, name: str, stored: np.ndarray, value: np.ndarray) -> str:
         count, damaged = (x.size - int(np.isfinite(x).sum()) for x in (value, stored))
@@ -116,17 +125,16 @@ class Reader:
             "give a model whose training did not diverge, or fetch it again"
         )
 
-    def _read(self, name: str) -> np.ndarray:
+    def _find(self, name: str) -> tuple[tuple[int, ...], np.dtype, Callable[[], np.ndarray]]:
+        """Shape and dtype of a tensor, and what reads it or maps its file."""
         found = self.source.find(name)
         if found is not None:
             self._used.add(found)
-            return self.source.read(found)
+            return *self.source.kind(found), lambda: self.source.view(found)
         # compressed-tensors' first versions kept ".weight" in the name of a masked tensor.
         for stem in (name, name.removesuffix(".weight")):
             if self.source.find(f"{stem}.bitmask"):
-                parts = {kind: self._read(f"{stem}.{kind}") for kind in compressed_tensors.MASKED}
-                self._used.add(self.source.find(f"{stem}.row_offsets") or "")
-                return compressed_tensors.from_mask(stem, parts)
+                return self._masked(stem)
         module = name.removesuffix(".weight")
         if any(self.source.find(f"{module}.{kind}") for kind in ("qweight", "weight_packed")):
             raise CheckpointError(
@@ -137,8 +145,20 @@ class Reader:
             f"{self.source.path} lacks the tensor {name}; fetch the checkpoint again"
         )
 
+    def _masked(self, stem: str) -> tuple[tuple[int, ...], np.dtype, Callable[[], np.ndarray]]:
+        """As `_find`, of a tensor of which a mask and its values are stored."""
+        parts = {kind: self._find(f"{stem}.{kind}") for kind in compressed_tensors.MASKED}
+        self._used.add(self.source.find(f"{stem}.row_offsets") or "")
+
+        def read() -> np.ndarray:
+            opened = {kind: view() for kind, (_, _, view) in parts.items()}
+            return compressed_tensors.from_mask(stem, opened)
+
+        shape = tuple(int(size) for size in parts["shape"][2]().ravel())
+        return shape, parts["compressed"][1], read
+
     def weight(self, name: str, shape: tuple[int, int], bias: bool) -> Dense | Quantized:
-        """The weight of module `name`; `shape` is (out, in)."""
+        """The weight of module `name`, its large arrays still to be read; `shape` is (out, in)."""
         bias_array = self.tensor(f"{name}.bias", shape[:1]) if bias else None
         if not bias and self.source.find(f"{name}.bias"):
             # Packers write a bias of zeros beside every packed matrix.
@@ -152,9 +172,9 @@ class Reader:
         if self.source.find(f"{name}.weight_packed"):
             parts, packing, _ = self._parts(name, compressed_tensors)
             return compressed_tensors.to_weight(name, shape, parts, bias_array, packing)
-        return Dense(np.ascontiguousarray(self.tensor(f"{name}.weight", shape).T), bias_array)
+        return Dense(self.later(f"{name}.weight", shape).T, bias_array)
 
-    def _parts(self, name: str, kind) -> tuple[dict[str, np.ndarray], Packing, Layout]:
+    def _parts(self, name: str, kind) -> tuple[dict[str, np.ndarray | Later], Packing, Layout]:
         """The tensors of a packed matrix, how they are packed, and the whole layout."""
         packing = None if self.layout is None else self.layout.packing(name)
         if self.layout is None or packing is None:
@@ -164,7 +184,8 @@ class Reader:
             )
         there = [part for part in kind.OPTIONAL if self.source.find(f"{name}.{part}")]
         parts = {
-            part: self.tensor(f"{name}.{part}", cast=False) for part in (*kind.REQUIRED, *there)
+            part: (self.later if part in kind.LARGE else self.tensor)(f"{name}.{part}", cast=False)
+            for part in (*kind.REQUIRED, *there)
         }
         return parts, packing, self.layout
 
@@ -177,6 +198,10 @@ class Reader:
 
     def block(self, layer: int) -> Block:
         """One layer, each matrix as it is stored; leaves are numpy arrays."""
+        return whole(self.block_later(layer))
+
+    def block_later(self, layer: int) -> Block:
+        """One layer, each matrix as it is stored, its large arrays still to be read."""
         config, names, expected = self.config, self.names, self._expected.layers
         weights = {
             m.name: self.weight(names.weight(layer, m.name), (m.outputs, m.inputs), m.bias)
@@ -188,8 +213,12 @@ class Reader:
         return Block(weights, attention_norm, mlp_norm, config)
 
     def without_layers(self) -> Decoder:
-        """The model but for its layers (`layers` is None): embedding, positions, norm, head."""
-        return Decoder(self.config, layers=cast(Block, None), **self._outer())
+        """The model but for its layers (`layers` is None): embedding, positions, norm, head.
+
+        Leaves are numpy arrays.
+        """
+        outer = {name: whole(part) for name, part in self._outer().items()}
+        return Decoder(self.config, layers=cast(Block, None), **outer)
 
     def _outer(self) -> dict[str, Any]:
         names, expected = self.names, self._expected
@@ -199,7 +228,7 @@ class Reader:
             file_name = f"{getattr(names, name)}.weight"
             if name == "embedding" and self.config.tied_embeddings:
                 file_name = self._tied_name()
-            outer[name] = None if like is None else self.tensor(file_name, like.shape)
+            outer[name] = None if like is None else self.later(file_name, like.shape)
         if expected.final_norm is not None:
             outer["final_norm"] = self.norm(names.final_norm, expected.final_norm)
         for name in ("head", "project_in", "project_out"):
@@ -218,15 +247,10 @@ class Reader:
         both = (f"{self.names.embedding}.weight", f"{self.names.head}.weight")
         return next((name for name in both if self.source.find(name)), both[0])
 
-    def decoder(self, progress: Callable = iter) -> Decoder:
-        """The whole model, with numpy arrays as leaves.
-
-        Args:
-            progress: wraps the iteration over layers.
-        """
-        outer = self._outer()
-        blocks = [self.block(layer) for layer in progress(range(self.config.num_layers))]
-        return Decoder(self.config, layers=stack(blocks), **outer)
+    def decoder(self) -> Decoder:
+        """The whole model, to be read where `later.place` puts it."""
+        blocks = [self.block_later(layer) for layer in range(self.config.num_layers)]
+        return Decoder(self.config, layers=stacked(blocks), **self._outer())
 
     def check_all_used(self) -> None:
         """Refuses a checkpoint with tensors that were not asked for.
@@ -245,21 +269,28 @@ class Reader:
             )
 
 
-def assemble(source: Source, *, dtype="float32", progress: Callable = iter) -> Decoder:
-    """Builds the model that a checkpoint holds, with numpy arrays as leaves.
+def assemble(
+    source: Source,
+    *,
+    dtype="float32",
+    mesh: jax.sharding.Mesh | None = None,
+    progress: Callable = iter,
+) -> Decoder:
+    """The model that a checkpoint holds, on its devices; each process reads what its devices have.
 
     Args:
         dtype: of embeddings, norms and dense matrices; "auto" keeps the file's own.
-        progress: wraps the iteration over layers.
+        mesh: where to place the parameters.
+        progress: wraps the iteration over the arrays.
 
     Raises:
         CheckpointError: a tensor is missing, of the wrong shape, or of no use to the architecture.
         ValueError: the configuration asks for something unsupported.
     """
     reader = Reader(source, dtype)
-    model = reader.decoder(progress)
+    model = reader.decoder()
     reader.check_all_used()
-    return model
+    return place(model, mesh, progress)
 
 
 Tensors = Iterator[tuple[str, np.ndarray]]

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 from idp_jax.formats import gguf, hf
 from idp_jax.formats.folder import reason, refuse_custom_code
@@ -14,6 +13,7 @@ from idp_jax.kernels.devices import platform
 from idp_jax.kernels.dispatch import machine_backend
 from idp_jax.models.decoder import Decoder
 from idp_jax.models.storage import better_dense, expand, repack, restore, wrong_products
+from idp_jax.processes import together
 from idp_jax.sharding import shard
 
 _logger = logging.getLogger(__name__)
@@ -45,8 +45,9 @@ def load_model(
         use_sparse24: whether 2:4 matrices that are bfloat16 numbers go to a 2:4 kernel, which reads
             fewer bytes. Where many rows meet a matrix, as in training, a dense one may be faster,
             because it needs no expanding.
-        mesh: where to place the parameters, see `idp_jax.sharding.make_mesh`.
-        progress: wraps the iteration over layers, for a progress bar.
+        mesh: where to place the parameters, see `idp_jax.sharding.make_mesh`; each process reads
+            what its devices hold.
+        progress: wraps the iteration over the arrays, for a progress bar.
 
     Returns:
         The model; `model(input_ids, attention_mask=None)` gives float32 logits [B, T, V].
@@ -58,8 +59,8 @@ def load_model(
     """
     backend = machine_backend(kernel)
     dtype = dtype or default_dtype()
-    model = hf.assemble(open_source(path_or_name), dtype=dtype, progress=progress)
-    model = shard(model, mesh) if mesh is not None else jax.tree.map(jnp.asarray, model)
+    read = lambda: hf.assemble(open_source(path_or_name), dtype=dtype, mesh=mesh, progress=progress)
+    model = together(read, mesh)  # each process meets the damage of its own part alone
     if weights == "dense" or (weights == "auto" and better_dense(model)):
         return expand(model)
     if backend == "xla":
@@ -81,7 +82,7 @@ def load_tokenizer(path_or_name: str | Path):
     Raises:
         ValueError: there is none, or it cannot be read.
     """
-    path = resolve(path_or_name)
+    path = resolve(path_or_name, weights=False)
     if path.is_file():
         return gguf.load_tokenizer(path)
     # transformers makes an empty tokenizer of some architectures where it finds no files.

@@ -10,6 +10,7 @@ import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from idp_jax.formats.folder import (
     stop_ids,
 )
 from idp_jax.formats.tensor_files import TensorFiles, model_files
+from idp_jax.jobs.remote import local
 from idp_jax.models.names import NAMES
 
 SMOLLM2 = (
@@ -32,6 +34,7 @@ SMOLLM2 = (
 )
 
 
+_ROWS = 1024  # that are compared at a time
 # What packed matrices are unpacked by.
 _READ_BY = frozenset(("bits", "group_size", "sym", "desc_act", "checkpoint_format", "dynamic"))
 
@@ -44,13 +47,15 @@ class Source:
         path: the folder or the GGUF file.
         hf_config: the transformers configuration object.
         names: all tensor names, in Hugging Face's spelling.
-        read: name -> array, read from disk at the call.
+        kind: name -> its shape and dtype; nothing is read.
+        view: name -> array; only what is looked at is read, where the file allows that.
     """
 
     path: Path
     hf_config: Any
     names: frozenset[str]
-    read: Callable[[str], np.ndarray]
+    kind: Callable[[str], tuple[tuple[int, ...], np.dtype]]
+    view: Callable[[str], np.ndarray]
 
     def find(self, name: str) -> str | None:
         """The name under which the checkpoint has a tensor, if it has it."""
@@ -89,15 +94,18 @@ class Source:
         return stop_ids(self.path) if self.path.is_dir() else None
 
 
-def resolve(path_or_name: str | Path) -> Path:
-    """The local folder or GGUF file that a name stands for; a hub name is downloaded (once).
+def resolve(path_or_name: str | Path, *, weights: bool = True) -> Path:
+    """The local folder or GGUF file that a name stands for; a hub name or URL is fetched (once).
+
+    Args:
+        weights: whether they are needed; of a URL they are fetched only then.
 
     Raises:
         CheckpointError: nothing is there, and no hub repository of that name can be reached.
     """
     if str(path_or_name) == SMOLLM2:
         return _packaged_smollm2()
-    path = Path(path_or_name).expanduser()
+    path = local(path_or_name, _is_of_model if weights else _describes_model)
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file():
@@ -112,6 +120,20 @@ def resolve(path_or_name: str | Path) -> Path:
             f"no model at {name}: give an existing folder, a .gguf file or a hub name"
         )
     return _download(name)
+
+
+def _is_of_model(name: str) -> bool:
+    """Whether a file of a bucket's folder, by its place there, is read as part of a model."""
+    weights = "/" not in name and name.endswith((".safetensors", ".bin"))
+    return weights or _describes_model(name)
+
+
+def _describes_model(name: str) -> bool:
+    """The same, of what is no weights: configuration and tokenizer."""
+    patterns = ("*.json", "*.txt", *SIDECARS)
+    return any(
+        fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns
+    )
 
 
 def _packaged_smollm2() -> Path:
@@ -159,7 +181,7 @@ def open_source(path_or_name: str | Path) -> Source:
         return Source(path, *gguf.open_file(path))
     hf_config = open_config(path)
     files = model_files(path, getattr(hf_config, "transformers_weights", None))
-    source = Source(path, hf_config, files.names, files)
+    source = Source(path, hf_config, files.names, files.kind, files.view)
     if getattr(hf_config, "tie_word_embeddings", False) and _holds_other_head(source):
         hf_config.tie_word_embeddings = False
     return source
@@ -173,7 +195,11 @@ def _holds_other_head(source: Source) -> bool:
     head, embedding = (source.find(f"{module}.weight") for module in (names.head, names.embedding))
     if head is None or embedding is None:
         return False
-    return not np.array_equal(source.read(head), source.read(embedding), equal_nan=True)
+    first, second = source.view(head), source.view(embedding)
+    if first.shape != second.shape:
+        return True
+    pieces = (slice(start, start + _ROWS) for start in range(0, len(first), _ROWS))
+    return not all(np.array_equal(first[p], second[p], equal_nan=True) for p in pieces)
 
 
 def open_config(path_or_name: str | Path) -> Any:
@@ -182,7 +208,7 @@ def open_config(path_or_name: str | Path) -> Any:
     Raises:
         CheckpointError: it is missing or cannot be used.
     """
-    path = resolve(path_or_name)
+    path = resolve(path_or_name, weights=False)
     if path.is_file():
         return gguf.open_file(path)[0]
     if not (path / "config.json").is_file():
@@ -207,4 +233,4 @@ def part_of(source: Source, file: Path, quantization: dict[str, Any] | None) -> 
     config = copy.copy(source.hf_config)
     config.quantization_config = quantization
     files = TensorFiles([file])
-    return Source(file.parent, config, files.names, files)
+    return Source(file.parent, config, files.names, files.kind, files.view)

@@ -5,6 +5,7 @@ kind. The invariant: every matrix stands for the same float32 numbers as before.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,32 +13,44 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from idp_jax.formats.gptq import group_index
+from idp_jax.formats.later import Stacked, whole
 from idp_jax.kernels.packing import pack, unpack
 from idp_jax.models.block import Block
 from idp_jax.weights import Dense, Quantized
 
 
 def stack(blocks: list[Block]) -> Block:
-    """Blocks read from disk as one, with a leading axis of layers.
+    """Blocks of numpy arrays as one, with a leading axis of layers.
 
     Where layers differ, a matrix takes the widest bits and the finest groups among them, and is
     written out in all layers where one of them is dense. The list is emptied, and each block's
     arrays are given up as they are copied.
     """
+    structure, leaves = _leaves(blocks)
+    blocks.clear()
+    arrays = []
+    for position in range(structure.num_leaves):
+        arrays.append(np.stack([layer[position] for layer in leaves]))
+        for layer in leaves:
+            layer[position] = None
+    return jax.tree.unflatten(structure, arrays)
+
+
+def stacked(blocks: list[Block]) -> Block:
+    """As `stack`, of arrays that are still to be read, and so is what comes of them."""
+    structure, leaves = _leaves(blocks)
+    return jax.tree.unflatten(structure, [Stacked(layers) for layers in zip(*leaves, strict=True)])
+
+
+def _leaves(blocks: list[Block]) -> tuple[Any, list[list]]:
+    """The arrays of every layer, in one structure."""
+    blocks = list(blocks)
     for name in blocks[0].weight_names:
         weights = [getattr(block, name) for block in blocks]
         if len({jax.tree.structure(weight) for weight in weights}) > 1 or _groups(weights):
-            for layer, weight in enumerate(alike(weights)):
+            for layer, weight in enumerate(alike(whole(weights))):
                 blocks[layer] = blocks[layer].replace(**{name: weight})
-    leaves, structure = [], jax.tree.structure(blocks[0])
-    while blocks:
-        leaves.insert(0, jax.tree.leaves(blocks.pop()))
-    stacked = []
-    for position in range(structure.num_leaves):
-        stacked.append(np.stack([layer[position] for layer in leaves]))
-        for layer in leaves:
-            layer[position] = None
-    return jax.tree.unflatten(structure, stacked)
+    return jax.tree.structure(blocks[0]), [jax.tree.leaves(block) for block in blocks]
 
 
 def _groups(weights: list) -> bool:

@@ -5,12 +5,15 @@ of its shards, else pytorch_model.bin, else its index; other files beside them a
 invariant: a tensor has one place, inside the folder.
 """
 
+import json
 import os
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
+import jax.numpy as jnp
 import numpy as np
 
 from idp_jax.formats.folder import CheckpointError, inside, read_json, reason
@@ -21,6 +24,23 @@ _NAMES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+
+
+T = TypeVar("T")
+# What safetensors calls the types that numpy has; a tensor of another one is read whole.
+_TYPES = {
+    **{f"I{8 * size}": f"int{8 * size}" for size in (1, 2, 4, 8)},
+    **{f"U{8 * size}": f"uint{8 * size}" for size in (1, 2, 4, 8)},
+    **{"F16": "float16", "F32": "float32", "F64": "float64", "BF16": "bfloat16", "BOOL": "bool"},
+}
+
+
+class Place(NamedTuple):
+    """Where a safetensors file holds a tensor: from which byte on, and as what."""
+
+    start: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
 
 
 class TensorFiles:
@@ -37,6 +57,7 @@ class TensorFiles:
             CheckpointError: a file is missing or damaged, or two hold the same tensor.
         """
         self._pickles: dict[Path, dict] = {}
+        self._headers: dict[Path, dict[str, Place]] = {}
         self._places: dict[str, tuple[Path, str]] = {}
         for file in files:
             if not os.path.isfile(file):
@@ -56,16 +77,55 @@ class TensorFiles:
             CheckpointError: it is damaged, or of a type that numpy does not have.
         """
         file, stored = self._places[name]
-        try:
+
+        def read() -> np.ndarray:
             if file.suffix == ".safetensors":
                 return _read_safetensor(file, stored)
             return _as_numpy(self._pickle(file)[stored])
+
+        return self._tried(name, read)
+
+    def view(self, name: str) -> np.ndarray:
+        """One tensor as a map of its file where it can be: only what is looked at is read.
+
+        Raises:
+            CheckpointError: as of a call.
+        """
+        file, stored = self._places[name]
+        place = self._headers.get(file, {}).get(stored)
+        if place is None or 0 in place.shape:
+            return self(name)
+        start, shape, dtype = place
+        view = lambda: np.asarray(np.memmap(file, dtype, "r", offset=start, shape=shape or (1,)))
+        return self._tried(name, lambda: view().reshape(shape))
+
+    def kind(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
+        """Shape and dtype of a tensor, without reading it.
+
+        Raises:
+            CheckpointError: as of a call.
+        """
+        file, stored = self._places[name]
+        place = self._headers.get(file, {}).get(stored)
+        if place is not None:
+            return place.shape, place.dtype
+        if file.suffix == ".safetensors":
+            value = self(name)
+            return value.shape, value.dtype
+        tensor = self._pickle(file)[stored]
+        # An empty piece of it has its dtype.
+        first = self._tried(name, lambda: _as_numpy(tensor.reshape(-1)[:0]))
+        return tuple(tensor.shape), first.dtype
+
+    def _tried(self, name: str, read: Callable[[], T]) -> T:
+        try:
+            return read()
         except CheckpointError:
             raise
         except Exception as error:  # of many libraries, each with errors of its own
             raise CheckpointError(
-                f"{name!r:.200} in {file} cannot be read ({reason(error)}); write it as a plain "
-                "tensor, best in a .safetensors file"
+                f"{name!r:.200} in {self._places[name][0]} cannot be read ({reason(error)}); write "
+                "it as a plain tensor, best in a .safetensors file"
             ) from error
 
     def _stored(self, file: Path) -> dict[str, str]:
@@ -77,6 +137,7 @@ class TensorFiles:
         try:
             with safe_open(file, "np") as handle:
                 names, aliases = set(handle.keys()), handle.metadata() or {}
+            self._headers[file] = _places(file)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"shard {file} is damaged or cut short ({reason(error)}); fetch it again"
@@ -152,6 +213,22 @@ def _unnamed(folder: Path) -> list[Path]:
         f"{folder} holds {files[0].name} and {files[1].name}, and no index says which make the "
         "model; call the right one model.safetensors"
     )
+
+
+def _places(file: Path) -> dict[str, Place]:
+    """Where a file that safetensors takes holds its tensors, but for types that numpy lacks."""
+    with file.open("rb") as handle:
+        size = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(size))
+    return {
+        name: Place(
+            8 + size + entry["data_offsets"][0],
+            tuple(entry["shape"]),
+            jnp.dtype(_TYPES[entry["dtype"]]),
+        )
+        for name, entry in header.items()
+        if name != "__metadata__" and entry["dtype"] in _TYPES
+    }
 
 
 def _read_safetensor(file: Path, name: str) -> np.ndarray:

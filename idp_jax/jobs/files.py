@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from idp_jax.config import ConfigError
+from idp_jax.config import ConfigError, refuse_url
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
 _MODEL_FILES = (*_WEIGHTS, ".json", ".model", ".jinja")
@@ -25,8 +25,10 @@ def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
     """Has `write` write a file under a temporary name, and renames it.
 
     Raises:
+        ConfigError: the path is a URL.
         OSError: there is no room, or nothing may be written; it names `path`.
     """
+    refuse_url("the file", path)
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     with naming(path):

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from idp_jax.config import ConfigError
+from idp_jax.config import ConfigError, refuse_url
 
 _log = logging.getLogger(__name__)
 
@@ -27,8 +27,9 @@ def locked(out: str | Path, *, inside: bool = False) -> Iterator[None]:
             beside what appears when it is complete.
 
     Raises:
-        ConfigError: another job writes there; it says which.
+        ConfigError: another job writes there (it says which), or it is a URL.
     """
+    refuse_url("the place", out)
     out = Path(out)
     file = lock_file(out, inside=inside)
     made = [folder for folder in file.parents if not folder.exists()]

@@ -1,7 +1,6 @@
 """What is refused before a run has cost anything: settings that the model cannot take."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ from idp_jax.data.batch import Batch
 from idp_jax.data.sources import HUB, SELF
 from idp_jax.data.stream import TrainingText
 from idp_jax.formats.source import open_config
+from idp_jax.jobs.remote import local
 from idp_jax.models.abstract import abstract
 from idp_jax.models.config import from_hf
 from idp_jax.models.decoder import Decoder
@@ -137,5 +137,5 @@ def _check_sources(config: Train) -> None:
     for source in (data.train, data.validation, config.init.file and str(config.init.file)):
         if source is None or source == SELF or source.startswith(HUB):
             continue
-        if not Path(source).is_file():
+        if not local(source).is_file():
             raise ValueError(f"there is no text file {source}; check the path")

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from idp_jax import formats
-from idp_jax.config import ConfigError, Train
+from idp_jax.config import ConfigError, Train, url_of
 from idp_jax.config.files import to_dict
 from idp_jax.data.sources import SELF
 from idp_jax.jobs.files import contents, fingerprint, read_json, seal
 from idp_jax.jobs.folder import differences
+from idp_jax.jobs.remote import local
 from idp_jax.training.starts import report_file
 
 ADAPTERS = ("adapter", "last")
@@ -24,6 +25,9 @@ def inputs(config: Train) -> dict[str, dict[str, str]]:
     read = {"model": str(formats.resolve(config.model)), "data.train": config.data.train}
     if config.data.validation is not None:
         read["data.validation"] = config.data.validation
+    for name in ("data.train", "data.validation"):
+        if url_of(read.get(name)) is not None:
+            read[name] = str(local(read[name]))
     if config.init.file is not None:
         read["init.file"] = str(config.init.file)
     if config.prefix.by_damage:

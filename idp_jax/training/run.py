@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from idp_jax import formats
-from idp_jax.config import Train
+from idp_jax.config import ConfigError, Train, url_of
 from idp_jax.config.files import to_dict
 from idp_jax.data.sources import SELF
 from idp_jax.data.stream import TrainingText
@@ -25,6 +25,7 @@ from idp_jax.jobs.files import contents, seal, write_json
 from idp_jax.jobs.folder import check_absent, check_writable, run_folder
 from idp_jax.jobs.machine import describe
 from idp_jax.jobs.progress import SILENT, Progress, expecting
+from idp_jax.jobs.remote import working
 from idp_jax.models.decoder import Decoder
 from idp_jax.processes import first_process, gather, mesh_of
 from idp_jax.recover.methods import METHODS, Adapter, Run, parameter_count
@@ -67,10 +68,16 @@ def train(
         ConfigError: the folder holds a run with another configuration.
         ValueError: the model or the text cannot be used, or training diverged.
     """
-    out = Path(config.out)
     mesh = mesh_of(config.mesh)
     config = replace(config, dtype=config.dtype or formats.default_dtype())
+    if url_of(config.out) is not None and jax.process_count() > 1:
+        raise ConfigError(
+            f"--out {url_of(config.out)} is a URL, and several processes write into one folder; "
+            "mount the bucket (gcsfuse, s3fs) and give its place there"
+        )
     with ExitStack() as held, jax.set_mesh(mesh) if mesh is not None else nullcontext():
+        out = held.enter_context(working(config.out))
+        config = replace(config, out=out)
         parameters = check(config, mesh)
         conditions = _extensions(config)
 

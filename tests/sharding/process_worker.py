@@ -1,6 +1,6 @@
 """One process of a job, for `test_processes.py`.
 
-process_worker.py train|compress MODEL TEXT OUT [MESH]
+process_worker.py train|compress|load MODEL TEXT OUT [MESH]
 """
 
 import sys
@@ -8,7 +8,7 @@ import sys
 import jax
 
 COMMAND, MODEL, TEXT, OUT, *MESH = sys.argv[1:]
-DEVICES = {"train": 2, "compress": 4}[COMMAND]
+DEVICES = {"train": 2, "compress": 4, "load": 2}[COMMAND]
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", DEVICES if MESH else 1)
 if MESH:
@@ -18,6 +18,8 @@ from pathlib import Path
 
 from idp_jax.commands.compress import compress
 from idp_jax.config import Compress, Data, Mesh, Optimizer, Train
+from idp_jax.formats import later, load_model
+from idp_jax.processes import mesh_of
 from idp_jax.training import train
 
 
@@ -53,5 +55,18 @@ def compressing() -> None:
     )
 
 
+def loading() -> None:
+    """A model on all devices; prints the bytes of its matrices that this process read."""
+    read, fill = [0], later._fill
+
+    def counted(layer, indices, buffers):
+        fill(layer, indices, buffers)
+        read[0] += sum(buffer.nbytes for buffer in buffers)
+
+    later._fill = counted
+    load_model(MODEL, mesh=mesh_of(Mesh(fsdp=-1)))
+    print(read[0], file=sys.stderr)
+
+
 if __name__ == "__main__":
-    {"train": training, "compress": compressing}[COMMAND]()
+    {"train": training, "compress": compressing, "load": loading}[COMMAND]()

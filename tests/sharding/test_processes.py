@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from idp_jax import load_model
 from tests.helpers import tiny_folder
@@ -96,6 +96,21 @@ def test_two_processes_compress_like_one(tmp_path):
         # A sum in another order tips single weights over to the next code.
         close = np.isclose(*(getattr(layers, name).dense() for layers in models), atol=1e-3)
         assert close.mean() > 0.99, name
+
+
+def test_a_process_reads_its_part_and_hears_of_the_others(tmp_path):
+    model = tiny_folder(tmp_path / "model", "llama", vocab_size=264)
+    said = _finish(_start_together(["load", str(model), "", ""]))
+    tensors = load_file(model / "model.safetensors")
+    norms = sum(value.nbytes for name, value in tensors.items() if "norm" in name)
+    matrices = sum(value.nbytes for value in tensors.values()) - norms
+    assert [int(text.split()[-1]) for text in said] == [matrices // 2 + norms] * 2
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][3, -1] = np.nan  # one of the last inputs, which lie on the second process
+    save_file(tensors, model / "model.safetensors")
+    first, second = _finish(_start_together(["load", str(model), "", ""]), status=1)
+    assert f"ValueError: process 1 failed: {name}" in first.splitlines()[-1]
+    assert f"CheckpointError: {name}" in second.splitlines()[-1] and "1 of" in second
 
 
 def test_what_stops_the_first_process_stops_all(tmp_path):

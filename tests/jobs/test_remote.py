@@ -1,0 +1,145 @@
+"""Sources and runs on an object store, which stands in memory here."""
+
+import os
+
+import fsspec
+import numpy as np
+import pytest
+
+from idp_jax import load_model, load_tokenizer
+from idp_jax.config import ConfigError
+from idp_jax.formats.source import open_config
+from idp_jax.jobs import remote
+from idp_jax.jobs.remote import MANIFEST, local, working
+from tests.helpers import tiny_folder
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """An empty store, and an empty cache."""
+    monkeypatch.setenv("IDP_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    remote._copied.cache_clear()
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    system.pseudo_dirs[:] = [""]
+    return system
+
+
+def machine(monkeypatch, folder):
+    """Another machine: with a cache of its own."""
+    monkeypatch.setenv("IDP_JAX_CACHE", str(folder))
+    remote._copied.cache_clear()
+
+
+def files(store, folder="/run"):
+    return {name.removeprefix(f"{folder}/") for name in store.find(folder)}
+
+
+def test_a_file_and_a_folder_are_copied(store):
+    store.pipe({"/texts/a.txt": b"tide", "/m/config.json": b"{}", "/m/x/deep.bin": b"1"})
+    assert local("memory://texts/a.txt").read_text() == "tide"
+    folder = local("memory://m")
+    assert {p.name for p in folder.rglob("*") if not p.name.startswith(".")} == {
+        "config.json",
+        "x",
+        "deep.bin",
+    }
+    remote._copied.cache_clear()
+    store.rm("/m/x/deep.bin")
+    store.pipe("/m/config.json", b'{"a": 1}')
+    assert (local("memory://m") / "config.json").read_text() == '{"a": 1}'
+    assert not (folder / "x" / "deep.bin").exists()
+
+
+def test_a_local_place_stays_itself(tmp_path):
+    assert local(tmp_path / "x") == tmp_path / "x"
+    with working(tmp_path / "out") as folder:
+        assert folder == tmp_path / "out"
+
+
+def test_what_is_not_there_is_named(store):
+    for url in ("memory://no/model", "nostore://b/model"):
+        with pytest.raises(ConfigError, match=f"{url} cannot be used"):
+            local(url)
+    assert not os.path.exists("memory:")
+
+
+def test_a_model_is_loaded_from_a_url(store, tmp_path):
+    folder = tiny_folder(tmp_path / "m")
+    (folder / "optimizer").mkdir()
+    (folder / "optimizer" / "state.bin").write_text("large")
+    store.put(str(folder), "/models/m", recursive=True)
+    assert load_tokenizer("memory://models/m").vocab_size == 259
+    assert open_config("memory://models/m").vocab_size == 259
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))  # no weights for a plan
+    ours, theirs = load_model(folder), load_model("memory://models/m")
+    np.testing.assert_array_equal(ours.layers.up.kernel[...], theirs.layers.up.kernel[...])
+    assert not list((tmp_path / "cache").rglob("state.bin"))
+
+
+class TestRun:
+    """A run whose folder is a URL."""
+
+    def test_what_is_written_is_there(self, store):
+        with working("memory://run") as folder:
+            folder.mkdir(parents=True)
+            (folder / "metrics.jsonl").write_text("1")
+            (folder / ".lock").write_text("me")
+            (folder / "result.json").write_text("{}")
+        assert files(store) == {"metrics.jsonl", "result.json", MANIFEST}
+
+    def test_another_machine_goes_on(self, store, monkeypatch, tmp_path):
+        with working("memory://run") as folder:
+            (folder / "checkpoints/1").mkdir(parents=True)
+            (folder / "checkpoints/1/x").write_text("one")
+        machine(monkeypatch, tmp_path / "other")
+        with working("memory://run") as folder:
+            assert (folder / "checkpoints/1/x").read_text() == "one"
+            (folder / "checkpoints/1/x").unlink()
+            (folder / "checkpoints/2").mkdir()
+            (folder / "checkpoints/2/x").write_text("two")
+        assert files(store) == {"checkpoints/2/x", MANIFEST}
+        machine(monkeypatch, tmp_path / "cache")  # the first one: what it holds is old by now
+        with working("memory://run") as folder:
+            assert not (folder / "checkpoints/1/x").exists()
+            assert (folder / "checkpoints/2/x").read_text() == "two"
+
+    def test_a_machine_that_was_killed_goes_on_with_what_it_has(self, store, monkeypatch):
+        with working("memory://run") as folder:
+            folder.mkdir(parents=True)
+            (folder / "a").write_text("1")
+        (folder / "b").write_text("written, and not copied any more")
+        with working("memory://run") as folder:
+            assert (folder / "b").exists()
+        assert files(store) == {"a", "b", MANIFEST}
+
+    def test_two_machines_do_not_write_one_run(self, store, monkeypatch, tmp_path):
+        with pytest.raises(ConfigError, match="memory://run is being written by another job"):
+            with working("memory://run") as first:
+                first.mkdir(parents=True)
+                (first / "a").write_text("1")
+                machine(monkeypatch, tmp_path / "other")
+                with working("memory://run") as second:
+                    second.mkdir(parents=True)
+                    (second / "a").write_text("2")
+                (first / "a").write_text("33")
+        assert store.cat("/run/a") == b"2"
+
+    def test_what_is_somebody_elses_stays(self, store):
+        store.pipe("/run/letter.txt", b"dear")
+        with pytest.raises(ConfigError, match="memory://run exists and holds no run"):
+            with working("memory://run"):
+                pass
+        assert files(store) == {"letter.txt"}
+
+    def test_it_is_copied_meanwhile(self, store, monkeypatch):
+        monkeypatch.setattr(remote, "EVERY", 0.02)
+        with working("memory://run") as folder:
+            folder.mkdir(parents=True)
+            (folder / "a").write_text("1")
+            for _ in range(500):
+                if store.exists(f"/run/{MANIFEST}"):
+                    break
+                remote.threading.Event().wait(0.02)
+            assert store.cat("/run/a") == b"1"
