@@ -39,6 +39,7 @@ ARROWS = {
         "data",
         "formats",
         "inference",
+        "jobs",
         "kernels",
         "models",
         "recover",

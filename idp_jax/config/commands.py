@@ -86,6 +86,8 @@ class Train(Loading):
     """Validations without a better adapter after which training stops; by default it never does."""
     plan: bool = False
     """Print the memory and the time that the run would take here, and stop."""
+    profile: int = 0
+    """Steps, behind the first two, whose trace is written to OUT/profile."""
     tracking: Tracking = field(default_factory=Tracking)
     remat: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
@@ -107,6 +109,7 @@ class Train(Loading):
             )
         at_least("evaluate-every", self.evaluate_every, 1)
         at_least("checkpoint-every", self.checkpoint_every, 1)
+        at_least("profile", self.profile, 0)
         at_least("prompt-length", self.prompt_length, 1)
         if len(self.pool_lengths) < 1 or min(self.pool_lengths) < 1:
             raise ConfigError(

@@ -21,6 +21,7 @@ from idp_jax.config.files import to_dict
 from idp_jax.data.sources import SELF
 from idp_jax.data.stream import TrainingText
 from idp_jax.formats import save_adapter
+from idp_jax.jobs.chips import peak_flops
 from idp_jax.jobs.files import contents, seal, write_json
 from idp_jax.jobs.folder import check_absent, check_writable, run_folder
 from idp_jax.jobs.machine import describe
@@ -33,9 +34,11 @@ from idp_jax.training.checkpoint import Checkpointer
 from idp_jax.training.checks import check
 from idp_jax.training.clusters import part_of
 from idp_jax.training.done import ADAPTERS, finished, inputs, needed
+from idp_jax.training.goodput import Goodput
 from idp_jax.training.loop import fit
 from idp_jax.training.objectives import make_objective
-from idp_jax.training.plan import measured_rate, planned
+from idp_jax.training.plan import measured_rate, planned, useful
+from idp_jax.training.profile import Profile
 from idp_jax.training.sinks import make_sinks, where
 from idp_jax.training.starts import resolved, starts
 from idp_jax.training.step import make_optimizer, make_schedule
@@ -44,7 +47,7 @@ from idp_jax.training.text import open_text, self_text
 
 # What may change between two calls that work on the same run: it does not change what is trained.
 _FREE = ("out", "mesh", "passes", "evaluate_every", "checkpoint_every", "tracking", "plan")
-_FREE += ("teacher.cache",)
+_FREE += ("profile", "teacher.cache")
 
 
 def train(
@@ -61,7 +64,8 @@ def train(
 
     Returns:
         The contents of result.json: validation loss and perplexity, best and last step, whether
-        patience ended it, extra parameters, tokens, device and versions.
+        patience ended it, extra parameters, tokens, device and versions, and "time", what that of
+        this call went to (see `Goodput.summary`).
 
     Raises:
         ConfigError: the folder holds a run with another configuration.
@@ -106,22 +110,25 @@ def _extensions(config: Train) -> dict[str, Any]:
 def _train(
     config: Train, out: Path, mesh, parameters: int, progress: Progress, say: Callable
 ) -> dict[str, Any]:
+    goodput = Goodput()
     tokenizer = formats.load_tokenizer(config.model)
     text = None
     if config.data.train != SELF:
-        text = open_text(config, out, str(config.data.train), tokenizer)
+        with goodput.spending("input"):
+            text = open_text(config, out, str(config.data.train), tokenizer)
     teacher = Teacher(config, tokenizer, mesh=mesh, progress=progress)
     method = METHODS[config.method]
     runs = method.runs(resolved(config))
     say(_budget(config, [run.label for run in runs], parameters))
     say(where(config))
-    decoder = formats.load_model(
-        config.model,
-        **config.held,
-        use_sparse24=False,
-        mesh=mesh,
-        progress=progress.tracker("loading"),
-    )
+    with goodput.spending("loading"):
+        decoder = formats.load_model(
+            config.model,
+            **config.held,
+            use_sparse24=False,
+            mesh=mesh,
+            progress=progress.tracker("loading"),
+        )
     if text is None:
         source = self_text(config, out, decoder, teacher, tokenizer, progress, say)
         text = open_text(config, out, source, tokenizer)
@@ -130,12 +137,13 @@ def _train(
     adapters = [run.init(decoder, start) for run, start in zip(runs, begun, strict=True)]
     del begun  # and with it the teacher, unless the objective asks for it
     teacher.release()
-    trainings = _Trainings(config, decoder, teacher, text, mesh, progress, say)
+    trainings = _Trainings(config, decoder, teacher, text, mesh, progress, say, goodput)
     done = [trainings.fit(*each) for each in zip(runs, adapters, keys, strict=True)]
     bests, lasts, summaries = (list(parts) for parts in zip(*done, strict=True))
     windows = lambda count: text.first(count).tokens
     best, last = (method.combine(config, parts, decoder, windows) for parts in (bests, lasts))
     result = _result(config, best, summaries)
+    result["time"] = goodput.summary(trainings.fastest)
     whole = {name: gather(adapter) for name, adapter in zip(ADAPTERS, (best, last), strict=True)}
 
     def write() -> None:
@@ -184,6 +192,7 @@ class _Trainings:
     """What the trainings of a run have in common.
 
     Attributes:
+        goodput: what the time goes to.
         rate: operations a second of this machine, measured before the first training.
     """
 
@@ -194,7 +203,17 @@ class _Trainings:
     mesh: jax.sharding.Mesh | None
     progress: Progress
     say: Callable[[str], None]
+    goodput: Goodput
     rate: float | None = None
+
+    @property
+    def fastest(self) -> float | None:
+        """Tokens a second at the devices' peak, where that is known."""
+        peak = peak_flops(jax.devices()[0].device_kind)
+        if peak is None:
+            return None
+        devices = 1 if self.mesh is None else self.mesh.size
+        return devices * peak / useful(self.decoder.config, self.config.data.sequence_length)
 
     def fit(
         self, run: Run, start: Adapter, key: jax.Array
@@ -227,6 +246,9 @@ class _Trainings:
                 progress=expecting(update, f"training {run.label}", "steps", self.say),
                 begin=partial(self._expect, run, start),
                 keep_last=lasts.append,
+                goodput=self.goodput,
+                fastest=self.fastest,
+                profile=Profile(folder / "profile", config.profile, self.say),
             )
         return best, lasts[0], summary
 
