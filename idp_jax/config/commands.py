@@ -82,6 +82,8 @@ class Train(Loading):
     """Steps between two validations; the best adapter is kept."""
     checkpoint_every: int = 100
     """Steps between two checkpoints, from which a killed run goes on."""
+    keep_checkpoints: int = 1
+    """Checkpoints that are kept, the last ones; each holds the best adapter, too."""
     patience: int | None = None
     """Validations without a better adapter after which training stops; by default it never does."""
     plan: bool = False
@@ -109,6 +111,7 @@ class Train(Loading):
             )
         at_least("evaluate-every", self.evaluate_every, 1)
         at_least("checkpoint-every", self.checkpoint_every, 1)
+        at_least("keep-checkpoints", self.keep_checkpoints, 1)
         at_least("profile", self.profile, 0)
         at_least("prompt-length", self.prompt_length, 1)
         if len(self.pool_lengths) < 1 or min(self.pool_lengths) < 1:

@@ -392,6 +392,7 @@ class _Run:
         if self.step and self.checkpointer is not None and jax.process_count() == 1:
             self.catch_up()
             self.save()
+            self.checkpointer.wait()
             stop.place = f"step {self.step}"
 
 

@@ -47,7 +47,7 @@ from idp_jax.training.text import open_text, self_text
 
 # What may change between two calls that work on the same run: it does not change what is trained.
 _FREE = ("out", "mesh", "passes", "evaluate_every", "checkpoint_every", "tracking", "plan")
-_FREE += ("profile", "teacher.cache")
+_FREE += ("keep_checkpoints", "profile", "teacher.cache")
 
 
 def train(
@@ -224,7 +224,9 @@ class _Trainings:
         with ExitStack() as held:
             update = held.enter_context(self.progress.bar(f"training {run.label}", "steps"))
             sinks = [held.enter_context(closing(sink)) for sink in make_sinks(config, folder)]
-            checkpointer = held.enter_context(Checkpointer(folder / "checkpoints"))
+            checkpointer = held.enter_context(
+                Checkpointer(folder / "checkpoints", config.keep_checkpoints)
+            )
             best, summary = fit(
                 start,
                 self.decoder,
