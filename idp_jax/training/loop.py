@@ -6,10 +6,9 @@ the same metrics, bit for bit, as one that was not.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +19,10 @@ from idp_jax.jobs.signals import Interrupted
 from idp_jax.models.decoder import Decoder
 from idp_jax.processes import first_process
 from idp_jax.recover.methods import Adapter
-from idp_jax.sharding import shard, shard_batch
+from idp_jax.sharding import Share, shard, shard_batch
 from idp_jax.training.checkpoint import Checkpointer
 from idp_jax.training.checks import check_windows
+from idp_jax.training.feed import BatchIterator, Feed
 from idp_jax.training.goodput import Goodput
 from idp_jax.training.metrics import Sink
 from idp_jax.training.objectives import Objective
@@ -44,18 +44,6 @@ class Diverged(ValueError):
     """Training made the model worse, or its numbers ceased to be finite."""
 
 
-class BatchIterator(Iterator[Batch], Protocol):
-    """Batches without end that know where they are, see `data.stream.Batches`."""
-
-    def state(self) -> dict[str, Any]:
-        """The place of the next batch, as plain JSON."""
-        ...
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Goes to the place of a `state`."""
-        ...
-
-
 def fit(
     adapter: Adapter,
     decoder: Decoder,
@@ -75,6 +63,7 @@ def fit(
     attach: Callable[[Batch], Batch] = lambda batch: batch,
     key: jax.Array | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    share: Share | None = None,
     progress: Callable[[int, int, str], None] = lambda step, steps, note: None,
     begin: Callable[[jax.stages.Compiled, int], None] = lambda program, steps: None,
     keep_last: Callable[[Adapter], None] = lambda adapter: None,
@@ -100,6 +89,7 @@ def fit(
         attach: puts what the objective needs beside the tokens into a batch, such as a teacher's
             word; it is given batches as they are placed on the mesh.
         key: of what is drawn at random in training.
+        share: of every training batch, which `batches` gives; None for all of it.
         progress: called after every step and every batch of a validation. Where it raises
             Interrupted, the state is saved before that goes on.
         begin: told the compiled step, and the number of steps to do, before the first validation;
@@ -129,9 +119,9 @@ def fit(
 
     def prepare(batch: Batch) -> Batch:
         decoder.check(batch.tokens)  # inside the step, an id that is none is clamped
-        return attach(shard_batch(batch, mesh))
+        return attach(shard_batch(batch, mesh, share))
 
-    feed = _Feed(batches, prepare)
+    feed = Feed(batches, prepare)
     held_out = [shard_batch(batch, mesh) for batch in validation]
     goodput, profile = goodput or Goodput(), profile or Profile(Path(), 0)
     run = _Run(
@@ -160,36 +150,6 @@ def fit(
         profile.close(run.step)
     keep_last(run.state.adapter)
     return run.state.best_adapter, _summary(run)
-
-
-@dataclass
-class _Feed:
-    """Batches made ready, the next of which can be looked at; its place is the same until taken."""
-
-    batches: BatchIterator
-    prepare: Callable[[Batch], Batch]
-    ahead: tuple[dict[str, Any], Batch] | None = None
-
-    def look(self) -> Batch:
-        """The next batch, which stays the next."""
-        if self.ahead is None:
-            place = self.batches.state()
-            self.ahead = place, self.prepare(next(self.batches))
-        return self.ahead[1]
-
-    def take(self) -> Batch:
-        """The next batch."""
-        batch, self.ahead = self.look(), None
-        return batch
-
-    def state(self) -> dict[str, Any]:
-        """The place of the next batch, as plain JSON."""
-        return self.batches.state() if self.ahead is None else self.ahead[0]
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Goes to the place of a `state`."""
-        self.batches.restore(state)
-        self.ahead = None
 
 
 @dataclass
@@ -222,7 +182,7 @@ class _Run:
 
     state: TrainState
     decoder: Decoder
-    batches: _Feed
+    batches: Feed
     validation: Sequence[Batch]
     steps: int
     patience: int | None

@@ -18,6 +18,7 @@ import jax
 from idp_jax import formats
 from idp_jax.config import Train
 from idp_jax.config.files import to_dict
+from idp_jax.data.ahead import Ahead
 from idp_jax.data.sources import SELF
 from idp_jax.data.stream import TrainingText
 from idp_jax.formats import save_adapter
@@ -29,7 +30,7 @@ from idp_jax.jobs.progress import SILENT, Progress, expecting
 from idp_jax.models.decoder import Decoder
 from idp_jax.processes import first_process, gather, mesh_of
 from idp_jax.recover.methods import METHODS, Adapter, Run, parameter_count
-from idp_jax.sharding import batch_parts
+from idp_jax.sharding import batch_parts, share
 from idp_jax.training.checkpoint import Checkpointer
 from idp_jax.training.checks import check
 from idp_jax.training.clusters import part_of
@@ -220,6 +221,7 @@ class _Trainings:
     ) -> tuple[Adapter, Adapter, dict[str, float]]:
         """One training: the best adapter, the last one, and the summary of `loop.fit`."""
         config, folder, lasts = self.config, Path(self.config.out) / run.folder, []
+        own = share(config.batch_size, self.mesh)
         text = part_of(self.text, self.decoder, run.cluster, run.order)
         with ExitStack() as held:
             update = held.enter_context(self.progress.bar(f"training {run.label}", "steps"))
@@ -227,12 +229,14 @@ class _Trainings:
             checkpointer = held.enter_context(
                 Checkpointer(folder / "checkpoints", config.keep_checkpoints)
             )
+            batches = text.batches(config.batch_size, None if own is None else own.rows)
+            batches = held.enter_context(closing(Ahead(batches)))
             best, summary = fit(
                 start,
                 self.decoder,
                 make_objective(config.objective, remat=config.remat),
                 make_optimizer(config.optimizer, config.learning_rate, config.steps),
-                text.batches(config.batch_size),
+                batches,
                 text.validation_batches(config.windows_at_once, batch_parts(self.mesh)),
                 steps=config.steps,
                 evaluate_every=config.evaluate_every,
@@ -245,6 +249,7 @@ class _Trainings:
                 attach=self.teacher.attach,
                 key=key,
                 mesh=self.mesh,
+                share=own,
                 progress=expecting(update, f"training {run.label}", "steps", self.say),
                 begin=partial(self._expect, run, start),
                 keep_last=lasts.append,
