@@ -34,6 +34,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _MEASURED = {
     "environment",
     "seconds",
+    "time",
     "peak_memory",
     "latency",
     "config",

@@ -23,7 +23,7 @@ from idp_jax.jobs.machine import peak_memory
 from idp_jax.kernels.bench.cases import parse_bits
 from idp_jax.models import Decoder
 from idp_jax.models.abstract import Storage, random
-from idp_jax.pods.chips import chip_here
+from idp_jax.jobs.chips import chip_here
 from idp_jax.recover import LoraAdapter, SoftPrompt
 from idp_jax.training.objectives import make_objective
 from idp_jax.training.plan import forward

@@ -27,7 +27,7 @@ with signals.handled():  # these take the longest until a command can begin
     from idp_jax import config
     from idp_jax.config.files import part_from_dict, read_yaml
     from idp_jax.config.presets import PRESETS, read_preset
-    from idp_jax.jobs import failures
+    from idp_jax.jobs import compiled, failures
 
 COMMANDS: dict[str, type] = {
     "demo": config.Demo,
@@ -77,6 +77,7 @@ def _main(arguments: list[str] | None) -> None:
     settings = None
     try:
         settings = parse(COMMANDS[name], rest, f"idp-jax {name}")
+        compiled.keep_programs()
         _hide_torch()
         command = importlib.import_module(f"idp_jax.commands.{name.replace('-', '_')}")
         signals.begin(resumes=name in _RESUMING)
@@ -194,7 +195,9 @@ def _usage() -> str:
         "usage: idp-jax COMMAND [options]\n\n"
         "Compress language models, repair them with prompts, and measure what came back.\n\n"
         f"{rows}\n\n"
-        "`idp-jax COMMAND --help` shows a command's options, `idp-jax --version` the version."
+        "`idp-jax COMMAND --help` shows a command's options, `idp-jax --version` the version.\n"
+        f"Compiled programs are kept in ~/.cache/idp-jax; {compiled.FOLDER} names another\n"
+        'folder, or "" for none.'
     )
 
 

@@ -8,7 +8,7 @@ here does nothing.
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -192,28 +192,59 @@ def shard(tree, mesh: jax.sharding.Mesh | None):
     return jax.tree.map(_place, tree, shardings(tree, mesh))
 
 
-def shard_batch(batch, mesh: jax.sharding.Mesh | None):
+class Share(NamedTuple):
+    """What the devices of one process hold of a batch.
+
+    Attributes:
+        rows: int [R], the numbers of the rows, rising.
+        count: of all rows.
+    """
+
+    rows: np.ndarray
+    count: int
+
+
+def share(count: int, mesh: jax.sharding.Mesh | None) -> Share | None:
+    """This process's share of a batch of so many rows; None where it is the whole batch."""
+    if mesh is None or jax.process_count() == 1:
+        return None
+    places = _batch_sharding(count, mesh).addressable_devices_indices_map((count,)).values()
+    return Share(np.unique([np.arange(count)[index] for index in places if index]), count)
+
+
+def shard_batch(batch, mesh: jax.sharding.Mesh | None, share: Share | None = None):
     """Places host arrays [B, ...] with the batch cut over `data` and `fsdp`.
 
-    In a job of several processes each passes the whole batch and keeps its own rows.
+    Args:
+        share: of which the arrays are the rows, [R, ...]; by default every process of a job passes
+            the whole batch and keeps its own rows.
 
     Raises:
         ValueError: the rows do not divide over the mesh.
     """
     if mesh is None:
         return jax.tree.map(jax.numpy.asarray, batch)
-    count = parts("batch", mesh.shape)
-    sharding = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    if share is None:
+        return jax.tree.map(lambda x: _place(x, _batch_sharding(x.shape[0], mesh)), batch)
+    sharding, numbers = _batch_sharding(share.count, mesh), np.arange(share.count)
 
     def place(x):
-        if x.shape[0] % count:
-            raise ValueError(
-                f"a batch of {x.shape[0]} rows does not divide over data x fsdp = {count} devices; "
-                f"choose a multiple of {count}"
-            )
-        return _place(x, sharding)
+        def held(index):
+            return np.asarray(x)[np.searchsorted(share.rows, numbers[index[0]])]
+
+        return jax.make_array_from_callback((share.count, *x.shape[1:]), sharding, held)
 
     return jax.tree.map(place, batch)
+
+
+def _batch_sharding(rows: int, mesh: jax.sharding.Mesh) -> NamedSharding:
+    count = parts("batch", mesh.shape)
+    if rows % count:
+        raise ValueError(
+            f"a batch of {rows} rows does not divide over data x fsdp = {count} devices; "
+            f"choose a multiple of {count}"
+        )
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
 def _place(x, sharding: NamedSharding) -> jax.Array:

@@ -42,6 +42,7 @@ ARROWS = {
         "data",
         "formats",
         "inference",
+        "jobs",
         "kernels",
         "models",
         "recover",

@@ -1,10 +1,12 @@
 """`idp-jax train`: trains an adapter and says what came of it."""
 
+from typing import Any
+
 from idp_jax import config, training
 from idp_jax.commands.tables import show, training_table
 from idp_jax.config import url_of
 from idp_jax.formats.source import open_config
-from idp_jax.jobs.progress import Bars, console
+from idp_jax.jobs.progress import Bars, clock, console
 from idp_jax.models.config import from_hf
 from idp_jax.training.plan import measured_rate, plan
 from idp_jax.training.teacher import check_teacher
@@ -27,10 +29,23 @@ def run(settings: config.Train) -> None:
                 f"stopped at step {part['last_step']} of {settings.steps}: {settings.patience} "
                 "validations without a better one (--patience)"
             )
+    if "time" in result:
+        say(_spent(result["time"]))
     say(
         f"{result['extra_parameters']:,} parameters, {result['training_tokens']:,} tokens; "
         f"adapter in {url_of(settings.out) or settings.out}/adapter, that of the last step in last"
     )
+
+
+def _spent(time: dict[str, Any]) -> str:
+    """What the time of a call went to: one line."""
+    seconds, reached = dict(time["seconds"]), ""
+    total = seconds.pop("all")
+    others = sorted(seconds.items(), key=lambda each: -each[1])
+    parts = [f"{clock(value)} {name}" for name, value in others if value >= 0.5]
+    if "mfu" in time:
+        reached = f", MFU {time['mfu']:.0%} in them"
+    return f"goodput {time['goodput']:.0%} of {clock(total)} in steps{reached}: {', '.join(parts)}"
 
 
 def _plan(settings: config.Train) -> None:

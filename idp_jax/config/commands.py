@@ -83,10 +83,14 @@ class Train(Loading):
     """Steps between two validations; the best adapter is kept."""
     checkpoint_every: int = 100
     """Steps between two checkpoints, from which a killed run goes on."""
+    keep_checkpoints: int = 1
+    """Checkpoints that are kept, the last ones; each holds the best adapter, too."""
     patience: int | None = None
     """Validations without a better adapter after which training stops; by default it never does."""
     plan: bool = False
     """Print the memory and the time that the run would take here, and stop."""
+    profile: int = 0
+    """Steps, behind the first two, whose trace is written to OUT/profile."""
     tracking: Tracking = field(default_factory=Tracking)
     remat: Remat | None = None
     """What the backward pass makes again: none of the activations; all but the results of matrices
@@ -110,6 +114,8 @@ class Train(Loading):
             )
         at_least("evaluate-every", self.evaluate_every, 1)
         at_least("checkpoint-every", self.checkpoint_every, 1)
+        at_least("keep-checkpoints", self.keep_checkpoints, 1)
+        at_least("profile", self.profile, 0)
         at_least("prompt-length", self.prompt_length, 1)
         if len(self.pool_lengths) < 1 or min(self.pool_lengths) < 1:
             raise ConfigError(

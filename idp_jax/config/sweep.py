@@ -20,7 +20,7 @@ from idp_jax.config.places import check_apart
 # Of `train`, what a recipe may not say.
 _SHARED = (
     *("model", "out", "tokens", "batch_size", "data", "seed"),
-    *("evaluate_every", "checkpoint_every", "plan"),
+    *("evaluate_every", "checkpoint_every", "keep_checkpoints", "plan", "profile"),
 )
 _NAME = re.compile(r"\w[\w.+-]*")  # what may be a folder's name everywhere
 

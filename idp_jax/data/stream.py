@@ -1,4 +1,10 @@
-"""Training windows in a fixed order, without end, and batches of them that know where they are."""
+"""Training windows in a fixed order, without end, and batches of them that know where they are.
+
+Of several processes each makes only its own rows of a batch. Those of a local text are numbered, so
+they are the same whatever the number of processes. A stream is dealt out: of S parts each takes
+every S-th document and fills its own rows. S is the number of processes that began the run and
+belongs to its state, so that another number of them goes on in the same order.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +32,7 @@ class TrainingText:
             are kept apart, else None.
         order: which of the orders of a local text's windows that follow from the seed.
         chosen: int [W], numbers of the local windows that are trained on; None for all.
+        held_documents: documents of a stream that hold what is held out.
     """
 
     source: str
@@ -39,6 +46,7 @@ class TrainingText:
     local_segments: np.ndarray | None = None
     order: int = 0
     chosen: np.ndarray | None = None
+    held_documents: int = 0
 
     @classmethod
     def open(
@@ -69,16 +77,17 @@ class TrainingText:
         if not source.startswith(HUB):
             found = windows(documents(source), tokenizer, length, apart=apart)
             local = keep_windows(found, length, folder, apart=apart)
-        held_out = 0
+        held_out = held_documents = 0
         if validation is not None:
             texts = documents(validation)
             kept = take_windows(
                 texts, tokenizer, length, validation_windows, validation, apart=apart
             )
         elif local is None:
-            stream = documents(source, seed=seed, shuffle=True)
-            kept = take_windows(stream, tokenizer, length, validation_windows, source, apart=apart)
-            held_out = validation_windows
+            stream = enumerate(documents(source, seed=seed, shuffle=True), 1)
+            texts, numbers = _unzipped(stream)
+            kept = take_windows(texts, tokenizer, length, validation_windows, source, apart=apart)
+            held_out, held_documents = validation_windows, max(numbers)
         else:
             if len(local) <= validation_windows:
                 raise ValueError(
@@ -93,15 +102,23 @@ class TrainingText:
             )
         kept = np.array(kept)
         if not apart:
-            return cls(source, tokenizer, length, kept, local, held_out, seed)
+            return cls(
+                *(source, tokenizer, length, kept, local, held_out, seed),
+                held_documents=held_documents,
+            )
         tokens, segments = (None, None) if local is None else (local[:, 0], local[:, 1])
         return cls(
-            source, tokenizer, length, kept[:, 0], tokens, held_out, seed, kept[:, 1], segments
+            *(source, tokenizer, length, kept[:, 0], tokens, held_out, seed, kept[:, 1], segments),
+            held_documents=held_documents,
         )
 
-    def batches(self, size: int) -> "Batches":
-        """Training batches of `size` windows, without end."""
-        return Batches(self, size)
+    def batches(self, size: int, rows: np.ndarray | None = None) -> "Batches":
+        """Training batches of `size` windows, without end.
+
+        Args:
+            rows: int [R], numbers of the rows that are made, which divide `size`; None for all.
+        """
+        return Batches(self, size, rows)
 
     def validation_batches(self, size: int, parts: int = 1) -> list[Batch]:
         """The held-out windows in equal batches of at most `size`.
@@ -134,17 +151,27 @@ class TrainingText:
     def windows(self, start: int = 0) -> Iterator[np.ndarray]:
         """Training windows from number `start` on, without end; as of `data.windows.windows`."""
         if self.local is None:
-            yield from islice(self._streamed(), start, None)
+            yield from self.streamed(start)
             return
-        places = np.arange(len(self.local)) if self.chosen is None else self.chosen
-        epoch, place = divmod(start, len(places))
+        epoch, place = divmod(start, self.windows_of_an_epoch)
         while True:
-            seeds = [self.seed, epoch, *([self.order] if self.order else [])]
-            order = np.random.default_rng(seeds).permutation(len(places))
-            yield from (self._local_window(index) for index in places[order[place:]])
+            yield from map(self.local_window, self.epoch(epoch)[place:])
             epoch, place = epoch + 1, 0
 
-    def _local_window(self, index: int) -> np.ndarray:
+    @property
+    def windows_of_an_epoch(self) -> int:
+        """Of a local text, how many are trained on."""
+        assert self.local is not None
+        return len(self.local) if self.chosen is None else len(self.chosen)
+
+    def epoch(self, number: int) -> np.ndarray:
+        """The indices of a local text's windows in the order of an epoch, int [W]."""
+        seeds = [self.seed, number, *([self.order] if self.order else [])]
+        order = np.random.default_rng(seeds).permutation(self.windows_of_an_epoch)
+        return order if self.chosen is None else self.chosen[order]
+
+    def local_window(self, index: int) -> np.ndarray:
+        """One window of a local text; as of `data.windows.windows`."""
         assert self.local is not None
         tokens = self.local[index]
         if self.local_segments is None:
@@ -154,20 +181,31 @@ class TrainingText:
     def first(self, count: int) -> Batch:
         """The first training windows: `count`, or all of a local text where it has fewer."""
         count = count if self.local is None else min(count, len(self.local))
-        return self._batch(list(islice(self.windows(), count)))
+        return self.batch(list(islice(self.windows(), count)))
 
-    def _batch(self, windows: list[np.ndarray]) -> Batch:
+    def batch(self, windows: list[np.ndarray]) -> Batch:
+        """Windows as a batch."""
         rows = np.stack(windows)
         return Batch(rows[:, 0], rows[:, 1]) if self.apart else Batch(rows)
 
-    def _streamed(self) -> Iterator[np.ndarray]:
+    def streamed(self, start: int, part: int = 0, parts: int = 1) -> Iterator[np.ndarray]:
+        """A stream's windows, or those of one of some parts, from number `start` on, without end.
+
+        Raises:
+            ValueError: there is none beside what is held out.
+        """
+        yield from islice(self._passes(part, parts), start, None)
+
+    def _passes(self, part: int, parts: int) -> Iterator[np.ndarray]:
         """Pass after pass over a stream, all in the same order: what is held out stays so."""
         while True:
             texts = documents(self.source, seed=self.seed, shuffle=True)
+            held_out = self.held_out
+            if parts > 1:  # a part has no windows of the whole
+                texts, held_out = islice(texts, self.held_documents + part, None, parts), 0
             found = windows(texts, self.tokenizer, self.length, apart=self.apart)
-            rest = islice(found, self.held_out, None)
             empty = True
-            for window in rest:
+            for window in islice(found, held_out, None):
                 empty = False
                 yield window
             if empty:
@@ -175,6 +213,17 @@ class TrainingText:
                     f"{self.source} gives no window of {self.length} tokens to train on beside the "
                     f"{self.held_out} held out; give more text or fewer --data.validation-windows"
                 )
+
+
+def _unzipped(numbered: Iterator[tuple[int, Any]]) -> tuple[Iterator[Any], list[int]]:
+    """The second of each pair, and a list that holds the first of the last pair that was taken."""
+    last = [0]
+
+    def taken() -> Iterator[Any]:
+        for last[0], each in numbered:
+            yield each
+
+    return taken(), last
 
 
 def validation_rows(windows: int, size: int, parts: int) -> int:
@@ -188,27 +237,58 @@ class Batches:
 
     The state counts windows, not batches: a run that goes on with batches of another size meets the
     same windows in the same order. Going on costs the same at any place of a local text, whose
-    order follows from the seed and the epoch; a hub dataset is read again up to there.
+    order follows from the seed and the epoch; a hub dataset is read again up to there, because the
+    buffer that it is shuffled through has no state of its own.
     """
 
-    def __init__(self, text: TrainingText, size: int):
+    def __init__(self, text: TrainingText, size: int, rows: np.ndarray | None = None):
         self._text, self._size = text, size
-        self.restore({"windows": 0})
+        self._rows = np.arange(size) if rows is None else rows
+        parts = 1 if text.local is not None else size // len(self._rows)
+        self._order: tuple[int, np.ndarray] | None = None
+        self.restore({"windows": 0, "parts": parts})
 
     def __iter__(self) -> "Batches":
         return self
 
     def __next__(self) -> Batch:
-        """The next batch, tokens (and segments) int32 [size, length]."""
-        rows = list(islice(self._windows, self._size))
+        """The next batch, tokens (and segments) int32 [rows, length]."""
+        local = self._text.local is not None
+        found = [self._local(row) for row in self._rows] if local else self._streamed()
         self._taken += self._size
-        return self._text._batch(rows)
+        return self._text.batch(found)
+
+    def _local(self, row: int) -> np.ndarray:
+        epoch, place = divmod(self._taken + int(row), self._text.windows_of_an_epoch)
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, self._text.epoch(epoch)
+        return self._text.local_window(self._order[1][place])
+
+    def _streamed(self) -> list[np.ndarray]:
+        each, found = self._size // self._parts, {}
+        for part, stream in self._windows.items():
+            found |= enumerate(islice(stream, each), part * each)
+        return [found[int(row)] for row in self._rows]
 
     def state(self) -> dict[str, int]:
         """Where the next batch begins, as plain JSON."""
-        return {"windows": self._taken}
+        parts = {"parts": self._parts} if self._parts > 1 else {}
+        return {"windows": self._taken, **parts}
 
     def restore(self, state: dict[str, int]) -> None:
-        """Goes to the place of a `state`."""
-        self._taken = state["windows"]
-        self._windows = self._text.windows(self._taken)
+        """Goes to the place of a `state`.
+
+        Raises:
+            ValueError: the run's parts do not divide this batch.
+        """
+        self._taken, self._parts = state["windows"], state.get("parts", 1)
+        if self._size % self._parts:
+            raise ValueError(
+                f"a batch of {self._size} windows does not divide into the {self._parts} parts "
+                "that this run began with, one for each process; choose a multiple of it"
+            )
+        each, self._windows = self._size // self._parts, {}
+        if self._text.local is None:
+            for part in sorted({int(row) // each for row in self._rows}):
+                start = self._taken // self._parts
+                self._windows[part] = self._text.streamed(start, part, self._parts)

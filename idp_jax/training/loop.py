@@ -6,9 +6,9 @@ the same metrics, bit for bit, as one that was not.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,14 @@ from idp_jax.jobs.signals import Interrupted
 from idp_jax.models.decoder import Decoder
 from idp_jax.processes import first_process
 from idp_jax.recover.methods import Adapter
-from idp_jax.sharding import shard, shard_batch
+from idp_jax.sharding import Share, shard, shard_batch
 from idp_jax.training.checkpoint import Checkpointer
 from idp_jax.training.checks import check_windows
+from idp_jax.training.feed import BatchIterator, Feed
+from idp_jax.training.goodput import Goodput
 from idp_jax.training.metrics import Sink
 from idp_jax.training.objectives import Objective
+from idp_jax.training.profile import Profile
 from idp_jax.training.step import (
     TrainState,
     TrainStep,
@@ -39,18 +42,6 @@ _LOWER = "a lower --optimizer.learning-rate may help"
 
 class Diverged(ValueError):
     """Training made the model worse, or its numbers ceased to be finite."""
-
-
-class BatchIterator(Iterator[Batch], Protocol):
-    """Batches without end that know where they are, see `data.stream.Batches`."""
-
-    def state(self) -> dict[str, Any]:
-        """The place of the next batch, as plain JSON."""
-        ...
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Goes to the place of a `state`."""
-        ...
 
 
 def fit(
@@ -72,9 +63,13 @@ def fit(
     attach: Callable[[Batch], Batch] = lambda batch: batch,
     key: jax.Array | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    share: Share | None = None,
     progress: Callable[[int, int, str], None] = lambda step, steps, note: None,
     begin: Callable[[jax.stages.Compiled, int], None] = lambda program, steps: None,
     keep_last: Callable[[Adapter], None] = lambda adapter: None,
+    goodput: Goodput | None = None,
+    fastest: float | None = None,
+    profile: Profile | None = None,
 ) -> tuple[Adapter, dict[str, float]]:
     """Trains an adapter and returns the best one by validation loss.
 
@@ -86,19 +81,23 @@ def fit(
         evaluate_every: steps between two validations.
         checkpoint_every: steps between two checkpoints; by default as between validations.
         patience: validations without a better adapter after which training ends; None for no end.
-        sinks: take the objective's loss and metrics of every step, its tokens a second, and the
-            validation losses.
+        sinks: take the objective's loss and metrics of every step, its tokens a second (and with
+            `fastest` its MFU), and the validation losses.
         checkpointer: a run found there goes on. None keeps nothing.
         schedule: the optimizer's learning rates, for the sinks.
         passes: in which every batch goes through the model, for less memory.
         attach: puts what the objective needs beside the tokens into a batch, such as a teacher's
             word; it is given batches as they are placed on the mesh.
         key: of what is drawn at random in training.
+        share: of every training batch, which `batches` gives; None for all of it.
         progress: called after every step and every batch of a validation. Where it raises
             Interrupted, the state is saved before that goes on.
         begin: told the compiled step, and the number of steps to do, before the first validation;
             not called where no step is left.
         keep_last: takes the adapter as it is at the end.
+        goodput: is told what the time goes to.
+        fastest: tokens a second at the devices' peak, where that is known.
+        profile: is told when a trace may begin and end.
 
     Returns:
         The adapter with the lowest validation loss, and "validation_loss", "validation_perplexity"
@@ -120,17 +119,26 @@ def fit(
 
     def prepare(batch: Batch) -> Batch:
         decoder.check(batch.tokens)  # inside the step, an id that is none is clamped
-        return attach(shard_batch(batch, mesh))
+        return attach(shard_batch(batch, mesh, share))
 
-    feed = _Feed(batches, prepare)
+    feed = Feed(batches, prepare)
     held_out = [shard_batch(batch, mesh) for batch in validation]
-    run = _Run(state, decoder, feed, held_out, steps, patience, sinks, checkpointer, progress)
-    run.restore()
+    goodput, profile = goodput or Goodput(), profile or Profile(Path(), 0)
+    run = _Run(
+        *(state, decoder, feed, held_out, steps, patience, sinks, checkpointer, progress),
+        *(goodput, fastest, profile),
+    )
+    with goodput.spending("loading"):
+        run.restore()
     save_every = checkpoint_every or evaluate_every
     try:
         progress(run.step, steps, "")
         if not run.done:
-            begin(train_step.compiled(run.state, decoder, feed.look()), steps - run.step)
+            with goodput.spending("input"):
+                batch = feed.look()
+            with goodput.spending("compiling"):
+                program = train_step.compiled(run.state, decoder, batch)
+            begin(program, steps - run.step)
         if run.unvalidated is not None:
             run.validate()
         while not run.done:
@@ -138,38 +146,10 @@ def fit(
     except Interrupted as stop:
         run.keep(stop)
         raise
+    finally:
+        profile.close(run.step)
     keep_last(run.state.adapter)
     return run.state.best_adapter, _summary(run)
-
-
-@dataclass
-class _Feed:
-    """Batches made ready, the next of which can be looked at; its place is the same until taken."""
-
-    batches: BatchIterator
-    prepare: Callable[[Batch], Batch]
-    ahead: tuple[dict[str, Any], Batch] | None = None
-
-    def look(self) -> Batch:
-        """The next batch, which stays the next."""
-        if self.ahead is None:
-            place = self.batches.state()
-            self.ahead = place, self.prepare(next(self.batches))
-        return self.ahead[1]
-
-    def take(self) -> Batch:
-        """The next batch."""
-        batch, self.ahead = self.look(), None
-        return batch
-
-    def state(self) -> dict[str, Any]:
-        """The place of the next batch, as plain JSON."""
-        return self.batches.state() if self.ahead is None else self.ahead[0]
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Goes to the place of a `state`."""
-        self.batches.restore(state)
-        self.ahead = None
 
 
 @dataclass
@@ -194,25 +174,32 @@ class _Run:
         unread: its numbers, until they are read.
         last: the last numbers that were read.
         since: when that was, or when the first step after other work was begun.
+        stalled: seconds since then that the loop waited for text and no step was under way.
+        first: the last step that an earlier call began.
         unvalidated: the numbers of the step where it stands while that one's validation is due,
             {} before the first step; None when there is none to do.
     """
 
     state: TrainState
     decoder: Decoder
-    batches: _Feed
+    batches: Feed
     validation: Sequence[Batch]
     steps: int
     patience: int | None
     sinks: Sequence[Sink]
     checkpointer: Checkpointer | None
     progress: Callable[[int, int, str], None]
+    goodput: Goodput
+    fastest: float | None
+    profile: Profile
     unvalidated: dict[str, float] | None = None
     step: int = 0
     waited: int = 0
     unread: _Unread | None = None
     last: dict[str, float] = field(default_factory=dict)
     since: float = 0.0
+    stalled: float = 0.0
+    first: int = 0
 
     @property
     def stopped(self) -> bool:
@@ -234,6 +221,7 @@ class _Run:
             self.step, self.waited = int(self.state.step), int(self.state.waited)
             self.unvalidated = place.pop(_UNVALIDATED, None)
             self.batches.restore(place)
+        self.first = self.step
         if self.step > self.steps:
             raise ValueError(
                 f"this run has been trained for {self.step} steps already, more than the "
@@ -248,17 +236,21 @@ class _Run:
 
     def advance(self, train_step: TrainStep, evaluate_every: int, save_every: int) -> None:
         """Begins a step, reads the one before, and validates and saves where it is time to."""
+        notes = []
+        if self.profile.begins(self.step - self.first):
+            notes += self.catch_up()
+            self.profile.start(self.step + 1)
         if self.unread is None:
-            self.since = time.perf_counter()
-        try:
-            batch = self.batches.take()
-        except Exception:
-            self.catch_up()  # the step before went well: its numbers are to be told
-            raise
-        self.state, values = train_step(self.state, self.decoder, batch)
+            self.since, self.stalled = time.perf_counter(), 0.0
+        batch = self._take()
+        with jax.profiler.StepTraceAnnotation("train", step_num=self.step + 1):
+            self.state, values = train_step(self.state, self.decoder, batch)
         self.step += 1
         before, self.unread = self.unread, _Unread(self.step, values, batch.tokens.size)
-        notes = [] if before is None else [self._tell(before)]
+        notes += [] if before is None else [self._tell(before)]
+        if self.profile.ends(self.step):
+            notes += self.catch_up()
+            self.profile.stop(self.step)
         validates = self.step % evaluate_every == 0 or self.step >= self.steps
         saves = self.step % save_every == 0
         if validates or saves:
@@ -272,6 +264,18 @@ class _Run:
         if saves or self.done:
             self.save()
 
+    def _take(self) -> Batch:
+        """The next batch."""
+        began = time.perf_counter()
+        try:
+            batch = self.batches.take()
+        except Exception:
+            self.catch_up()  # the step before went well: its numbers are to be told
+            raise
+        if self.unread is None or self.unread.values["loss"].is_ready():
+            self.stalled += time.perf_counter() - began
+        return batch
+
     def catch_up(self) -> list[tuple[int, str]]:
         """Waits for the step that is under way, if there is one, and writes its numbers."""
         unread, self.unread = self.unread, None
@@ -282,20 +286,28 @@ class _Run:
         values = {name: float(value) for name, value in unread.values.items()}
         now = time.perf_counter()
         values["tokens_per_second"] = speed = unread.tokens / (now - self.since)
-        self.since, self.last = now, values
+        note = f"loss {values['loss']:.3f}, {speed:,.0f} tokens/s"
+        if self.fastest is not None:
+            values["mfu"] = speed / self.fastest
+            note += f", MFU {values['mfu']:.0%}"
+        self.goodput.seconds["steps"] += now - self.since - self.stalled
+        self.goodput.seconds["input"] += self.stalled
+        self.goodput.tokens += unread.tokens
+        self.since, self.stalled, self.last = now, 0.0, values
         self.write(values, unread.step)
-        return unread.step, f"loss {values['loss']:.3f}, {speed:,.0f} tokens/s"
+        return unread.step, note
 
     def validate(self) -> None:
         """Measures the adapter as it is, and remembers it if it is the best."""
         losses, counts = [], []
-        for batch in self.validation:
-            loss, count = jax.block_until_ready(
-                evaluate_step(self.state.adapter, self.decoder, batch)
-            )
-            losses.append(loss)
-            counts.append(count)
-            self.progress(self.step, self.steps, "validation")
+        with self.goodput.spending("validation"):
+            for batch in self.validation:
+                loss, count = jax.block_until_ready(
+                    evaluate_step(self.state.adapter, self.decoder, batch)
+                )
+                losses.append(loss)
+                counts.append(count)
+                self.progress(self.step, self.steps, "validation")
         loss = jnp.average(jnp.stack(losses), weights=jnp.stack(counts))
         self.write({"validation_loss": float(loss)})
         self.state = keep_best(self.state, loss)
@@ -329,7 +341,8 @@ class _Run:
             place = self.batches.state()
             if self.unvalidated is not None:
                 place = {**place, _UNVALIDATED: self.unvalidated}
-            self.checkpointer.save(self.step, self.state, place)
+            with self.goodput.spending("saving"):
+                self.checkpointer.save(self.step, self.state, place)
 
     def keep(self, stop: Interrupted) -> None:
         """Saves what an interruption would lose, and has it say so.
@@ -339,6 +352,7 @@ class _Run:
         if self.step and self.checkpointer is not None and jax.process_count() == 1:
             self.catch_up()
             self.save()
+            self.checkpointer.wait()
             stop.place = f"step {self.step}"
 
 

@@ -8,7 +8,7 @@ from typing import Protocol, TextIO
 
 from idp_jax.jobs.files import write_text
 
-TIMINGS = ("tokens_per_second",)
+TIMINGS = ("tokens_per_second", "mfu")
 """What depends on the clock: two equal runs differ in it."""
 
 

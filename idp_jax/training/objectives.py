@@ -102,7 +102,8 @@ class Mix:
         head = None if theirs is None else theirs.whole()
         targets = jnp.roll(batch.tokens, -1, 1)
         ours = repaired.decoder.output_head().whole()
-        return summed(score, hidden, ours, (targets, weight, said), head)
+        with jax.named_scope("loss"):
+            return summed(score, hidden, ours, (targets, weight, said), head)
 
 
 def _each(term: Term, logits: jax.Array, positions: Positions) -> jax.Array:

@@ -180,6 +180,11 @@ def forward(model: ModelConfig, length: int) -> float:
     return float(length * (model.num_layers * (products + attention) + head))
 
 
+def useful(model: ModelConfig, length: int) -> float:
+    """Operations of a step that its mathematics need, for each token of windows of a length."""
+    return 2 * forward(model, length) / length
+
+
 def measured_rate(model: ModelConfig, dtype: Any, tokens: int) -> float:
     """Operations a second of one of the model's products, on this machine's first device."""
     rows, inputs, outputs = min(tokens, 2048), model.hidden_dim, model.ffw_dim

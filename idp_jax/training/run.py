@@ -18,9 +18,11 @@ import jax
 from idp_jax import formats
 from idp_jax.config import ConfigError, Train, url_of
 from idp_jax.config.files import to_dict
+from idp_jax.data.ahead import Ahead
 from idp_jax.data.sources import SELF
 from idp_jax.data.stream import TrainingText
 from idp_jax.formats import save_adapter
+from idp_jax.jobs.chips import chip_here
 from idp_jax.jobs.files import contents, seal, write_json
 from idp_jax.jobs.folder import check_absent, check_writable, run_folder
 from idp_jax.jobs.machine import describe
@@ -29,14 +31,16 @@ from idp_jax.jobs.remote import working
 from idp_jax.models.decoder import Decoder
 from idp_jax.processes import first_process, gather, mesh_of
 from idp_jax.recover.methods import METHODS, Adapter, Run, parameter_count
-from idp_jax.sharding import batch_parts
+from idp_jax.sharding import batch_parts, share
 from idp_jax.training.checkpoint import Checkpointer
 from idp_jax.training.checks import check
 from idp_jax.training.clusters import part_of
 from idp_jax.training.done import ADAPTERS, finished, inputs, needed
+from idp_jax.training.goodput import Goodput
 from idp_jax.training.loop import fit
 from idp_jax.training.objectives import make_objective
-from idp_jax.training.plan import measured_rate, planned
+from idp_jax.training.plan import measured_rate, planned, useful
+from idp_jax.training.profile import Profile
 from idp_jax.training.sinks import make_sinks, where
 from idp_jax.training.starts import resolved, starts
 from idp_jax.training.step import make_optimizer, make_schedule
@@ -45,7 +49,7 @@ from idp_jax.training.text import open_text, self_text
 
 # What may change between two calls that work on the same run: it does not change what is trained.
 _FREE = ("out", "mesh", "passes", "evaluate_every", "checkpoint_every", "tracking", "plan")
-_FREE += ("teacher.cache",)
+_FREE += ("keep_checkpoints", "profile", "teacher.cache")
 
 
 def train(
@@ -62,7 +66,8 @@ def train(
 
     Returns:
         The contents of result.json: validation loss and perplexity, best and last step, whether
-        patience ended it, extra parameters, tokens, device and versions.
+        patience ended it, extra parameters, tokens, device and versions, and "time", what that of
+        this call went to (see `Goodput.summary`).
 
     Raises:
         ConfigError: the folder holds a run with another configuration.
@@ -114,22 +119,25 @@ def _extensions(config: Train) -> dict[str, Any]:
 def _train(
     config: Train, out: Path, mesh, parameters: int, progress: Progress, say: Callable
 ) -> dict[str, Any]:
+    goodput = Goodput()
     tokenizer = formats.load_tokenizer(config.model)
     text = None
     if config.data.train != SELF:
-        text = open_text(config, out, str(config.data.train), tokenizer)
+        with goodput.spending("input"):
+            text = open_text(config, out, str(config.data.train), tokenizer)
     teacher = Teacher(config, tokenizer, mesh=mesh, progress=progress)
     method = METHODS[config.method]
     runs = method.runs(resolved(config))
     say(_budget(config, [run.label for run in runs], parameters))
     say(where(config))
-    decoder = formats.load_model(
-        config.model,
-        **config.held,
-        use_sparse24=False,
-        mesh=mesh,
-        progress=progress.tracker("loading"),
-    )
+    with goodput.spending("loading"):
+        decoder = formats.load_model(
+            config.model,
+            **config.held,
+            use_sparse24=False,
+            mesh=mesh,
+            progress=progress.tracker("loading"),
+        )
     if text is None:
         source = self_text(config, out, decoder, teacher, tokenizer, progress, say)
         text = open_text(config, out, source, tokenizer)
@@ -138,12 +146,13 @@ def _train(
     adapters = [run.init(decoder, start) for run, start in zip(runs, begun, strict=True)]
     del begun  # and with it the teacher, unless the objective asks for it
     teacher.release()
-    trainings = _Trainings(config, decoder, teacher, text, mesh, progress, say)
+    trainings = _Trainings(config, decoder, teacher, text, mesh, progress, say, goodput)
     done = [trainings.fit(*each) for each in zip(runs, adapters, keys, strict=True)]
     bests, lasts, summaries = (list(parts) for parts in zip(*done, strict=True))
     windows = lambda count: text.first(count).tokens
     best, last = (method.combine(config, parts, decoder, windows) for parts in (bests, lasts))
     result = _result(config, best, summaries)
+    result["time"] = goodput.summary(trainings.fastest)
     whole = {name: gather(adapter) for name, adapter in zip(ADAPTERS, (best, last), strict=True)}
 
     def write() -> None:
@@ -192,6 +201,7 @@ class _Trainings:
     """What the trainings of a run have in common.
 
     Attributes:
+        goodput: what the time goes to.
         rate: operations a second of this machine, measured before the first training.
     """
 
@@ -202,24 +212,39 @@ class _Trainings:
     mesh: jax.sharding.Mesh | None
     progress: Progress
     say: Callable[[str], None]
+    goodput: Goodput
     rate: float | None = None
+
+    @property
+    def fastest(self) -> float | None:
+        """Tokens a second at the devices' peak, where that is known."""
+        chip = chip_here(jax.devices()[0].device_kind)
+        if chip is None:
+            return None
+        devices = 1 if self.mesh is None else self.mesh.size
+        return devices * chip.flops / useful(self.decoder.config, self.config.data.sequence_length)
 
     def fit(
         self, run: Run, start: Adapter, key: jax.Array
     ) -> tuple[Adapter, Adapter, dict[str, float]]:
         """One training: the best adapter, the last one, and the summary of `loop.fit`."""
         config, folder, lasts = self.config, Path(self.config.out) / run.folder, []
+        own = share(config.batch_size, self.mesh)
         text = part_of(self.text, self.decoder, run.cluster, run.order)
         with ExitStack() as held:
             update = held.enter_context(self.progress.bar(f"training {run.label}", "steps"))
             sinks = [held.enter_context(closing(sink)) for sink in make_sinks(config, folder)]
-            checkpointer = held.enter_context(Checkpointer(folder / "checkpoints"))
+            checkpointer = held.enter_context(
+                Checkpointer(folder / "checkpoints", config.keep_checkpoints)
+            )
+            batches = text.batches(config.batch_size, None if own is None else own.rows)
+            batches = held.enter_context(closing(Ahead(batches)))
             best, summary = fit(
                 start,
                 self.decoder,
                 make_objective(config.objective, remat=config.remat),
                 make_optimizer(config.optimizer, config.learning_rate, config.steps),
-                text.batches(config.batch_size),
+                batches,
                 text.validation_batches(config.windows_at_once, batch_parts(self.mesh)),
                 steps=config.steps,
                 evaluate_every=config.evaluate_every,
@@ -232,9 +257,13 @@ class _Trainings:
                 attach=self.teacher.attach,
                 key=key,
                 mesh=self.mesh,
+                share=own,
                 progress=expecting(update, f"training {run.label}", "steps", self.say),
                 begin=partial(self._expect, run, start),
                 keep_last=lasts.append,
+                goodput=self.goodput,
+                fastest=self.fastest,
+                profile=Profile(folder / "profile", config.profile, self.say),
             )
         return best, lasts[0], summary
 

@@ -150,8 +150,9 @@ def make_train_step(
         learns = trained(state.adapter)
         pick = lambda mask, new, old: new if mask is True else jnp.where(mask, new, old)
         gradient = jax.tree.map(lambda mask, g: pick(mask, g, jnp.zeros_like(g)), learns, gradient)
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.adapter)
-        adapter = optax.apply_updates(state.adapter, updates)
+        with jax.named_scope("optimizer"):
+            updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.adapter)
+            adapter = optax.apply_updates(state.adapter, updates)
         adapter = jax.tree.map(pick, learns, adapter, state.adapter)
         metrics = {"loss": value, **parts, "gradient_norm": optax.tree.norm(gradient)}
         if schedule is not None:

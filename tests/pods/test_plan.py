@@ -9,7 +9,8 @@ import pytest
 from idp_jax.commands.plan import run
 from idp_jax.config import ConfigError, Data, Lora, Mesh, Plan, Teacher
 from idp_jax.pods import plan as pods
-from idp_jax.pods.chips import CHIPS, Topology, chip_here, open_topology
+from idp_jax.jobs.chips import CHIPS
+from idp_jax.pods.chips import Topology, open_topology
 from idp_jax.pods.plan import plan
 from idp_jax.pods.programs import Job
 from idp_jax.training.plan import forward
@@ -64,13 +65,6 @@ def test_a_topology_that_is_none_is_named(name):
 def test_a_torus_of_another_kind_is_refused(name):
     with pytest.raises(ConfigError, match=f"{name} is no .*; give one such as v5e:16x16"):
         open_topology(name)
-
-
-def test_a_device_that_is_here_is_known_by_its_name():
-    h100, h200 = chip_here("NVIDIA H100 80GB HBM3"), chip_here("NVIDIA H200")
-    assert h100 is CHIPS["h100"] and h200 is not None and h200.flops == h100.flops
-    assert h200.memory > h100.memory and h200.bandwidth > h100.bandwidth
-    assert chip_here("NVIDIA H100 PCIe") is None  # another clock, another peak
 
 
 def test_every_program_is_compiled_and_counted(model, here):
