@@ -9,6 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from idp_jax.jobs.failures import explain_abort
 from idp_jax.sharding import MESH_AXES, make_mesh
 
 _PATIENCE = 60  # seconds after which a process that is not heard of is given up: the others end
@@ -31,6 +32,7 @@ def mesh_of(config) -> jax.sharding.Mesh | None:
             heartbeat_timeout_seconds=_PATIENCE,
             shutdown_timeout_seconds=_PATIENCE,
         )
+        explain_abort()
     shape = {axis: getattr(config, axis) for axis in MESH_AXES}
     if all(size == 1 for size in shape.values()):
         return make_mesh() if jax.process_count() > 1 else None
