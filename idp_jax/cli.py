@@ -85,7 +85,10 @@ def _main(arguments: list[str] | None) -> None:
     except BaseException as error:
         if os.environ.get("IDP_JAX_TRACEBACK") or not failures.is_failure(error):
             raise
-        _fail(*failures.explained(error, getattr(settings, "out", None)))
+        message, status = failures.explained(error, getattr(settings, "out", None))
+        if failures.lost_a_process(error):  # the interpreter's way out would wait for it
+            signals.leave(message, status)
+        _fail(message, status)
 
 
 def _hide_torch() -> None:

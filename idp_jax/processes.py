@@ -2,15 +2,19 @@
 
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import TypeVar, cast
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
+from idp_jax.jobs.failures import explain_abort
 from idp_jax.sharding import MESH_AXES, make_mesh
 
 T = TypeVar("T")
+_PATIENCE = 60  # seconds after which a process that is not heard of is given up: the others end
 _LONGEST_LINE = 1000  # bytes of an error that is told to other processes
 
 
@@ -21,10 +25,16 @@ def mesh_of(config) -> jax.sharding.Mesh | None:
     recognised; several processes without a mesh of their own share the batch.
     """
     if (config.distributed or _launched_together()) and not jax.distributed.is_initialized():
+        # It would take SIGTERM for itself; a training agrees on where to stop, see `interruption`.
+        jax.config.update("jax_enable_preemption_service", False)
         # A launcher that JAX knows (SLURM, Open MPI, TPU pods) fills these in by itself.
         jax.distributed.initialize(
-            num_processes=_number("JAX_NUM_PROCESSES"), process_id=_number("JAX_PROCESS_ID")
+            num_processes=_number("JAX_NUM_PROCESSES"),
+            process_id=_number("JAX_PROCESS_ID"),
+            heartbeat_timeout_seconds=_PATIENCE,
+            shutdown_timeout_seconds=_PATIENCE,
         )
+        explain_abort()
     shape = {axis: getattr(config, axis) for axis in MESH_AXES}
     if all(size == 1 for size in shape.values()):
         return make_mesh() if jax.process_count() > 1 else None
@@ -113,8 +123,45 @@ def _text(line: np.ndarray) -> str:
     return line.tobytes().rstrip(b"\0").decode(errors="ignore")
 
 
+def largest(number: int) -> jax.Array:
+    """The largest of the numbers that the processes of a job give, all alike; not waited for.
+
+    Returns:
+        int32 scalar, known when the devices have done what they were given before.
+    """
+    mesh = _every_device()
+    own = np.full(jax.local_device_count(), number, np.int32)
+    with jax.set_mesh(mesh):
+        given = NamedSharding(mesh, PartitionSpec(MESH_AXES))
+        return _maximum(jax.make_array_from_process_local_data(given, own))
+
+
+@cache
+def _every_device() -> jax.sharding.Mesh:
+    return make_mesh()
+
+
+@jax.jit
+def _maximum(numbers: jax.Array) -> jax.Array:
+    return numbers.max()
+
+
 def gather(tree):
-    """Whole arrays on every process, for writing what the devices of several processes hold."""
+    """Whole arrays on every process, of what the devices of several processes hold together.
+
+    Every process calls this. An array that a process holds whole stays as it is: one may have
+    computed it by itself, while the others wait for what it writes.
+    """
+
+    def whole(leaf):
+        here = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+        return leaf if here else multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(whole, tree)
+
+
+def everywhere(flag: bool) -> bool:
+    """Whether a flag is set in every process of the job; each waits for the others' answer."""
     if jax.process_count() == 1:
-        return tree
-    return multihost_utils.process_allgather(tree, tiled=True)
+        return flag
+    return bool(multihost_utils.process_allgather(np.asarray(flag)).all())

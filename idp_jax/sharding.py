@@ -173,6 +173,13 @@ def batch_parts(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None) -> i
     return 1 if mesh is None or mesh.empty else parts("batch", mesh.shape)
 
 
+def filled_rows(rows: int) -> int:
+    """`rows`, or as many more as the mesh at work can share evenly; for batches that are filled."""
+    mesh = jax.sharding.get_abstract_mesh()
+    count = 1 if mesh.empty else parts("batch", mesh.shape)
+    return -(-rows // count) * count
+
+
 def shardings(tree, mesh: jax.sharding.Mesh) -> Any:
     """A NamedSharding for every array of a model, an adapter or an optimiser state over them."""
     places = [

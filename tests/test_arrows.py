@@ -15,7 +15,7 @@ ARROWS = {
     "sharding": set(),
     "jobs": {"config"},
     "cli": {"config", "jobs"},
-    "processes": {"sharding"},
+    "processes": {"jobs", "sharding"},
     "weights": {"kernels", "sharding"},
     "models": {"jobs", "kernels", "sharding", "weights"},
     "recover": {"config", "models", "sharding", "weights"},

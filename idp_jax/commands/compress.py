@@ -8,7 +8,7 @@ from idp_jax.compression.driver import resolve_settings
 from idp_jax.compression.job import Job, compress
 from idp_jax.compression.plan import plan, rates
 from idp_jax.formats.source import open_config
-from idp_jax.jobs.progress import Bars, console
+from idp_jax.jobs.progress import Bars, console, is_first_process
 from idp_jax.models.config import from_hf
 
 
@@ -18,6 +18,8 @@ def run(settings: config.Compress) -> None:
         return _plan(settings)
     started = time.perf_counter()
     result = compress(settings, progress=Bars(), begin=_begin)
+    if not is_first_process():
+        return
     wall = time.perf_counter() - started
     console.print(compression_table(result["matrices"], f"{settings.model}: {settings.method}"))
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result["seconds"].items())
@@ -28,6 +30,8 @@ def run(settings: config.Compress) -> None:
 
 
 def _begin(job: Job, finished: int) -> None:
+    if not is_first_process():
+        return
     counted = plan(job.config, job.settings, job.by_name)
     console.print(plan_table(counted, f"{job.settings.model}: memory"))
     if finished:

@@ -3,12 +3,14 @@
 from idp_jax import config
 from idp_jax.commands.tables import chosen, show, variant_table
 from idp_jax.evaluation.job import score
-from idp_jax.jobs.progress import Bars, console
+from idp_jax.jobs.progress import Bars, console, is_first_process
 
 
 def run(settings: config.Evaluate) -> None:
     """Scores a model and prints what was measured."""
     results = score(settings, progress=Bars())
+    if not is_first_process():
+        return
     for variant in results.variants:
         show(variant_table(variant), console)
         for task, row in variant.tasks.items():

@@ -6,7 +6,7 @@ from idp_jax import config, training
 from idp_jax.commands.tables import show, training_table
 from idp_jax.config import url_of
 from idp_jax.formats.source import open_config
-from idp_jax.jobs.progress import Bars, clock, console
+from idp_jax.jobs.progress import Bars, clock, console, is_first_process
 from idp_jax.models.config import from_hf
 from idp_jax.training.plan import measured_rate, plan
 from idp_jax.training.teacher import check_teacher
@@ -16,7 +16,11 @@ def run(settings: config.Train) -> None:
     """Trains an adapter and says what came of it, or plans that and prints the plan."""
     if settings.plan:
         return _plan(settings)
-    say = lambda line: console.print(line, highlight=False, soft_wrap=True)
+
+    def say(line: str) -> None:
+        if is_first_process():
+            console.print(line, highlight=False, soft_wrap=True)
+
     result = training.train(settings, progress=Bars(), say=say)
     for part in result.get("prompts", [result]):
         perplexity = part["validation_perplexity"]  # null in the file where it is too large

@@ -37,6 +37,7 @@ from idp_jax.jobs.progress import SILENT, Progress
 from idp_jax.models import Decoder
 from idp_jax.processes import gather
 from idp_jax.recover import Repaired
+from idp_jax.sharding import filled_rows
 
 MAX_NEW_TOKENS = 256  # the harness's default where a task says nothing
 
@@ -82,10 +83,10 @@ class HarnessLM(TemplateLM):
         super().__init__()
         self.repaired = Repaired.of(repaired)
         self.tokenizer = tokenizer
-        self.batch_size = batch_size
         self.max_length = _length_limit(self.repaired, max_length)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.batch_size = filled_rows(batch_size)
         self.add_bos_token = add_bos_token
         self.seed = seed
         self.skip = skip

@@ -22,6 +22,7 @@ from idp_jax.models import Decoder
 from idp_jax.models.likelihood import token_scores
 from idp_jax.processes import gather
 from idp_jax.recover import Repaired
+from idp_jax.sharding import filled_rows
 
 
 def windows_from_text(
@@ -81,7 +82,8 @@ def perplexity(
 
     Args:
         windows: int [W, T], from `windows_from_text`.
-        batch_size: windows scored at a time; it does not change the result.
+        batch_size: windows scored at a time, more where a mesh shares them; it does not change the
+            result.
         progress: wraps the list of batches, for a progress bar.
         journal: of batches that are known already.
 
@@ -97,7 +99,7 @@ def perplexity(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     repaired.decoder.check(windows, repaired.prefix)
     count, length = windows.shape
-    batch_size = min(batch_size, count)
+    batch_size = filled_rows(min(batch_size, count))
     journal, losses = journal or Journal(), []
     for start in progress(range(0, count, batch_size)):
         # The last batch is filled up with window 0, so that one compilation serves all.

@@ -22,6 +22,7 @@ from idp_jax.inference.buckets import bucket
 from idp_jax.models.likelihood import token_scores
 from idp_jax.processes import gather
 from idp_jax.recover import Repaired
+from idp_jax.sharding import filled_rows
 
 # Beyond this, attention over other branches costs more than reading the context again.
 MERGED_TOKENS = 512
@@ -177,7 +178,7 @@ def _batches(rows: list[_Row], batch_size: int) -> list[tuple[list[_Row], int, i
     batches, start = [], 0
     while start < len(rows):
         length = bucket(len(rows[start].tokens))
-        size = max(1, min(batch_size, ATTENTION_CELLS // length**2))
+        size = filled_rows(max(1, min(batch_size, ATTENTION_CELLS // length**2)))
         batches.append((rows[start : start + size], length, size))
         start += size
     return batches

@@ -92,7 +92,8 @@ def generate(
 
     Returns:
         The new text, a str or a list as was given, without the token that ended it; or int32
-        [B, max_new_tokens], where the stop token that ended a row is repeated to the row's end.
+        [B, max_new_tokens], where the stop token that ended a row is repeated to the row's end. In
+        a job of several processes each gets all rows.
 
     Raises:
         ValueError: an empty prompt, a bad setting, text without a tokenizer, an id outside the
@@ -116,8 +117,7 @@ def generate(
 
 def _checked(rows: jax.Array, finite: jax.Array) -> jax.Array:
     """The likeliest of logits that are not numbers would be a token like any other."""
-    # A process may generate by itself, while the others wait for what it writes.
-    finite = finite if finite.is_fully_addressable else gather(finite)
+    rows, finite = gather((rows, finite))
     bad = np.flatnonzero(~np.asarray(finite))
     if len(bad):
         raise ValueError(

@@ -4,9 +4,11 @@ Errors of our own say so themselves. Of any other the whole story is kept in a f
 """
 
 import contextlib
+import ctypes
 import errno
 import os
 import re
+import signal
 import sys
 import tempfile
 import traceback
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from idp_jax import __version__
+from idp_jax.jobs import signals
 from idp_jax.jobs.files import refusal
 
 _LONGEST = 400  # characters of what a library says
@@ -26,6 +29,11 @@ _REMEDIES = {
     errno.EISDIR: "a file belongs there; move the folder away",
     errno.EACCES: "allow it, or give another path",
 }
+# What JAX's collectives, and what the processes of a job meet by, say of one that is gone.
+_GONE = re.compile(
+    "gloo|nccl|heartbeat|coordination service|barrier|connection (closed|reset)", re.I
+)
+_TOGETHER = "see what it said, and give the same command again in all of them"
 _PACKAGE = __name__.partition(".")[0]
 
 
@@ -57,6 +65,9 @@ def explained(error: BaseException, out: Any = None) -> tuple[str, int]:
     if isinstance(error, OSError) and error.filename is not None:
         remedy = f"; {_REMEDIES[error.errno]}" if error.errno in _REMEDIES else ""
         return f"{error.filename}: {error.strerror or said}{remedy}", 1
+    if lost_a_process(error):
+        why = f"another process of this job has ended or cannot be reached ({said[:_LONGEST]})"
+        return f"{why}; {_TOGETHER}", 1
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in said:
         said = f"out of memory ({said[:_LONGEST]}); take smaller batches, or a larger machine"
     elif isinstance(error, RecursionError):
@@ -66,6 +77,27 @@ def explained(error: BaseException, out: Any = None) -> tuple[str, int]:
     file = _kept(error)
     where = "" if file is None else f"; the traceback is in {file}"
     return said + where, 1
+
+
+def lost_a_process(error: BaseException) -> bool:
+    """Whether it comes of another process of the job that is gone, so that none waits for this."""
+    jax = sys.modules.get("jax")
+    together = jax is not None and jax.distributed.is_initialized()
+    return together and isinstance(error, RuntimeError) and bool(_GONE.search(str(error)))
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _aborted(number: int) -> None:
+    why = "another process of this job has ended, as JAX most likely says above"
+    signals.leave(f"{why}; {_TOGETHER}", 1)
+
+
+def explain_abort() -> None:
+    """Has a process of several say in its last line why JAX ends it, when another one is gone.
+
+    JAX's own thread aborts then, whatever Python waits for; no handler of Python's would be called.
+    """
+    ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
 
 
 @contextlib.contextmanager

@@ -80,7 +80,7 @@ class Bars(Progress):
 
 @contextmanager
 def _drawn(description: str, unit: str) -> Iterator[Callable[..., None]]:
-    if not _is_first_process():
+    if not is_first_process():
         yield lambda done, total, note: None
         return
     if not console.is_terminal:
@@ -160,6 +160,7 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
-def _is_first_process() -> bool:
+def is_first_process() -> bool:
+    """Whether this process speaks for its job; asked when the job is joined."""
     jax = sys.modules.get("jax")
     return jax is None or jax.process_index() == 0

@@ -16,9 +16,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PATIENCE = 8.0  # seconds from a signal to the end, where no check point is passed
+_PATIENCE_TOGETHER = 20.0  # of a job of several processes, whose steps take longer
 _ECHO = 0.1  # seconds: who signals a process and then its group means one signal
 _SHOW_CURSOR = "\x1b[?25h"  # a progress bar hides it
 
@@ -42,7 +44,7 @@ class _Watch:
 
     def __init__(self):
         self.asked = 0  # the first signal's number
-        self.begun = self.resumes = False
+        self.begun = self.resumes = self.together = False
         self.holds = 0
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.writer, False)
@@ -64,12 +66,12 @@ class _Watch:
             self.asked = asked
             second = self._wait() if self.begun else None
             if second != 0:  # 0: the command came to its end
-                _end(second or asked, self.message())
+                leave(self.message(), 128 + (second or asked))
         os.close(self.reader)
 
     def _wait(self) -> int | None:
         """Waits after the first signal: for a second one, the end, or too long."""
-        heard, patience = time.monotonic(), _PATIENCE
+        heard, patience = time.monotonic(), _PATIENCE_TOGETHER if self.together else _PATIENCE
         while True:
             second = self._next(patience)
             if second is None and self.holds:
@@ -113,7 +115,7 @@ def handled() -> Iterator[None]:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
-        _end(stop.number, watch.message(stop.place))
+        leave(watch.message(stop.place), 128 + stop.number)
     finally:
         _watch = outer
         for number, handler in handlers.items():
@@ -139,8 +141,29 @@ def begin(*, resumes: bool) -> None:
 
 def check() -> None:
     """A check point: raises Interrupted if a signal has come. Long loops pass one at every turn."""
-    if _watch is not None and _watch.asked:
+    if _watch is not None and _watch.asked and not _watch.together:
         raise Interrupted(_watch.asked)
+
+
+def asked() -> int:
+    """The first signal that has come, 0 for none."""
+    return 0 if _watch is None else _watch.asked
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Where several processes may stop only at the same place: check points raise nothing here.
+
+    What works here looks at `asked` in each of them, and raises Interrupted in all.
+    """
+    watch = _watch
+    if watch is not None:
+        watch.together = True
+    try:
+        yield
+    finally:
+        if watch is not None:
+            watch.together = False
 
 
 @contextmanager
@@ -156,11 +179,12 @@ def hold() -> Iterator[None]:
             watch.holds -= 1
 
 
-def _end(number: int, message: str) -> None:
+def leave(message: str, status: int) -> NoReturn:
+    """Ends the process with a last line, whatever its threads and the interpreter are doing."""
     shown = _SHOW_CURSOR if os.isatty(2) else ""
     with contextlib.suppress(OSError):
         os.write(2, f"{shown}idp-jax: {message}\n".encode())
-    os._exit(128 + number)
+    os._exit(status)
 
 
 def _leave() -> None:

@@ -4,7 +4,8 @@ A folder holds the word of one teacher in one form, named in cache.json, and a f
 each length of window. A record is known by the hash of its window's tokens, so that the order of
 the text, epochs, seeds and methods may share it. Records are appended under a lock and read through
 a memory map; several jobs may use a folder at once. The last record of a job that was killed may be
-torn, and is dropped by the next that writes; every record carries a checksum.
+torn, and is dropped by the next that writes; every record carries a checksum. Of a job of several
+processes the first writes, and all ask where one of them finds a record missing.
 """
 
 import fcntl
@@ -21,6 +22,7 @@ import numpy as np
 
 from idp_jax.config import ConfigError
 from idp_jax.jobs.files import naming, read_json, write_json
+from idp_jax.processes import everywhere, first_process
 
 _log = logging.getLogger(__name__)
 _KEY = 32  # bytes of a window's hash
@@ -65,15 +67,15 @@ class Cache:
 
         Args:
             keys: see `window_keys`.
-            ask: the fields of all of them; called where one is missing.
+            ask: the fields of all of them; called where one is missing, in every process.
 
         Raises:
             ConfigError: a record is damaged.
             OSError: the disk is full.
         """
         self._look()
-        if any(key not in self._places for key in keys):
-            self._append(keys, ask())
+        if not everywhere(all(key in self._places for key in keys)):
+            return self._asked(keys, ask())
         found = self._records[[self._places[key] for key in keys]]
         for record in found:
             if _checksum(record) != record["checksum"]:
@@ -81,6 +83,12 @@ class Cache:
                     f"{self._file} is damaged; remove it, and the teacher is asked again"
                 )
         return {name: found[name] for name in self._names}
+
+    def _asked(self, keys: list[bytes], rows: Rows) -> Rows:
+        """Fields that were asked for, as the file has them, where process 0 puts them."""
+        rows = {name: rows[name].astype(self._dtype[name].base) for name in self._names}
+        first_process(lambda: self._append(keys, rows), "the teacher's word")
+        return rows
 
     def _claim(self, identity: dict[str, Any]) -> None:
         file = self._folder / _SETTINGS

@@ -347,9 +347,9 @@ class _Run:
     def keep(self, stop: Interrupted) -> None:
         """Saves what an interruption would lose, and has it say so.
 
-        Several processes may stand at different steps, so they go on from the last checkpoint.
+        Several processes stand at the same step, see `interruption`.
         """
-        if self.step and self.checkpointer is not None and jax.process_count() == 1:
+        if self.step and self.checkpointer is not None:
             self.catch_up()
             self.save()
             self.checkpointer.wait()

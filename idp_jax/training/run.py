@@ -37,6 +37,7 @@ from idp_jax.training.checks import check
 from idp_jax.training.clusters import part_of
 from idp_jax.training.done import ADAPTERS, finished, inputs, needed
 from idp_jax.training.goodput import Goodput
+from idp_jax.training.interruption import stopping_together
 from idp_jax.training.loop import fit
 from idp_jax.training.objectives import make_objective
 from idp_jax.training.plan import measured_rate, planned, useful
@@ -233,6 +234,8 @@ class _Trainings:
         text = part_of(self.text, self.decoder, run.cluster, run.order)
         with ExitStack() as held:
             update = held.enter_context(self.progress.bar(f"training {run.label}", "steps"))
+            report = expecting(update, f"training {run.label}", "steps", self.say)
+            report = held.enter_context(stopping_together(report))
             sinks = [held.enter_context(closing(sink)) for sink in make_sinks(config, folder)]
             checkpointer = held.enter_context(
                 Checkpointer(folder / "checkpoints", config.keep_checkpoints)
@@ -258,7 +261,7 @@ class _Trainings:
                 key=key,
                 mesh=self.mesh,
                 share=own,
-                progress=expecting(update, f"training {run.label}", "steps", self.say),
+                progress=report,
                 begin=partial(self._expect, run, start),
                 keep_last=lasts.append,
                 goodput=self.goodput,

@@ -26,6 +26,7 @@ from idp_jax.jobs.progress import SILENT, Progress
 from idp_jax.models.config import from_hf
 from idp_jax.models.decoder import Decoder
 from idp_jax.models.head import Head
+from idp_jax.processes import gather
 from idp_jax.sharding import shard_batch
 from idp_jax.training.cache import Cache, window_keys
 from idp_jax.training.objectives import Mix, make_objective
@@ -105,16 +106,17 @@ class Teacher:
             return batch
         if self._cache is None:
             return batch._replace(teacher=self._word(batch))
-        tokens = np.asarray(batch.tokens)
-        segments = None if batch.segments is None else np.asarray(batch.segments)
+        tokens, segments = gather((batch.tokens, batch.segments))
+        segments = None if segments is None else np.asarray(segments)
 
         def ask() -> dict[str, np.ndarray]:
             word = self._word(batch)
             if word.kept is None:
-                return {"hidden": np.asarray(word.hidden, np.float32)}
-            return {name: np.asarray(getattr(word.kept, name)) for name in word.kept.FIELDS}
+                return {"hidden": np.asarray(gather(word.hidden), np.float32)}
+            kept = gather({name: getattr(word.kept, name) for name in word.kept.FIELDS})
+            return {name: np.asarray(value) for name, value in kept.items()}
 
-        rows = self._cache.rows(window_keys(tokens, segments), ask)
+        rows = self._cache.rows(window_keys(np.asarray(tokens), segments), ask)
         settings = self._config.teacher
         if settings.form == "full":
             hidden = jnp.asarray(rows["hidden"], self.head.kernel.dtype)
@@ -233,11 +235,6 @@ def _check_cache(config: Train, objective: Mix) -> None:
             f"--teacher.cache {cache} of --teacher.form {form} keeps what kl needs, and nothing "
             f"else: --objective {config.objective!r} cannot be trained from it; give "
             "--teacher.form full"
-        )
-    if jax.process_count() > 1:
-        raise ConfigError(
-            f"--teacher.cache {cache} is for one process, and this job has {jax.process_count()}; "
-            "leave it out, and the teacher runs beside the student"
         )
 
 

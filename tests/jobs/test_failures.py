@@ -11,7 +11,7 @@ import pytest
 
 from idp_jax.config import ConfigError
 from idp_jax.config.files import read_yaml
-from idp_jax.jobs.failures import explained
+from idp_jax.jobs.failures import explained, lost_a_process
 from idp_jax.jobs.files import naming, read_json, write_file
 
 
@@ -45,6 +45,16 @@ def test_a_full_disk_names_the_file(tmp_path, error):
     assert status == 1 and not list(tmp_path.iterdir())
     # Where nobody named it, the result is named.
     assert explained(raised(lambda: fail(error)), tmp_path)[0].startswith(f"{tmp_path}: No space")
+
+
+def test_a_process_that_lost_another_says_so(monkeypatch):
+    error = RuntimeError("FAILED_PRECONDITION: Gloo all-reduce failed: Connection closed by peer")
+    assert not lost_a_process(error)
+    monkeypatch.setattr("jax.distributed.is_initialized", lambda: True)
+    assert lost_a_process(error) and not lost_a_process(RuntimeError("INTERNAL: a bug"))
+    said, status = explained(error)
+    assert said.startswith("another process of this job has ended or cannot be reached (FAILED_")
+    assert said.endswith("give the same command again in all of them") and status == 1
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EFBIG, errno.EDQUOT])

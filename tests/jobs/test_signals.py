@@ -114,6 +114,24 @@ def test_a_save_is_finished():
     assert (code, out) == (130, "saved\n") and seconds > 1
 
 
+TOGETHER = """
+signals.begin(resumes=True)
+say("ready")
+with signals.together():
+    while not signals.asked():
+        time.sleep(0.01)
+    signals.check()
+    say(signals.asked())
+signals.check()
+say("never")
+"""
+
+
+def test_among_several_processes_a_check_point_stops_none_alone():
+    code, out, _, _ = ended(TOGETHER, signal.SIGTERM)
+    assert (code, out) == (143, "15\n")
+
+
 def test_a_command_that_is_done_before_it_looks_is_no_failure():
     work = 'signals.begin(resumes=True)\nsay("ready")\ntime.sleep(0.5)'
     code, out, err, _ = ended(work, signal.SIGTERM)

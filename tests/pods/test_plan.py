@@ -8,8 +8,8 @@ import pytest
 
 from idp_jax.commands.plan import run
 from idp_jax.config import ConfigError, Data, Lora, Mesh, Plan, Teacher
-from idp_jax.pods import plan as pods
 from idp_jax.jobs.chips import CHIPS
+from idp_jax.pods import plan as pods
 from idp_jax.pods.chips import Topology, open_topology
 from idp_jax.pods.plan import plan
 from idp_jax.pods.programs import Job

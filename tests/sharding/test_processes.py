@@ -1,83 +1,120 @@
-"""Two processes work as one: a job over a network, on one machine."""
+"""Two processes of four devices each work as one: a job over a network, on one machine."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from idp_jax import load_model
+from idp_jax.evaluation import read
+from idp_jax.formats import save_adapter
+from idp_jax.jobs.files import contents
+from idp_jax.recover import Pool, SoftPrompt
 from tests.helpers import tiny_folder
+from tests.sharding.processes import finish, start, start_together
 
-WORKER = Path(__file__).with_name("process_worker.py")
+# A model on all devices; prints the bytes of its matrices that this process read.
+_LOAD = """
+import sys
+from idp_jax.config import Mesh
+from idp_jax.formats import later, load_model
+from idp_jax.processes import mesh_of
 
+read, fill = [0], later._fill
 
-def _start(arguments: list[str], environment: dict[str, str]) -> subprocess.Popen:
-    own = {key: value for key, value in os.environ.items() if not key.startswith("XLA_")}
-    return subprocess.Popen(
-        [sys.executable, str(WORKER), *arguments],
-        env={**own, **environment},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def counted(layer, indices, buffers):
+    fill(layer, indices, buffers)
+    read[0] += sum(buffer.nbytes for buffer in buffers)
 
-
-def _finish(processes: list[subprocess.Popen], status: int = 0) -> list[str]:
-    """Waits for processes that must end with this status; returns what each said of errors."""
-    said = []
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=300)
-            assert process.returncode == status, errors[-2000:]
-            said.append(errors)
-        return said
-    finally:
-        for process in processes:  # one that failed leaves the other waiting for it
-            process.kill()
-            process.communicate()
+later._fill = counted
+load_model(sys.argv[1], mesh=mesh_of(Mesh(fsdp=-1)))
+print(read[0], file=sys.stderr)
+"""
+MESH = ("--mesh.data", 4, "--mesh.fsdp", 2)
 
 
-def _start_together(arguments: list[str]) -> list[subprocess.Popen]:
-    """Two processes of one job."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    together = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    arguments = [*arguments, "mesh"]
-    return [_start(arguments, {**together, "JAX_PROCESS_ID": str(i)}) for i in range(2)]
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A model, what it might have been made of, and a text."""
+    folder = tmp_path_factory.mktemp("files")
+    for seed, name in enumerate(("model", "teacher")):
+        tiny_folder(folder / name, "llama", seed=seed, num_layers=1, max_positions=512)
+    lines = (f"line {n} of {n * n % 17} words" for n in range(200))
+    (folder / "text.txt").write_text(" ".join(lines))
+    return folder
 
 
-def _alone_and_together(command: str, model: Path, text: str, folder: Path) -> list[Path]:
-    """What one process makes, and what two that know each other make together."""
-    outs = [folder / "one", folder / "two"]
-    _finish([_start([command, str(model), text, str(outs[0])], {})])
-    _finish(_start_together([command, str(model), text, str(outs[1])]))
-    return outs
+def training(files, out, *options):
+    """Five steps of a LoRA beside a teacher."""
+    call = ["train", "--model", files / "model", "--out", out, "--method", "lora"]
+    call += ["--batch-size", 8, "--tokens", 5 * 8 * 16, "--data.sequence-length", 16]
+    call += ["--data.validation-windows", 4, "--evaluate-every", 2, "--objective", "kl"]
+    call += ["--teacher.model", files / "teacher", "--optimizer.learning-rate", 1e-3]
+    return [*call, *options]
 
 
-def test_two_processes_train_like_one(tmp_path):
-    model = tmp_path / "model"
-    tiny_folder(model, "llama")
-    text = tmp_path / "text.txt"
-    text.write_text(" ".join(f"line {n} of {n * n % 17} words" for n in range(200)))
-    outs = _alone_and_together("train", model, str(text), tmp_path)
-    one, two = (load_file(out / "adapter/adapter_model.safetensors") for out in outs)
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        np.testing.assert_allclose(two[name], value, atol=1e-5)
-    assert any(np.abs(value).max() > 1e-3 for name, value in one.items() if "lora_B" in name)
+def check_alike(one, two):
+    """The adapters of two runs, which are no start."""
+    here, there = (load_file(out / "last/adapter_model.safetensors") for out in (one, two))
+    assert here.keys() == there.keys()
+    for name, value in here.items():
+        np.testing.assert_allclose(there[name], value, atol=1e-5)
+    assert any(np.abs(value).max() > 1e-4 for name, value in here.items() if "lora_B" in name)
+
+
+def test_on_text_of_their_own_two_processes_train_like_one(files, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    text = ("--data.train", "self", "--data.validation", files / "text.txt")
+    finish([start(*training(files, one, *text))])
+    finish(start_together(*training(files, two, *text, *MESH)))
+    texts = [(out / "self_text.jsonl").read_bytes() for out in (one, two)]
+    assert texts[0] == texts[1]
+    check_alike(one, two)
+
+
+@pytest.mark.slow
+def test_the_word_that_two_processes_keep_serves_one(files, tmp_path):
+    one, two, cache = tmp_path / "one", tmp_path / "two", tmp_path / "cache"
+    options = ("--data.train", files / "text.txt", "--teacher.cache", cache)
+    finish(start_together(*training(files, two, *options, *MESH)))
+    before = contents(cache)
+    finish([start(*training(files, one, *options))])
+    assert contents(cache) == before
+    check_alike(one, two)
+
+
+def test_two_processes_score_like_one(files, tmp_path):
+    """Also where batches do not divide over the mesh; process 0 alone writes and speaks."""
+    model = load_model(files / "model")
+    prompts = [SoftPrompt.init(model, n, jax.random.key(n)) for n in (3, 5)]
+    save_adapter(Pool(prompts), tmp_path / "pool", decoder=model)
+    call = ["eval", "--model", files / "model", "--adapter", tmp_path / "pool", "--batch-size", 3]
+    call += ["--perplexity", files / "text.txt", "--sequence-length", 16, "--windows", 5]
+    call += ["--tasks", "knowledge_arts", "--limit", 2, "--max-length", 128]
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    finish([start(*call, "--out", one)])
+    said = finish(start_together(*call, "--out", two, *MESH))
+    assert [str(two) in errors for errors in said] == [True, False]
+    alone, together = (read(out).variants[0] for out in (one, two))
+    losses = [found.perplexity.per_window_nll for found in (alone, together)]
+    np.testing.assert_allclose(*losses, atol=1e-5)
+    assert together.perplexity.perplexity == pytest.approx(alone.perplexity.perplexity, rel=1e-5)
+    assert together.tasks == alone.tasks
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.json", "pool", "two.json"]
 
 
 @pytest.mark.slow
 def test_two_processes_compress_like_one(tmp_path):
     # A vocabulary that the mesh divides: embedding and head are larger than any one process holds.
     model = tiny_folder(tmp_path / "model", "llama", vocab_size=264, num_layers=1)
-    outs = _alone_and_together("compress", model, "self", tmp_path)
+    outs = [tmp_path / "one", tmp_path / "two"]
+    call = ["compress", model, "--calibration", "self", "--group-size", 32, "--samples", 8]
+    call += ["--sequence-length", 32]
+    mesh = ("--mesh.data", 4, "--mesh.model", 2)
+    finish([start(*call, "--out", outs[0])])
+    finish(start_together(*call, "--out", outs[1], *mesh))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "one", "two"]
     names = [sorted(path.name for path in out.iterdir()) for out in outs]
     assert names[0] == names[1]
@@ -100,7 +137,7 @@ def test_two_processes_compress_like_one(tmp_path):
 
 def test_a_process_reads_its_part_and_hears_of_the_others(tmp_path):
     model = tiny_folder(tmp_path / "model", "llama", vocab_size=264)
-    said = _finish(_start_together(["load", str(model), "", ""]))
+    said = finish(start_together(model, code=_LOAD))
     tensors = load_file(model / "model.safetensors")
     norms = sum(value.nbytes for name, value in tensors.items() if "norm" in name)
     matrices = sum(value.nbytes for value in tensors.values()) - norms
@@ -108,7 +145,7 @@ def test_a_process_reads_its_part_and_hears_of_the_others(tmp_path):
     name = "model.layers.1.mlp.up_proj.weight"
     tensors[name][3, -1] = np.nan  # one of the last inputs, which lie on the second process
     save_file(tensors, model / "model.safetensors")
-    first, second = _finish(_start_together(["load", str(model), "", ""]), status=1)
+    first, second = finish(start_together(model, code=_LOAD), status=1)
     assert f"ValueError: process 1 failed: {name}" in first.splitlines()[-1]
     assert f"CheckpointError: {name}" in second.splitlines()[-1] and "1 of" in second
 
@@ -118,9 +155,11 @@ def test_what_stops_the_first_process_stops_all(tmp_path):
     model = tiny_folder(tmp_path / "model", "llama", vocab_size=264, num_layers=1)
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "letter.txt").write_text("dear")
-    processes = _start_together(["compress", str(model), "self", str(tmp_path / "out")])
-    first, second = _finish(processes, status=1)
+    call = ["compress", model, "--calibration", "self", "--out", tmp_path / "out"]
+    call += ["--group-size", 32]
+    processes = start_together(*call, "--mesh.data", 4, "--mesh.model", 2)
+    first, second = finish(processes, status=2)
     reason = f"{tmp_path / 'out.partial'} exists and holds no run of this kind; give another --out"
-    assert first.rstrip().endswith(f"ConfigError: {reason}")
-    assert second.rstrip().endswith(f"ValueError: process 0 failed: {reason}")
+    assert first.endswith(f"idp-jax: {reason}\n")
+    assert second.endswith(f"idp-jax: process 0 failed: {reason}\n")
     assert (tmp_path / "out.partial" / "letter.txt").read_text() == "dear"
