@@ -254,7 +254,7 @@ class Batches:
     def __next__(self) -> Batch:
         """The next batch, tokens (and segments) int32 [rows, length]."""
         local = self._text.local is not None
-        found = [self._local(row) for row in self._rows] if local else self._streamed()
+        found = [self._local(int(row)) for row in self._rows] if local else self._streamed()
         self._taken += self._size
         return self._text.batch(found)
 
