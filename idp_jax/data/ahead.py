@@ -38,8 +38,10 @@ class Ahead:
         self._batches.set_state(state)
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Ends the thread; nothing is taken after that."""
         self._batches.close()
+        # One that lives until the interpreter ends is closed once more, and says that it cannot be.
+        del self._batches
 
 
 def _source(batches: Batches) -> Any:
