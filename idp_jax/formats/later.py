@@ -111,7 +111,7 @@ def _placed(leaf, sharding: NamedSharding | None) -> jax.Array:
     if sharding is None:
         (part,) = _read(leaf, [(slice(None),) * leaf.ndim])
         return _on_device(part, None)
-    indices = sharding.addressable_devices_indices_map(leaf.shape)
+    indices: Any = sharding.addressable_devices_indices_map(leaf.shape)
     # Devices that hold the same part are given one reading of it.
     known = {_bounds(index, leaf.shape): index for index in indices.values()}
     read = dict(zip(known, _read(leaf, list(known.values())), strict=True))
@@ -155,6 +155,6 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _on_device(part: np.ndarray, device: jax.Device | None) -> jax.Array:
+def _on_device(part: np.ndarray, device: Any) -> jax.Array:
     # On a CPU the array keeps this memory, which nobody else writes to.
     return jax.device_put(part, device, may_alias=True)
