@@ -81,6 +81,7 @@ def load(
                 [sys.executable, "-c", _LOAD, str(model), dtype, str(processes), str(warm)],
                 stdout=subprocess.PIPE,
                 text=True,
+                cwd=checkout,  # which Python searches first
                 env=own | (several if processes > 1 else {}),
             )
         )

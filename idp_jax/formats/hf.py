@@ -172,8 +172,7 @@ class Reader:
         if self.source.find(f"{name}.weight_packed"):
             parts, packing, _ = self._parts(name, compressed_tensors)
             return compressed_tensors.to_weight(name, shape, parts, bias_array, packing)
-        kernel: Any = self.later(f"{name}.weight", shape).T
-        return Dense(kernel, bias_array)
+        return Dense(cast(Any, self.later(f"{name}.weight", shape).T), bias_array)
 
     def _parts(self, name: str, kind) -> tuple[dict[str, np.ndarray | Later], Packing, Layout]:
         """The tensors of a packed matrix, how they are packed, and the whole layout."""

@@ -111,7 +111,7 @@ def _placed(leaf, sharding: NamedSharding | None) -> jax.Array:
     if sharding is None:
         (part,) = _read(leaf, [(slice(None),) * leaf.ndim])
         return _on_device(part, None)
-    indices: dict[Any, Any] = dict(sharding.addressable_devices_indices_map(leaf.shape))
+    indices: Any = sharding.addressable_devices_indices_map(leaf.shape)
     # Devices that hold the same part are given one reading of it.
     known = {_bounds(index, leaf.shape): index for index in indices.values()}
     read = dict(zip(known, _read(leaf, list(known.values())), strict=True))
