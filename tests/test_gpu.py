@@ -88,7 +88,10 @@ def test_smollm2_is_asked_for_as_the_command_line_takes_it(tmp_path):
         assert score.model == model and score.task_names == ["knowledge"] and score.latency
 
 
-@pytest.mark.parametrize("name", ["values-quant", "speed", "decode", "step-prompt"])
+_LONG = [pytest.param(n, marks=pytest.mark.slow) for n in ("speed", "decode", "step-prompt")]
+
+
+@pytest.mark.parametrize("name", ["values-quant", *_LONG])
 def test_a_part_runs_in_small(name, tmp_path):
     (part,) = [p for p in gpu.every_part(tmp_path) if p.name.startswith(name) and p.dry]
     ended = gpu.run_part(part, tmp_path, 120, dry=True, again=False)
