@@ -6,12 +6,18 @@ they finish. A call must end within ten seconds of its signal, with 130 or 143 (
 finished), and print no traceback; the files at the end must be those of an undisturbed job.
 
     python benchmarks/signals.py --signals 200
+
+With --together the job is one training of two processes with four CPU devices each, and one of
+them, or both, get SIGKILL once they have met. The other must end by itself with one line.
+
+    python benchmarks/signals.py --together --signals 20
 """
 
 import argparse
 import hashlib
 import json
 import signal
+import socket
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -27,6 +33,9 @@ from rich.table import Table
 from idp_jax.jobs.marker import MARKER
 
 _LIMIT = 10.0  # seconds from a signal to the end
+_PATIENCE = 80.0  # seconds until a process has noticed that another one is gone
+_TOGETHER = "train together"
+_NOTICED = "idp-jax: another process of this job has ended"
 _LENGTH, _WORDS = 32, 512
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # What differs between two calls that do the same in two folders; the last three are digests of what
@@ -79,6 +88,62 @@ def commands(files: Path) -> dict[str, tuple]:
         "eval": (*scoring, "--batch-size", 1, "--tasks", "knowledge", "--limit", 2),
         "demo": ("demo", "--config_path", files / "demo.yaml"),
     }
+
+
+def together(files: Path) -> tuple:
+    """Options of the training of two processes."""
+    training = ("train", "--model", files / "model", "--data.train", files / "text.txt")
+    training += ("--data.sequence-length", _LENGTH, "--batch-size", 8, "--tokens", 24 * 8 * _LENGTH)
+    training += ("--data.validation-windows", 8, "--evaluate-every", 8, "--checkpoint-every", 3)
+    return (*training, "--method", "lora", "--mesh.data", 4, "--mesh.fsdp", 2)
+
+
+class Pair:
+    """Two processes of one job, used like one; a signal goes to one of them, or to both."""
+
+    def __init__(self, arguments: tuple, log: Path, rng: np.random.Generator, **variables: str):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        variables |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+        variables |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+        variables |= {"JAX_PLATFORMS": "cpu"}
+        self.log, self.rng = log, rng
+        self.processes = [
+            start(*arguments, log=log, JAX_PROCESS_ID=str(number), **variables)
+            for number in range(2)
+        ]
+
+    def meet(self) -> None:
+        """Waits until both have joined the job: before, one waits five minutes for another."""
+        met = lambda: "peer ranks" in self.log.read_text(errors="replace")
+        while not met() and all(process.poll() is None for process in self.processes):
+            time.sleep(0.05)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Their status: one that nobody sent or chose, before that of the signal, before 0."""
+        ends = None if timeout is None else time.monotonic() + timeout
+        left = lambda: None if ends is None else max(0.0, ends - time.monotonic())
+        codes = {process.wait(left()) for process in self.processes} - {0}
+        return min(codes - {1, -signal.SIGKILL} or codes, default=0)
+
+    def send_signal(self, number: int) -> None:
+        """To the first, to the second, or to both of them."""
+        chosen = self.rng.integers(1, 4)
+        for place, process in enumerate(self.processes):
+            if chosen & (1 << place):
+                process.send_signal(number)
+
+    def kill(self) -> None:
+        """Ends what still runs."""
+        for process in self.processes:
+            process.kill()
+
+    def faults(self) -> list[str]:
+        """What a process that was left alone did not say."""
+        alone = 1 in {process.returncode for process in self.processes}
+        said = self.log.read_text(errors="replace")
+        return ["says nothing"] if alone and _NOTICED not in said else []
 
 
 def write_files(files: Path) -> None:
@@ -139,25 +204,31 @@ def _without(value):
 class Bench:
     """Jobs of one model, with what has been compiled once kept between them."""
 
-    def __init__(self, files: Path):
-        self.files, self.log = files, files / "log"
-        self.commands = commands(files)
+    def __init__(self, files: Path, rng: np.random.Generator, is_pair: bool):
+        self.files, self.log, self.rng = files, files / "log", rng
+        self.commands = {_TOGETHER: together(files)} if is_pair else commands(files)
+        self.limit = _PATIENCE if is_pair else _LIMIT
         self.cache = {
             "JAX_COMPILATION_CACHE_DIR": str(files / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
 
     def call(self, name: str, out: Path):
-        """A process of a command that works in `out`."""
+        """A process of a command that works in `out`, or two that have met."""
         self.log.write_text("")
         arguments = (*self.commands[name], *placed(name, out))
-        return start(*arguments, log=self.log, **self.cache)
+        if name != _TOGETHER:
+            return start(*arguments, log=self.log, **self.cache)
+        pair = Pair(arguments, self.log, self.rng, **self.cache)
+        pair.meet()
+        return pair
 
     def whole(self, name: str, out: Path) -> float:
         """Runs a job to its end; returns its seconds."""
         out.parent.mkdir(parents=True, exist_ok=True)
+        process = self.call(name, out)
         started = time.perf_counter()
-        code = self.call(name, out).wait()
+        code = process.wait()
         if code:
             raise SystemExit(f"{name} failed with {code}:\n{self.log.read_text()[-2000:]}")
         return time.perf_counter() - started
@@ -175,7 +246,7 @@ class Bench:
         tally.signals += 1
         where = f"{name}, {signal.Signals(number).name} after {moment:.2f} s"
         try:
-            code = process.wait(2 * _LIMIT)
+            code = process.wait(2 * self.limit)
         except TimeoutExpired:
             process.kill()
             code = process.wait()
@@ -183,7 +254,9 @@ class Bench:
         tally.seconds.append(seconds)
         tally.finished += code == 0
         said = self.log.read_text(errors="replace")
-        if seconds > _LIMIT:
+        if isinstance(process, Pair):
+            tally.wrong += [f"{where}: {fault}" for fault in process.faults()]
+        if seconds > self.limit:
             tally.wrong.append(f"{where}: {seconds:.1f} s to end")
         # A signal before the interpreter is there ends it the system's way: -2 and -15.
         if code not in (0, 128 + number, -number):
@@ -200,13 +273,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--signals", type=int, default=28)
     parser.add_argument("--only", help="commands whose name holds this word")
+    parser.add_argument(
+        "--together", action="store_true", help="kill one training of two processes"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    rng, numbers = np.random.default_rng(options.seed), cycle(_SIGNALS)
+    rng = np.random.default_rng(options.seed)
+    numbers = cycle((signal.SIGKILL,) if options.together else _SIGNALS)
     with tempfile.TemporaryDirectory() as temporary:
         files = Path(temporary)
         write_files(files)
-        bench = Bench(files)
+        bench = Bench(files, rng, options.together)
         names = [name for name in bench.commands if options.only in (None, *name.split())]
         tallies = {name: Tally() for name in names}
         times, expected = {}, {}
