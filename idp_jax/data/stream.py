@@ -254,12 +254,12 @@ class Batches:
     def __next__(self) -> Batch:
         """The next batch, tokens (and segments) int32 [rows, length]."""
         local = self._text.local is not None
-        found = [self._local(row) for row in self._rows] if local else self._streamed()
+        found = [self._local(int(row)) for row in self._rows] if local else self._streamed()
         self._taken += self._size
         return self._text.batch(found)
 
     def _local(self, row: int) -> np.ndarray:
-        epoch, place = divmod(self._taken + int(row), self._text.windows_of_an_epoch)
+        epoch, place = divmod(self._taken + row, self._text.windows_of_an_epoch)
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, self._text.epoch(epoch)
         return self._text.local_window(self._order[1][place])

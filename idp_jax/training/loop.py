@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -272,7 +273,8 @@ class _Run:
         except Exception:
             self.catch_up()  # the step before went well: its numbers are to be told
             raise
-        if self.unread is None or self.unread.values["loss"].is_ready():
+        loss: Any = None if self.unread is None else self.unread.values["loss"]
+        if loss is None or loss.is_ready():
             self.stalled += time.perf_counter() - began
         return batch
 
