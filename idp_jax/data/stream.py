@@ -259,7 +259,7 @@ class Batches:
         return self._text.batch(found)
 
     def _local(self, row: int) -> np.ndarray:
-        epoch, place = divmod(self._taken + int(row), self._text.windows_of_an_epoch)
+        epoch, place = divmod(self._taken + row, self._text.windows_of_an_epoch)
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, self._text.epoch(epoch)
         return self._text.local_window(self._order[1][place])
