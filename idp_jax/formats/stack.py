@@ -75,7 +75,8 @@ def alike(weights: list[Dense | Quantized]) -> list[Dense] | list[Quantized]:
 
 
 def expanded(weight: Quantized, dtype: DTypeLike = np.float32) -> Dense:
-    """The matrix that a packed weight stands for."""
+    """The matrix that a packed weight stands for, which may still have to be read."""
+    weight = whole(weight)
     bias = None if weight.bias is None else weight.bias[...]
     return Dense(np.asarray(_dense(weight)).astype(dtype), bias)
 
