@@ -318,7 +318,7 @@ def test_trainings_share_what_the_uncompressed_model_said(sources, tmp_path):
     made = {name: settings.training(name, 0.1, "m", tmp_path, tokens=4096) for name in recipes}
     caches = {name: config.teacher.cache for name, config in made.items()}
     none = dict.fromkeys(("ce", "start", "other", "short"))
-    assert caches == none | {"kl": settings.out / "teacher" / "float32", "own": Path("own")}
+    assert caches == none | {"kl": settings.out / "teacher" / "default", "own": Path("own")}
 
 
 def test_a_training_that_diverges_counts_as_a_trial(sources, tmp_path, monkeypatch):
