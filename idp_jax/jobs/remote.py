@@ -137,7 +137,9 @@ class _Mirror:
                 raise ConfigError(
                     f"{self.url} exists and holds no run of this kind; give another --out"
                 )
-            shutil.rmtree(self.folder, ignore_errors=True)
+            if kept:  # it was there, and has been removed; else only this folder has the work
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self._kept.unlink()
             self._token = None
             return
         self._token = listed["token"]

@@ -143,3 +143,17 @@ class TestRun:
                     break
                 remote.threading.Event().wait(0.02)
             assert store.cat("/run/a") == b"1"
+
+
+def test_what_was_never_copied_is_not_lost(store):
+    """A run that was killed within its first minute, or while the store could not be reached."""
+    with working("memory://run") as folder:
+        pass
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "step.bin").write_bytes(b"work")
+    with working("memory://run") as again:
+        assert (again / "step.bin").read_bytes() == b"work"
+    assert files(store) == {"step.bin", MANIFEST}
+    store.rm("/run", recursive=True)  # it is to begin anew
+    with working("memory://run") as anew:
+        assert not (anew / "step.bin").exists()
