@@ -200,9 +200,16 @@ def _flops(instruction: _Instruction, types: dict[str, str]) -> float:
         axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
         contracted = math.prod(operands[0][axis] for axis in _sizes(axes[1] if axes else ""))
         return 2.0 * result * contracted
-    labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.rest)
-    inputs = operands[1][labels[1].index("i")] if labels else 1
-    return 2.0 * result * inputs * _taps(instruction.rest)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
+    if labels is None:
+        return 2.0 * result
+    inputs = operands[1][labels[2].index("i")]
+    places = _sizes(_SHAPE.findall(instruction.result)[0][1])
+    taps = [
+        _taps(window, operands[0][labels[1].index(axis)], places[labels[3].index(axis)])
+        for axis, window in _windows(instruction.rest)
+    ]
+    return 2.0 * result * inputs * math.prod(taps)
 
 
 def _attention_flops(instruction: _Instruction) -> float:
@@ -222,17 +229,30 @@ def _attention_flops(instruction: _Instruction) -> float:
     return _PRODUCTS[named[1]] * 2.0 * math.prod(queries[:-2]) * width * visible
 
 
-def _taps(rest: str) -> int:
-    """The numbers of a window that a convolution's result sums up.
-
-    Of a product of many matrices the compiler makes a convolution whose input is dilated as widely
-    as its window reaches: all but one of the window's numbers meet zeros.
-    """
+def _windows(rest: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """The spatial axes of a convolution, as its labels name them, and what is said of each."""
     window = re.search(r"window=\{([^}]*)\}", rest)
-    parts = dict(re.findall(r"(\w+)=([\dx]+)", window[1])) if window else {}
-    sizes = [int(size) for size in parts.get("size", "1").split("x")]
-    dilated = [int(n) for n in parts.get("lhs_dilate", "x".join("1" * len(sizes))).split("x")]
-    return math.prod(-(-size // by) for size, by in zip(sizes, dilated, strict=True))
+    said = dict(part.split("=") for part in window[1].split()) if window else {}
+    axes = {name: values.split("x") for name, values in said.items()}
+    for number in range(len(axes.get("size", ()))):
+        yield str(number), {name: values[number] for name, values in axes.items()}
+
+
+def _taps(window: dict[str, str], length: int, places: int) -> float:
+    """The numbers of an input's axis that a convolution's result sums up, on average.
+
+    Of a product of many matrices the compiler makes a convolution whose window meets zeros, between
+    the numbers of a dilated input or beside it, in all places but one.
+    """
+    number = lambda name: int(window.get(name, 1))
+    first = int(window.get("pad", "0").split("_")[0])
+    reached = (
+        place * number("stride") + tap * number("rhs_dilate") - first
+        for place in range(places)
+        for tap in range(number("size"))
+    )
+    last, step = (length - 1) * number("lhs_dilate"), number("lhs_dilate")
+    return sum(0 <= at <= last and at % step == 0 for at in reached) / places
 
 
 def _operands(rest: str) -> list[str]:

@@ -109,3 +109,10 @@ def test_splash_attention_is_counted_by_its_shapes():
         body = line.format(f"splash_mha_{kernel}", layouts)
         text = "ENTRY %main (p: bf16[1]) -> bf16[1] {\n" + body + "\n}\n"
         assert count(text).flops == products * 2 * 2 * 4 * 8 * pairs
+
+
+def test_a_convolution_counts_what_its_window_meets():
+    window = "window={size=4 pad=3_3 rhs_reversal=1}, dim_labels=bf0_0oi->b0f"
+    line = f"  %a.1 = f32[32,4,16] convolution(bf16[32,8,1] %x, bf16[4,16,8] %y), {window}"
+    text = "ENTRY %main (p: bf16[1]) -> bf16[1] {\n" + line + "\n}\n"
+    assert count(text).flops == 2 * 32 * 4 * 16 * 8
