@@ -156,7 +156,7 @@ def test_what_stops_the_first_process_stops_all(tmp_path):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "letter.txt").write_text("dear")
     call = ["compress", model, "--calibration", "self", "--out", tmp_path / "out"]
-    call += ["--group-size", 32]
+    call += ["--group-size", 32, "--sequence-length", 32]
     processes = start_together(*call, "--mesh.data", 4, "--mesh.model", 2)
     first, second = finish(processes, status=2)
     reason = f"{tmp_path / 'out.partial'} exists and holds no run of this kind; give another --out"

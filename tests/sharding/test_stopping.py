@@ -98,6 +98,7 @@ def test_a_process_that_is_left_alone_ends_with_one_line(files, whole, tmp_path,
     processes = begin(files, tmp_path / "run", **TOGETHER)
     wait_for(tmp_path / "run", processes, 7)
     processes[killed].kill()
+    finish([processes[killed]], status=-signal.SIGKILL)
     (said,) = finish([processes[1 - killed]], status=1)
     line = said.splitlines()[-1]
     assert line.startswith("idp-jax: another process of this job has ended")
