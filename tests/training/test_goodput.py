@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from idp_jax.commands.train import _spent
 from idp_jax.config import Optimizer
 from idp_jax.data.stream import TrainingText
 from idp_jax.recover import SoftPrompt
@@ -112,3 +113,10 @@ def test_the_parts_of_a_step_have_names():
     text = make_train_step(optimizer, next_token).compiled(state, model, batch).as_text()
     for part in ("attention", "mlp", "head", "loss", "optimizer", "embed"):
         assert f"/{part}/" in text or f"({part})/" in text, part
+
+
+def test_a_call_of_no_time_says_no_more_than_its_goodput():
+    time = {"goodput": 0.5, "seconds": {"steps": 0.2, "all": 0.4}}
+    assert _spent(time) == "goodput 50% of 0:00:00 in steps"
+    time["seconds"] = {"steps": 2, "saving": 1, "all": 4}
+    assert _spent(time) == "goodput 50% of 0:00:04 in steps: 0:00:02 steps, 0:00:01 saving"
