@@ -119,8 +119,10 @@ def test_the_parts_of_a_step_have_names():
 def test_a_signal_waits_for_the_trace(tmp_path, monkeypatch):
     profile, held = Profile(tmp_path, 1), []
     with signals.handled():
+        watch = signals._watch
+        assert watch is not None
         monkeypatch.setattr(jax.profiler, "start_trace", lambda *folder, **options: None)
-        monkeypatch.setattr(jax.profiler, "stop_trace", lambda: held.append(signals._watch.holds))
+        monkeypatch.setattr(jax.profiler, "stop_trace", lambda: held.append(watch.holds))
         profile.start(3)
         profile.stop(3)
     assert held == [1]
