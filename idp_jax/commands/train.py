@@ -8,7 +8,7 @@ from idp_jax.config import url_of
 from idp_jax.formats.source import open_config
 from idp_jax.jobs.progress import Bars, clock, console, is_first_process
 from idp_jax.models.config import from_hf
-from idp_jax.training.plan import measured_rate, plan
+from idp_jax.training.plan import dtype_of, measured_rate, plan
 from idp_jax.training.teacher import check_teacher
 
 
@@ -49,16 +49,17 @@ def _spent(time: dict[str, Any]) -> str:
     parts = [f"{clock(value)} {name}" for name, value in others if value >= 0.5]
     if "mfu" in time:
         reached = f", MFU {time['mfu']:.0%} in them"
-    return f"goodput {time['goodput']:.0%} of {clock(total)} in steps{reached}: {', '.join(parts)}"
+    said = f"goodput {time['goodput']:.0%} of {clock(total)} in steps{reached}"
+    return ": ".join([said, *([", ".join(parts)] if parts else [])])
 
 
 def _plan(settings: config.Train) -> None:
     """Prints what the run would take here; of the model its config.json is enough."""
     check_teacher(settings)
-    model = from_hf(open_config(settings.model))
+    raw = open_config(settings.model)
+    model, dtype = from_hf(raw), dtype_of(raw, settings)
     plans = plan(settings, None)
     tokens = settings.batch_size * settings.data.sequence_length
-    dtype = "float32" if settings.dtype in ("auto", None) else settings.dtype
     console.print("measuring this machine", highlight=False)
     show(training_table(plans, settings, measured_rate(model, dtype, tokens)), console)
     for found in plans:

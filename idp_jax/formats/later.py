@@ -78,8 +78,16 @@ class Stacked:
     def __init__(self, layers: Sequence[Later | np.ndarray]):
         self.layers = layers
         self.shape = (len(layers), *layers[0].shape)
-        self.dtype = np.result_type(*{layer.dtype for layer in layers})
+        self.dtype = _common({layer.dtype for layer in layers})
         self.ndim = len(self.shape)
+
+
+def _common(dtypes: set[np.dtype]) -> np.dtype:
+    """One that holds the numbers of all."""
+    try:
+        return np.result_type(*dtypes)
+    except TypeError:  # float16 and bfloat16: neither holds the other
+        return np.dtype(np.float32)
 
 
 def whole(tree):

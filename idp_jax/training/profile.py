@@ -5,6 +5,8 @@ from pathlib import Path
 
 import jax
 
+from idp_jax.jobs import signals
+
 WARM_UP = 2
 """Steps in front of the first that is traced."""
 
@@ -55,7 +57,8 @@ class Profile:
             return
         first, self._first, self._done = self._first, None, True
         if jax.process_index() == 0:
-            jax.profiler.stop_trace()
+            with signals.hold():  # a long trace takes longer to write than a signal waits
+                jax.profiler.stop_trace()
             self._say(
                 f"the trace of steps {first} to {step} is in {self.folder}: give its "
                 ".trace.json.gz to https://ui.perfetto.dev, or the folder to xprof"

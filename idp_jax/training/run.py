@@ -49,7 +49,7 @@ from idp_jax.training.teacher import Teacher
 from idp_jax.training.text import open_text, self_text
 
 # What may change between two calls that work on the same run: it does not change what is trained.
-_FREE = ("out", "mesh", "passes", "evaluate_every", "checkpoint_every", "tracking", "plan")
+_FREE = ("out", "mesh", "passes", "remat", "evaluate_every", "checkpoint_every", "tracking", "plan")
 _FREE += ("keep_checkpoints", "profile", "teacher.cache")
 
 

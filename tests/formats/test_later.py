@@ -65,6 +65,13 @@ def folder(request, tmp_path_factory):
     return FOLDERS[request.param](tmp_path_factory.mktemp("model"))
 
 
+def test_layers_of_two_half_types_are_held_in_the_smallest_type_of_both():
+    layers = [np.ones(3, np.float16), np.full(3, 2.0, jnp.bfloat16)]
+    stacked = Stacked(layers)
+    assert stacked.dtype == np.float32
+    np.testing.assert_array_equal(place({"x": stacked}, None)["x"], [[1.0] * 3, [2.0] * 3])
+
+
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_mesh_gets_the_bits_of_one_device(folder, mesh, dtype):

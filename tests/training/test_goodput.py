@@ -6,8 +6,10 @@ import jax
 import numpy as np
 import pytest
 
+from idp_jax.commands.train import _spent
 from idp_jax.config import Optimizer
 from idp_jax.data.stream import TrainingText
+from idp_jax.jobs import signals
 from idp_jax.recover import SoftPrompt
 from idp_jax.training import fit, next_token
 from idp_jax.training.goodput import Goodput
@@ -112,3 +114,22 @@ def test_the_parts_of_a_step_have_names():
     text = make_train_step(optimizer, next_token).compiled(state, model, batch).as_text()
     for part in ("attention", "mlp", "head", "loss", "optimizer", "embed"):
         assert f"/{part}/" in text or f"({part})/" in text, part
+
+
+def test_a_signal_waits_for_the_trace(tmp_path, monkeypatch):
+    profile, held = Profile(tmp_path, 1), []
+    with signals.handled():
+        watch = signals._watch
+        assert watch is not None
+        monkeypatch.setattr(jax.profiler, "start_trace", lambda *folder, **options: None)
+        monkeypatch.setattr(jax.profiler, "stop_trace", lambda: held.append(watch.holds))
+        profile.start(3)
+        profile.stop(3)
+    assert held == [1]
+
+
+def test_a_call_of_no_time_says_no_more_than_its_goodput():
+    time = {"goodput": 0.5, "seconds": {"steps": 0.2, "all": 0.4}}
+    assert _spent(time) == "goodput 50% of 0:00:00 in steps"
+    time["seconds"] = {"steps": 2, "saving": 1, "all": 4}
+    assert _spent(time) == "goodput 50% of 0:00:04 in steps: 0:00:02 steps, 0:00:01 saving"
