@@ -39,7 +39,7 @@ test-slow: $(INSTALLED)  ## the others: whole jobs, fuzzers, further variants
 	$(BIN)/python -m pytest -n auto --dist loadfile -m slow $(PYTEST_ARGS)
 
 test-pods: $(INSTALLED)  ## what is compiled for TPUs (needs libtpu in .venv)
-	$(BIN)/python -m pytest tests/pods tests/kernels/test_compile_tpu.py $(PYTEST_ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/pods tests/kernels/test_compile_tpu.py $(PYTEST_ARGS)
 
 test-newest: $(NEWEST_INSTALLED)  ## the tests of `make test` on Python 3.13 and the newest jax and flax
 	$(NEWEST)/bin/python -m pytest -n auto -m "not slow" $(PYTEST_ARGS)
