@@ -1,6 +1,7 @@
 """Devices that are not here, for programs that are compiled for them.
 
 The compilers need no device: libtpu brings the one for TPUs, jax's CUDA plugin the one for GPUs.
+A process that opens such devices keeps no compiled programs from then on.
 """
 
 import importlib.util
@@ -43,6 +44,7 @@ def tpus(kind: str, shape: Sequence[int]) -> list[Any]:
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ImportError("the TPU compiler is missing; pip install libtpu")
+    _keep_no_programs()
     for name, value in _NO_TPU.items():
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
@@ -66,6 +68,7 @@ def h100s(hosts: int, each: int) -> list[Any]:
             "the CUDA compiler is missing; pip install --no-deps jax-cuda13-pjrt jax-cuda13-plugin "
             "of jax's version"
         )
+    _keep_no_programs()
     from jax.experimental import topologies
 
     return list(
@@ -76,3 +79,12 @@ def h100s(hosts: int, each: int) -> list[Any]:
             target_config=_H100,
         ).devices
     )
+
+
+def _keep_no_programs() -> None:
+    """Turns JAX's cache of compiled programs off: without a device they cannot be read back."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
