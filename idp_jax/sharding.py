@@ -175,8 +175,7 @@ def batch_parts(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None) -> i
 
 def filled_rows(rows: int) -> int:
     """`rows`, or as many more as the mesh at work can share evenly; for batches that are filled."""
-    mesh = jax.sharding.get_abstract_mesh()
-    count = 1 if mesh.empty else parts("batch", mesh.shape)
+    count = batch_parts(jax.sharding.get_abstract_mesh())
     return -(-rows // count) * count
 
 

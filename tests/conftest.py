@@ -76,3 +76,18 @@ def optax_promotes():
     """optax raises floats to int32 powers; our own code is traced strictly in the tests of it."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """An empty object store in memory, and an empty cache of what is copied from it."""
+    import fsspec
+
+    from tests.helpers import another_machine
+
+    another_machine(monkeypatch, tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    system.pseudo_dirs[:] = [""]
+    return system

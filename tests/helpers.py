@@ -231,3 +231,11 @@ def tiny_folder(folder: Path, architecture: str = "llama", *, seed: int = 0, **o
     write_folder(tiny_decoder(architecture, seed=seed, **overrides), folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def another_machine(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """As if on another machine: what was copied from URLs is in another cache."""
+    from idp_jax.jobs import remote
+
+    monkeypatch.setenv("IDP_JAX_CACHE", str(cache))
+    remote._copied.cache_clear()

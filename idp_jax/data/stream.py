@@ -89,26 +89,17 @@ class TrainingText:
             kept = take_windows(texts, tokenizer, length, validation_windows, source, apart=apart)
             held_out, held_documents = validation_windows, max(numbers)
         else:
-            if len(local) <= validation_windows:
-                raise ValueError(
-                    f"{source} gives {len(local)} windows of {length} tokens, too few to train on "
-                    f"when {validation_windows} are held out for validation; give more text, "
-                    "--data.validation, or fewer --data.validation-windows"
-                )
-            kept, local = local[-validation_windows:], local[:-validation_windows]
+            local, kept = _without_last(local, validation_windows, source)
         if local is not None and not len(local):
             raise ValueError(
                 f"{source} is shorter than one window of {length} tokens; give more text"
             )
         kept = np.array(kept)
-        if not apart:
-            return cls(
-                *(source, tokenizer, length, kept, local, held_out, seed),
-                held_documents=held_documents,
-            )
-        tokens, segments = (None, None) if local is None else (local[:, 0], local[:, 1])
+        part = lambda rows, number: rows if rows is None or not apart else rows[:, number]
         return cls(
-            *(source, tokenizer, length, kept[:, 0], tokens, held_out, seed, kept[:, 1], segments),
+            *(source, tokenizer, length, part(kept, 0), part(local, 0), held_out, seed),
+            validation_segments=part(kept, 1) if apart else None,
+            local_segments=part(local, 1) if apart else None,
             held_documents=held_documents,
         )
 
@@ -213,6 +204,17 @@ class TrainingText:
                     f"{self.source} gives no window of {self.length} tokens to train on beside the "
                     f"{self.held_out} held out; give more text or fewer --data.validation-windows"
                 )
+
+
+def _without_last(windows: np.ndarray, count: int, source: str) -> tuple[np.ndarray, np.ndarray]:
+    """All windows but the last, and these, which are held out; ValueError where none is left."""
+    if len(windows) <= count:
+        raise ValueError(
+            f"{source} gives {len(windows)} windows of {windows.shape[-1]} tokens, too few to "
+            f"train on when {count} are held out for validation; give more text, "
+            "--data.validation, or fewer --data.validation-windows"
+        )
+    return windows[:-count], windows[-count:]
 
 
 def _unzipped(numbered: Iterator[tuple[int, Any]]) -> tuple[Iterator[Any], list[int]]:

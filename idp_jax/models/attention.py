@@ -194,11 +194,12 @@ def _splash(q_BTNH, k_BTKH, v_BTKH, documents_BT, past: Past | None, *, interpre
     ids = None if documents_BT is None else _padded(documents_BT, rows)
     segments = None if ids is None else splash.SegmentIds(ids, ids)
     if past is not None:
+        earlier = lambda x: _rows_of(_padded(x, before, before=True), batch)
         keys, values = (
-            jnp.concatenate([_rows_of(_led(old.astype(x.dtype), before), batch), x], 1)
+            jnp.concatenate([earlier(old.astype(x.dtype)), x], 1)
             for old, x in zip(past[:2], (keys, values), strict=True)
         )
-        empty = _rows_of(_led(past[2].astype(jnp.int32), before), batch)
+        empty = earlier(past[2].astype(jnp.int32))
         ones = jnp.ones((batch, rows), jnp.int32)
         segments = splash.SegmentIds(ones, jnp.concatenate([empty, ones], 1))
     q_size, kv_size = _block(rows), _block(before + rows)
@@ -223,14 +224,11 @@ def _splash(q_BTNH, k_BTKH, v_BTKH, documents_BT, past: Past | None, *, interpre
     return jnp.moveaxis(out, 1, 2)[:, :time].reshape(batch, time, heads * width)
 
 
-def _padded(x: jax.Array, time: int) -> jax.Array:
-    """x [B, T, ...] with zeros behind it."""
-    return jnp.pad(x, [(0, time - x.shape[axis] if axis == 1 else 0) for axis in range(x.ndim)])
-
-
-def _led(x: jax.Array, time: int) -> jax.Array:
-    """x [R, S, ...] with zeros before it."""
-    return jnp.pad(x, [(time - x.shape[axis] if axis == 1 else 0, 0) for axis in range(x.ndim)])
+def _padded(x: jax.Array, time: int, *, before: bool = False) -> jax.Array:
+    """x [B, T, ...] with zeros behind or before it, `time` long."""
+    missing = time - x.shape[1]
+    own = (missing, 0) if before else (0, missing)
+    return jnp.pad(x, [(0, 0), own, *[(0, 0)] * (x.ndim - 2)])
 
 
 def _rows_of(x: jax.Array, batch: int) -> jax.Array:

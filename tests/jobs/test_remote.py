@@ -2,7 +2,6 @@
 
 import os
 
-import fsspec
 import numpy as np
 import pytest
 
@@ -11,25 +10,7 @@ from idp_jax.config import ConfigError
 from idp_jax.formats.source import open_config
 from idp_jax.jobs import remote
 from idp_jax.jobs.remote import MANIFEST, local, working
-from tests.helpers import tiny_folder
-
-
-@pytest.fixture
-def store(tmp_path, monkeypatch):
-    """An empty store, and an empty cache."""
-    monkeypatch.setenv("IDP_JAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    remote._copied.cache_clear()
-    system = fsspec.filesystem("memory")
-    system.store.clear()
-    system.pseudo_dirs[:] = [""]
-    return system
-
-
-def machine(monkeypatch, folder):
-    """Another machine: with a cache of its own."""
-    monkeypatch.setenv("IDP_JAX_CACHE", str(folder))
-    remote._copied.cache_clear()
+from tests.helpers import another_machine, tiny_folder
 
 
 def files(store, folder="/run"):
@@ -93,14 +74,16 @@ class TestRun:
         with working("memory://run") as folder:
             (folder / "checkpoints/1").mkdir(parents=True)
             (folder / "checkpoints/1/x").write_text("one")
-        machine(monkeypatch, tmp_path / "other")
+        another_machine(monkeypatch, tmp_path / "other")
         with working("memory://run") as folder:
             assert (folder / "checkpoints/1/x").read_text() == "one"
             (folder / "checkpoints/1/x").unlink()
             (folder / "checkpoints/2").mkdir()
             (folder / "checkpoints/2/x").write_text("two")
         assert files(store) == {"checkpoints/2/x", MANIFEST}
-        machine(monkeypatch, tmp_path / "cache")  # the first one: what it holds is old by now
+        another_machine(
+            monkeypatch, tmp_path / "cache"
+        )  # the first one: what it holds is old by now
         with working("memory://run") as folder:
             assert not (folder / "checkpoints/1/x").exists()
             assert (folder / "checkpoints/2/x").read_text() == "two"
@@ -119,7 +102,7 @@ class TestRun:
             with working("memory://run") as first:
                 first.mkdir(parents=True)
                 (first / "a").write_text("1")
-                machine(monkeypatch, tmp_path / "other")
+                another_machine(monkeypatch, tmp_path / "other")
                 with working("memory://run") as second:
                     second.mkdir(parents=True)
                     (second / "a").write_text("2")

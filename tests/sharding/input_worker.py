@@ -1,13 +1,8 @@
 """One of two processes, for `test_input.py`: what it reads of a batch, printed as JSON."""
 
 import json
+import sys
 from itertools import count
-
-import jax
-
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 2)
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
 
 import numpy as np
 
@@ -53,7 +48,10 @@ def main() -> None:
     for _ in range(BATCHES):
         next(streamed)
     whole = [gather(tokens).tolist() for tokens in placed]
-    print(json.dumps({"rows": own.rows.tolist(), "whole": whole, "tokens": Counting.tokens}))
+    print(
+        json.dumps({"rows": own.rows.tolist(), "whole": whole, "tokens": Counting.tokens}),
+        file=sys.stderr,
+    )
 
 
 if __name__ == "__main__":

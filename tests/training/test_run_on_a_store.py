@@ -2,31 +2,12 @@
 
 import json
 
-import fsspec
 import pytest
 
 from idp_jax.config import Data, Optimizer, Train
-from idp_jax.jobs import remote
 from idp_jax.jobs.progress import Progress
 from idp_jax.training import train
-from tests.helpers import tiny_folder
-
-
-@pytest.fixture
-def store(tmp_path, monkeypatch):
-    """An empty store in memory, and an empty cache."""
-    machine(monkeypatch, tmp_path / "cache")
-    monkeypatch.chdir(tmp_path)
-    system = fsspec.filesystem("memory")
-    system.store.clear()
-    system.pseudo_dirs[:] = [""]
-    return system
-
-
-def machine(monkeypatch, folder):
-    """Another machine: with a cache of its own."""
-    monkeypatch.setenv("IDP_JAX_CACHE", str(folder))
-    remote._copied.cache_clear()
+from tests.helpers import another_machine, tiny_folder
 
 
 class Stopping(Progress):
@@ -82,13 +63,13 @@ def test_training_goes_on_elsewhere_with_the_same_bits(store, tmp_path, monkeypa
     known = {name.removeprefix("/runs/one/") for name in store.find("/runs/one")}
     assert "config.yaml" in known and any(name.startswith("checkpoints/") for name in known)
     assert "result.json" not in known
-    machine(monkeypatch, tmp_path / "other")
+    another_machine(monkeypatch, tmp_path / "other")
     found = train(asked)
     assert found["validation_loss"] == alone["validation_loss"]
     name = "adapter/adapter_model.safetensors"
     assert store.cat(f"/runs/one/{name}") == (tmp_path / "alone" / name).read_bytes()
     assert json.loads(store.cat("/runs/one/result.json"))["digest"] == found["digest"]
     assert store.cat("/runs/one/metrics.jsonl") == (tmp_path / "alone/metrics.jsonl").read_bytes()
-    machine(monkeypatch, tmp_path / "third")
+    another_machine(monkeypatch, tmp_path / "third")
     assert train(asked)["digest"] == found["digest"]
     assert not [path for path in tmp_path.iterdir() if ":" in path.name]
