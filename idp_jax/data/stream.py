@@ -95,10 +95,11 @@ class TrainingText:
                 f"{source} is shorter than one window of {length} tokens; give more text"
             )
         kept = np.array(kept)
-        part = lambda rows, number: rows if rows is None or not apart else rows[:, number]
+        part = lambda rows, number: None if rows is None else rows[:, number]
         return cls(
-            *(source, tokenizer, length, part(kept, 0), part(local, 0), held_out, seed),
-            validation_segments=part(kept, 1) if apart else None,
+            *(source, tokenizer, length, kept[:, 0] if apart else kept),
+            *(part(local, 0) if apart else local, held_out, seed),
+            validation_segments=kept[:, 1] if apart else None,
             local_segments=part(local, 1) if apart else None,
             held_documents=held_documents,
         )
