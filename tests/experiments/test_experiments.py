@@ -71,7 +71,7 @@ def check_variants(settings, results):
     report = json.loads((settings.out / "models" / "four" / "compression.json").read_text())
     assert report["config"]["bits"] == 4 and report["config"]["group_size"] == 32
     assert (settings.out / "figure.png").stat().st_size > 1000
-    assert (settings.out / "teacher" / "float32" / "cache.json").is_file()
+    assert (settings.out / "teacher" / "default" / "cache.json").is_file()
     assert [(pair.first, pair.second) for pair in results.comparisons] == [
         ("dense", "small"),
         ("small", "pool, random"),
