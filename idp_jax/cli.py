@@ -88,6 +88,7 @@ def _main(arguments: list[str] | None) -> None:
         message, status = failures.explained(error, getattr(settings, "out", None))
         if failures.lost_a_process(error):  # the interpreter's way out would wait for it
             signals.leave(message, status)
+        failures.failed_here(message, status)
         _fail(message, status)
 
 

@@ -86,10 +86,22 @@ def lost_a_process(error: BaseException) -> bool:
     return together and isinstance(error, RuntimeError) and bool(_GONE.search(str(error)))
 
 
+_LOST = "another process of this job has ended, as JAX most likely says above"
+_end = f"{_LOST}; {_TOGETHER}", 1  # what an abort says, and its status
+
+
+def failed_here(message: str, status: int) -> None:
+    """Notes why this process ends, for its last line where JAX aborts it on its way out.
+
+    One that fails alone meets none of the others there, and JAX gives it up.
+    """
+    global _end
+    _end = message, status
+
+
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _aborted(number: int) -> None:
-    why = "another process of this job has ended, as JAX most likely says above"
-    signals.leave(f"{why}; {_TOGETHER}", 1)
+    signals.leave(*_end)
 
 
 def explain_abort() -> None:

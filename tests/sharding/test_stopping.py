@@ -27,7 +27,7 @@ def files(tmp_path_factory):
     return folder
 
 
-def begin(files: Path, out: Path, *, together: bool) -> list:
+def begin(files: Path, out: Path, *, together: bool, **how: str) -> list:
     """A training of eight devices: of two processes with four each, or of one."""
     call = ["train", "--model", files / "model", "--data.train", files / "text.txt"]
     call += ["--out", out, "--method", "lora", "--tokens", STEPS * ROWS * LENGTH]
@@ -35,7 +35,7 @@ def begin(files: Path, out: Path, *, together: bool) -> list:
     call += ["--data.validation-windows", 4, "--optimizer.learning-rate", 1e-3]
     call += ["--checkpoint-every", 5]
     call += ["--mesh.data", 4, "--mesh.fsdp", 2]
-    return start_together(*call) if together else [start(*call, devices=8)]
+    return start_together(*call, **how) if together else [start(*call, devices=8)]
 
 
 def lines(out: Path) -> list[dict]:
@@ -117,3 +117,31 @@ def test_a_run_goes_on_with_another_number_of_processes(files, whole, tmp_path, 
     here, there = adapter(tmp_path / "run"), adapter(whole)
     for name, value in there.items():
         np.testing.assert_allclose(here[name], value, atol=1e-5)
+
+
+FAILS_ALONE = """
+import os
+from idp_jax.cli import main
+from idp_jax.config import ConfigError
+from idp_jax.training.feed import Feed
+
+take = Feed.take
+
+def failing(feed):
+    if os.environ["JAX_PROCESS_ID"] == "1" and feed.state()["windows"] >= 24:
+        raise ConfigError("row 7 is none; remove it")
+    return take(feed)
+
+Feed.take = failing
+main()
+"""
+
+
+@pytest.mark.slow  # JAX waits a minute for the one that does not come to the next meeting point
+def test_a_process_that_fails_alone_says_why_in_its_last_line(files, tmp_path):
+    """Its own line, with its own status; the other one's says that it was left alone."""
+    first, second = begin(files, tmp_path / "run", **TOGETHER, code=FAILS_ALONE)
+    (said,) = finish([second], status=2)
+    assert said.splitlines()[-1] == "idp-jax: row 7 is none; remove it"
+    (said,) = finish([first], status=1)
+    assert said.splitlines()[-1].startswith("idp-jax: another process of this job has ended")
