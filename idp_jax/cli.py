@@ -27,7 +27,7 @@ with signals.handled():  # these take the longest until a command can begin
     from idp_jax import config
     from idp_jax.config.files import part_from_dict, read_yaml
     from idp_jax.config.presets import PRESETS, read_preset
-    from idp_jax.jobs import compiled, failures
+    from idp_jax.jobs import compiled, failures, remote
 
 COMMANDS: dict[str, type] = {
     "demo": config.Demo,
@@ -81,7 +81,10 @@ def _main(arguments: list[str] | None) -> None:
         _hide_torch()
         command = importlib.import_module(f"idp_jax.commands.{name.replace('-', '_')}")
         signals.begin(resumes=name in _RESUMING)
-        command.run(settings)
+        with remote.brought(settings) as here:
+            command.run(here)
+        if here is not settings:
+            print(f"copied to {config.url_of(settings.out)}")
     except BaseException as error:
         if os.environ.get("IDP_JAX_TRACEBACK") or not failures.is_failure(error):
             raise

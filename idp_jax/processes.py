@@ -1,6 +1,5 @@
 """Who does what in a job of several processes: joining, meeting points, and gathering arrays."""
 
-import os
 from collections.abc import Callable
 from functools import cache
 from typing import TypeVar, cast
@@ -11,6 +10,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from idp_jax.jobs.failures import explain_abort
+from idp_jax.jobs.launch import launched_together, number
 from idp_jax.sharding import MESH_AXES, make_mesh
 
 T = TypeVar("T")
@@ -24,13 +24,13 @@ def mesh_of(config) -> jax.sharding.Mesh | None:
     Joins the other processes of the job first, where that is asked for or the launcher is
     recognised; several processes without a mesh of their own share the batch.
     """
-    if (config.distributed or _launched_together()) and not jax.distributed.is_initialized():
+    if (config.distributed or launched_together()) and not jax.distributed.is_initialized():
         # It would take SIGTERM for itself; a training agrees on where to stop, see `interruption`.
         jax.config.update("jax_enable_preemption_service", False)
         # A launcher that JAX knows (SLURM, Open MPI, TPU pods) fills these in by itself.
         jax.distributed.initialize(
-            num_processes=_number("JAX_NUM_PROCESSES"),
-            process_id=_number("JAX_PROCESS_ID"),
+            num_processes=number("JAX_NUM_PROCESSES"),
+            process_id=number("JAX_PROCESS_ID"),
             heartbeat_timeout_seconds=_PATIENCE,
             shutdown_timeout_seconds=_PATIENCE,
         )
@@ -39,17 +39,6 @@ def mesh_of(config) -> jax.sharding.Mesh | None:
     if all(size == 1 for size in shape.values()):
         return make_mesh() if jax.process_count() > 1 else None
     return make_mesh(shape)
-
-
-def _number(variable: str) -> int | None:
-    return int(os.environ[variable]) if variable in os.environ else None
-
-
-def _launched_together() -> bool:
-    """Whether a launcher started this process as one of several."""
-    counts = ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-    several = any((_number(name) or 1) > 1 for name in counts)
-    return several or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
 
 
 def first_process(action: Callable[[], object], name: str) -> None:
@@ -97,9 +86,9 @@ def together(action: Callable[[], T], mesh: jax.sharding.Mesh | None) -> T:
     lines = multihost_utils.process_allgather(_line("" if failure is None else _said(failure)))
     if failure is not None:
         raise failure
-    for number, line in enumerate(np.asarray(lines)):
+    for process, line in enumerate(np.asarray(lines)):
         if line.any():
-            raise ValueError(f"process {number} failed: {' '.join(_text(line).split())}")
+            raise ValueError(f"process {process} failed: {' '.join(_text(line).split())}")
     return cast(T, found)
 
 

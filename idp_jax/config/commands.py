@@ -231,12 +231,13 @@ class Compress(Compression, Calibration):
     Killed and started again, it goes on from the last finished block.
     """
 
-    urls: ClassVar[tuple[str, ...]] = ("model", "calibration")
+    urls: ClassVar[tuple[str, ...]] = ("model", "calibration", "out")
+    writes: ClassVar[Literal["folder", "file"] | None] = "folder"
 
     model: Positional[str]
     """Hub name, model folder or GGUF file; for --plan a folder with a config.json is enough."""
     out: Path | None = None
-    """Folder of the compressed model; the work lies in OUT.partial until it is complete."""
+    """Folder of the model, or a URL; the work lies in OUT.partial until it is complete."""
     format: Literal["auto", Form] = "auto"
     """How matrices are stored; auto is gptq_v2 for fewer bits, dense for zeros alone."""
     plan: bool = False
@@ -268,12 +269,13 @@ class Compress(Compression, Calibration):
 class Convert(Settings):
     """Write a model in another storage form; its numbers stay."""
 
-    urls: ClassVar[tuple[str, ...]] = ("model",)
+    urls: ClassVar[tuple[str, ...]] = ("model", "out")
+    writes: ClassVar[Literal["folder", "file"] | None] = "folder"
 
     model: Positional[str]
     """Hub name, model folder, GGUF file or compressed folder."""
     out: Path
-    """Folder of the converted model."""
+    """Folder of the converted model, or a URL."""
     to: Form
     """gptq, gptq_v2 and pack-quantized hold packed models, sparse-* pruned ones, dense any."""
     overwrite: bool = False
@@ -291,14 +293,15 @@ class Convert(Settings):
 class Merge(Settings):
     """Write a LoRA, or norms and biases, into the model beside it."""
 
-    urls: ClassVar[tuple[str, ...]] = ("model",)
+    urls: ClassVar[tuple[str, ...]] = ("model", "out")
+    writes: ClassVar[Literal["folder", "file"] | None] = "folder"
 
     model: Positional[str]
     """Hub name, model folder or GGUF file; dense or pruned."""
     adapter: Path
     """Folder of the adapter."""
     out: Path
-    """Folder of the merged model."""
+    """Folder of the merged model, or a URL."""
     dense: bool = False
     """Merge a plain LoRA into a pruned model, which loses its zeros."""
     overwrite: bool = False
@@ -316,8 +319,11 @@ class Merge(Settings):
 class Evaluate(Measurement, Loading):
     """Score a model and its repairs: harness tasks, perplexity, latency."""
 
+    urls: ClassVar[tuple[str, ...]] = ("model", "out")
+    writes: ClassVar[Literal["folder", "file"] | None] = "file"
+
     out: Path
-    """The results, a JSON file."""
+    """The results, a JSON file, or a URL."""
     overwrite: bool = False
     """Replace `out` if it holds results."""
     adapter: Path | None = None

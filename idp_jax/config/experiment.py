@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from idp_jax.config.choices import Role
 from idp_jax.config.commands import Compress, Train
@@ -93,6 +93,9 @@ class Variant(Settings):
 @dataclass(frozen=True, kw_only=True)
 class Experiment(Settings):
     """Compress a model, repair it in several ways and score everything."""
+
+    urls: ClassVar[tuple[str, ...]] = ("out",)
+    writes: ClassVar[Literal["folder", "file"] | None] = "folder"
 
     model: str
     """Hub name, model folder or GGUF file of the uncompressed model."""

@@ -75,6 +75,7 @@ class Settings:
     section: ClassVar[str] = ""  # what stands before the options of a group inside another
     words: ClassVar[tuple[str, ...]] = ()  # settings that name no file or folder, whatever they say
     urls: ClassVar[tuple[str, ...]] = ()  # settings that may be URLs, see `jobs.remote`
+    writes: ClassVar[Literal["folder", "file"] | None] = None  # what `out` is, copied to its URL
 
     def __post_init__(self):
         for entry in fields(self):  # type: ignore[arg-type]  # every group is a dataclass

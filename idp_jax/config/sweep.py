@@ -8,7 +8,7 @@ recipe can change it.
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from idp_jax.config.choices import LEARNING_RATES
 from idp_jax.config.commands import Compress, Train
@@ -79,6 +79,9 @@ class Sweep(Settings):
 
     Started again, a sweep goes on; recipes and seeds may join it later.
     """
+
+    urls: ClassVar[tuple[str, ...]] = ("out",)
+    writes: ClassVar[Literal["folder", "file"] | None] = "folder"
 
     model: str
     """Hub name, model folder or GGUF file of the uncompressed model, which is the teacher, too."""

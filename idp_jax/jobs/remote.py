@@ -17,12 +17,14 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from idp_jax.config import ConfigError, url_of
 from idp_jax.jobs.files import write_json
+from idp_jax.jobs.launch import launched_together
 from idp_jax.jobs.lock import locked
 
 _log = logging.getLogger(__name__)
@@ -114,6 +116,60 @@ def working(out: str | Path) -> Iterator[Path]:
             copier.join()
             with _reading(url):
                 mirror.push()
+
+
+@contextmanager
+def brought(settings: Any) -> Iterator[Any]:
+    """A command's settings, with a local place for what it is to write to a URL.
+
+    What is there when the block ends is copied to the URL; of a folder also meanwhile.
+
+    Raises:
+        ConfigError: as of `working`, or the command is to run in several processes.
+    """
+    url = None if settings.writes is None else url_of(settings.out)
+    if url is None:
+        yield settings
+        return
+    mesh = getattr(settings, "mesh", None)
+    if launched_together() or (mesh is not None and mesh.distributed):
+        raise ConfigError(
+            f"--out {url} is a URL, and several processes write into one place; mount the bucket "
+            "(gcsfuse, s3fs) and give its place there"
+        )
+    place = working if settings.writes == "folder" else _written
+    with place(url) as here:
+        try:
+            yield replace(settings, out=here)
+        except ValueError as error:
+            if str(here) not in str(error):
+                raise
+            raise ConfigError(str(error).replace(str(here), url)) from error
+
+
+@contextmanager
+def _written(url: str) -> Iterator[Path]:
+    """A local file with the contents of a URL, which is copied there where it was written anew."""
+    file = _place(url)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with _reading(url):
+        system, path = _opened(url)
+        if system.exists(path):
+            _fetch(system, path, file)
+        else:
+            file.unlink(missing_ok=True)
+    before = _stamp(file)
+    yield file
+    if _stamp(file) != before:
+        with _reading(url):
+            system.makedirs(path.rpartition("/")[0], exist_ok=True)
+            system.put_file(str(file), path)
+
+
+def _stamp(file: Path) -> tuple[int, int] | None:
+    """What tells whether a file was written again."""
+    state = file.stat() if file.exists() else None
+    return None if state is None else (state.st_ino, state.st_mtime_ns)
 
 
 class _Mirror:

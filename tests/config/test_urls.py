@@ -48,10 +48,11 @@ CASES = [(name, *found) for name, kind in COMMANDS.items() for found in texts(ki
 FREE = {"text", "compressions", "recipes", "adapters", "variants", "learning_rates"}
 
 
-# What `jobs.remote` brings here: models and texts that are read, and the folder of a training.
+# What `jobs.remote` brings here, models and texts that are read, and takes from here.
 TRAINS = {("model",), ("out",), ("teacher", "model"), ("data", "train"), ("data", "validation")}
-TAKEN = {"train": TRAINS, "plan": TRAINS, "compress": {("model",), ("calibration",)}}
-TAKEN |= {name: {("model",)} for name in ("convert", "merge", "eval", "pool-study")}
+TAKEN = {"train": TRAINS, "plan": TRAINS, "compress": {("model",), ("calibration",), ("out",)}}
+TAKEN |= {name: {("model",), ("out",)} for name in ("convert", "merge", "eval")}
+TAKEN |= {"demo": {("out",)}, "sweep": {("out",)}, "pool-study": {("model",)}}
 
 
 @pytest.mark.parametrize(("command", "place", "several"), CASES)
@@ -92,7 +93,8 @@ def test_there_are_options_with_paths():
 def test_the_command_line_and_files_take_none(url, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=f"--out {url} is a URL"):
-        parse(COMMANDS["compress"], ["m", "--out", url], "compress")
+        settings = ["--model", "m", "--adapter", "a", "--tasks", "t"]
+        parse(COMMANDS["pool-study"], [*settings, "--out", url], "pool-study")
     taken = parse(COMMANDS["train"], ["--model", "m", "--out", url], "train")
     assert url_of(taken.out) == url
     with pytest.raises(ConfigError, match=f"--config_path {url} is a URL"):

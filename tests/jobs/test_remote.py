@@ -1,15 +1,19 @@
 """Sources and runs on an object store, which stands in memory here."""
 
+import json
 import os
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from idp_jax import load_model, load_tokenizer
-from idp_jax.config import ConfigError
+from idp_jax.cli import main
+from idp_jax.config import Compress, ConfigError, Evaluate, Mesh
 from idp_jax.formats.source import open_config
 from idp_jax.jobs import remote
-from idp_jax.jobs.remote import MANIFEST, local, working
+from idp_jax.jobs.remote import MANIFEST, brought, local, working
 from tests.helpers import another_machine, tiny_folder
 
 
@@ -140,3 +144,43 @@ def test_what_was_never_copied_is_not_lost(store):
     store.rm("/run", recursive=True)  # it is to begin anew
     with working("memory://run") as anew:
         assert not (anew / "step.bin").exists()
+
+
+class TestCommands:
+    """What commands write to a URL."""
+
+    def test_a_model_is_compressed_to_a_url_and_scored_from_there(self, store, tmp_path, capsys):
+        folder, text = tiny_folder(tmp_path / "m", max_positions=512), tmp_path / "text.txt"
+        text.write_text("the tide is out " * 40)
+        call = ["compress", str(folder), "--method", "rtn", "--bits", "4", "--group-size", "32"]
+        main([*call, "--out", "memory://models/small"])
+        assert capsys.readouterr().out.endswith("copied to memory://models/small\n")
+        assert {"config.json", "compression.json", MANIFEST} <= files(store, "/models/small")
+        call = ["eval", "--model", "memory://models/small", "--perplexity", str(text)]
+        call += ["--sequence-length", "16", "--windows", "2", "--out", "memory://runs/x.json"]
+        main(call)
+        found = json.loads(store.cat("/runs/x.json"))
+        assert found["variants"][0]["perplexity"]["windows"] == 2
+        assert files(store, "/runs") == {"x.json"}
+        for again in (call, [*call[:-1], "memory://models/small/config.json"]):
+            before = store.cat(again[-1].removeprefix("memory:/"))
+            with pytest.raises(SystemExit):
+                main(again)
+            assert f"idp-jax: {again[-1]} exists" in capsys.readouterr().err
+            assert store.cat(again[-1].removeprefix("memory:/")) == before
+        main([*call, "--overwrite"])
+
+    def test_a_place_of_ones_own_stays_itself(self, tmp_path):
+        settings = Evaluate(model="m", tasks="knowledge", out=tmp_path / "x.json")
+        with brought(settings) as here:
+            assert here is settings
+
+    def test_several_processes_do_not_write_to_one(self, store, monkeypatch):
+        settings = Compress(model="m", out=Path("memory://b/m"))
+        with pytest.raises(ConfigError, match="memory://b/m is a URL, and several processes"):
+            with brought(replace(settings, mesh=Mesh(distributed=True))):
+                pass
+        monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+        with pytest.raises(ConfigError, match="memory://b/m is a URL, and several processes"):
+            with brought(settings):
+                pass
