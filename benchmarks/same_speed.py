@@ -4,11 +4,13 @@
 
 Times SmolLM2-135M's forward, a prompt step and greedy decoding in a process for either side, which
 take turns step by step, and whole `compress` and `eval` commands, which take turns too. Prints the
-medians and their ratio; above the bar the exit is 1. Nothing compiled is kept between processes.
+medians and their ratio, of commands that of the processor's time, too, which other work on the
+machine changes less; above the bar the exit is 1. Nothing compiled is kept between processes.
 """
 
 import argparse
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -121,12 +123,12 @@ def commands(sides: dict[str, Path], repeats: int, scratch: Path) -> list[str]:
     }  # fmt: skip
     slower = []
     for job, arguments in asked.items():
-        seconds = {name: [] for name in sides}
+        seconds, worked = ({name: [] for name in sides} for _ in range(2))
         for turn in range(repeats):
             for name in sorted(sides, reverse=bool(turn % 2)):
                 out = scratch / f"{job}-{name}-{turn}"
                 call = [*CALL, *map(str, arguments), "--out", str(out)]
-                began = time.perf_counter()
+                began, used = time.perf_counter(), _worked()
                 subprocess.run(
                     call,
                     check=True,
@@ -135,8 +137,16 @@ def commands(sides: dict[str, Path], repeats: int, scratch: Path) -> list[str]:
                     env=_environment(sides[name]),
                 )
                 seconds[name].append(time.perf_counter() - began)
+                worked[name].append(_worked() - used)
         slower += _compared(job, seconds)
+        _compared(f"{job}, CPU", worked)
     return slower
+
+
+def _worked() -> float:
+    """Seconds of processors that ended children have taken."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return children.ru_utime + children.ru_stime
 
 
 def _environment(checkout: Path) -> dict[str, str]:
