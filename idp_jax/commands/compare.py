@@ -109,6 +109,7 @@ def _counted(name: str, folder: Path) -> dict[str, int]:
 def table_of(cells: Cells, title: str) -> Table:
     """A table for the terminal."""
     table = columns(title, cells.columns[0], cells.columns[1:])
+    table.box, table.padding = None, (0, 1, 0, 0)  # there are many columns
     for row in cells.rows:
         table.add_row(*row)
     return table
@@ -134,7 +135,7 @@ def legend(settings: config.Compare) -> str:
     return (
         f"better, worse: p below .05 (exact McNemar, or turned signs; Holm over tasks{clusters}). "
         f"equivalent: within {settings.margin:g} points, p equal below .05 (TOST). "
-        "undecided: neither. can show: the smallest difference seen with a power of 80 %. "
+        "undecided: neither. shows: the smallest difference that is seen with a power of 80 %. "
         "at chance: the first is not above guessing, and no part of the mean."
     )
 

@@ -111,8 +111,8 @@ def read_runs(address: str | Path) -> list[VariantResult]:
         path, name = Path(place), rest
     if not path.exists():
         raise ConfigError(
-            f"{address} is not there; give a file of results, FILE:VARIANT, samples_*.jsonl of "
-            "lm_eval --log_samples, or its folder"
+            f"there is no file or folder {address}; give a file of results, FILE:VARIANT, "
+            "samples_*.jsonl of lm_eval --log_samples, or its folder"
         )
     if path.is_dir() or path.suffix == ".jsonl":
         return [read_samples(path)]
@@ -312,9 +312,10 @@ def _variant(given: Run, name: str) -> VariantResult:
 
 def _refuse(before: VariantResult, after: VariantResult, what: str, first, second) -> None:
     if first != second:
+        choose = ", or choose those of both (--tasks)" if what == "tasks" else ""
         raise ConfigError(
             f"{before.name!r} and {after.name!r} cannot be compared: the {what} differ "
-            f"({first} and {second}); evaluate both with the same tasks and limits"
+            f"({first} and {second}); evaluate both with the same tasks and limits{choose}"
         )
 
 
