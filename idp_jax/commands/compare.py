@@ -9,8 +9,9 @@ from idp_jax import __version__, config
 from idp_jax.analysis.tables import Cells, comparison_cells, joined_cells, power_cells, written
 from idp_jax.commands.tables import columns, show
 from idp_jax.config.files import to_dict
-from idp_jax.evaluation.comparison import compare_each, read_runs
+from idp_jax.evaluation.comparison import compare_each
 from idp_jax.evaluation.results import Comparison, Results, VariantResult, is_results, write
+from idp_jax.evaluation.samples import read_runs
 from idp_jax.jobs.files import write_text
 from idp_jax.jobs.progress import console
 

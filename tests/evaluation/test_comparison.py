@@ -8,8 +8,9 @@ import pytest
 
 from idp_jax.config import ConfigError
 from idp_jax.evaluation import compare, read, write
-from idp_jax.evaluation.comparison import compare_each, pooled_accuracy, read_runs
+from idp_jax.evaluation.comparison import averaged, compare_each, pooled_accuracy
 from idp_jax.evaluation.paired import holm, mcnemar
+from idp_jax.evaluation.samples import read_runs
 from idp_jax.evaluation.statistics import accuracy_interval, paired_difference, perplexity_ratio
 from tests.evaluation.test_results import results, task, text, variant
 
@@ -158,6 +159,22 @@ def test_clusters_are_a_field_of_the_documents():
     assert high - low > plain.overall.high - plain.overall.low
     with pytest.raises(ConfigError, match="no field 'topic' groups the items of s; fields that do"):
         compare(first, second, cluster="topic")
+
+
+def test_seeds_are_averaged_item_by_item():
+    first, better = pair(s=(8, 22))
+    same = averaged([better, better], "b")
+    found, alone = compare(first, same).tests["s"], compare(first, better).tests["s"]
+    assert found.second == alone.second and found.p_value == alone.p_value
+    half = averaged([first, better], "half")
+    assert half.tasks["s"].samples["acc"][:9] == [0.5] * 8 + [1.0] and half.perplexity is None
+    test = compare(first, half).tests["s"]
+    assert test.losses is None and test.second == pytest.approx(0.535)
+    assert test.p_value == pytest.approx(alone.p_value, abs=0.01) and test.equivalence is not None
+    half.tasks["s"] = dataclasses.replace(half.tasks["s"], chance=0.5)
+    assert compare(half, better).tests["s"].at_chance
+    with pytest.raises(ConfigError, match="the tasks differ"):
+        averaged([first, *pair(t=(0, 0))], "c")
 
 
 def test_comparisons_are_written_and_read(tmp_path):

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from idp_jax.config import ConfigError
-from idp_jax.evaluation.comparison import compare, read_runs
-from idp_jax.evaluation.samples import item_scores, read_samples
+from idp_jax.evaluation.comparison import compare
+from idp_jax.evaluation.samples import item_scores, read_runs, read_samples
 from tests.harness_runs import ITEMS, harness_run, rows
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "harness_0.5"
