@@ -6,6 +6,7 @@ writes them. The invariant: nothing here imports jax.
 """
 
 from idp_jax.config.commands import Compress, Convert, Evaluate, Merge, Plan, PoolStudy, Train
+from idp_jax.config.comparison import Compare
 from idp_jax.config.experiment import Demo, Experiment, Variant
 from idp_jax.config.groups import (
     Calibration,
@@ -34,6 +35,7 @@ from idp_jax.config.sweep import Corpora, Sweep
 
 __all__ = [
     "Calibration",
+    "Compare",
     "Compress",
     "Compression",
     "ConfigError",

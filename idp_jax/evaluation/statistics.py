@@ -6,13 +6,14 @@ Comparisons are paired: two models answer the same items, and whole items are dr
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from pydantic import BeforeValidator
 from scipy import stats
 
 RESAMPLES = 10_000
+_FEW_KINDS = 100
 _LARGEST_EXPONENT = math.log(1e300)
 
 
@@ -57,19 +58,80 @@ def accuracy_interval(correct: Sequence[float], confidence: float = 0.95) -> Est
     return Estimate(float(right.mean()), float(interval.low), float(interval.high), confidence)
 
 
-def paired_difference(
-    first: Sequence[float], second: Sequence[float], *, seed: int = 0, confidence: float = 0.95
-) -> Estimate:
-    """mean(second) - mean(first) over the same items, with a paired percentile bootstrap interval.
+class Blocks(NamedTuple):
+    """What is drawn again as a whole: items, or clusters of them.
+
+    Attributes:
+        sums: of the differences of the items of each block, float64 [blocks].
+        sizes: how many items each has, float64 [blocks].
+    """
+
+    sums: np.ndarray
+    sizes: np.ndarray
+
+    @property
+    def mean(self) -> float:
+        """The mean difference of an item."""
+        return float(self.sums.sum() / self.sizes.sum())
+
+
+def paired_blocks(
+    first: Sequence[float], second: Sequence[float], clusters: Sequence[str] | None = None
+) -> Blocks:
+    """The differences second - first of the same items.
 
     Args:
         first, second: one score per item, in the same order.
+        clusters: what each item belongs to; None lets every item stand for itself.
 
     Raises:
         ValueError: no items, or a different number of them.
     """
     difference = _same_items(first, second)
-    return _bootstrap((difference,), np.mean, seed, confidence)
+    if clusters is None:
+        return Blocks(difference, np.ones_like(difference))
+    if len(clusters) != len(difference):
+        raise ValueError(f"{len(difference)} items, and clusters of {len(clusters)}")
+    _, owners = np.unique(np.asarray(clusters), return_inverse=True)
+    return Blocks(np.bincount(owners, difference), np.bincount(owners).astype(np.float64))
+
+
+def redrawn(blocks: Blocks, rng: np.random.Generator) -> np.ndarray:
+    """The mean differences of RESAMPLES draws of as many blocks, float64 [RESAMPLES].
+
+    Where blocks are of few kinds, as right and wrong answers are, it is drawn how many of each
+    there are: the same distribution, in no time.
+    """
+    kinds, counts = np.unique(np.stack(blocks), axis=1, return_counts=True)
+    if len(counts) <= _FEW_KINDS:
+        drawn = rng.multinomial(counts.sum(), counts / counts.sum(), size=RESAMPLES)
+        return (drawn @ kinds[0]) / (drawn @ kinds[1])
+    return _resampled(tuple(blocks), _ratio_of_means, rng, 0.95).bootstrap_distribution
+
+
+def paired_difference(
+    first: Sequence[float],
+    second: Sequence[float],
+    *,
+    clusters: Sequence[str] | None = None,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> Estimate:
+    """mean(second) - mean(first) over the same items, with a paired percentile bootstrap interval.
+
+    Args:
+        first, second: one score per item, in the same order.
+        clusters: what each item belongs to, where clusters are drawn again instead of items.
+
+    Raises:
+        ValueError: no items, or a different number of them.
+    """
+    blocks = paired_blocks(first, second, clusters)
+    if len(blocks.sums) == 1:  # one item says nothing of how much others would differ
+        return Estimate(blocks.mean, -math.inf, math.inf, confidence)
+    drawn = redrawn(blocks, np.random.default_rng(seed))
+    low, high = np.quantile(drawn, ((1 - confidence) / 2, (1 + confidence) / 2))
+    return Estimate(blocks.mean, float(low), float(high), confidence)
 
 
 def paired_ratio(
@@ -178,7 +240,13 @@ def _bootstrap(
     # Nothing to draw from; scipy warns of a degenerate distribution.
     if all(np.ptp(values) == 0 for values in samples):
         return Estimate(value, value, value, confidence)
-    result = stats.bootstrap(
+    result = _resampled(samples, statistic, np.random.default_rng(seed), confidence)
+    low, high = result.confidence_interval
+    return Estimate(value, float(low), float(high), confidence)
+
+
+def _resampled(samples: tuple[np.ndarray, ...], statistic, rng, confidence: float):
+    return stats.bootstrap(
         samples,
         statistic,
         n_resamples=RESAMPLES,
@@ -187,7 +255,5 @@ def _bootstrap(
         paired=len(samples) > 1,
         vectorized=True,
         batch=500,
-        rng=np.random.default_rng(seed),
+        rng=rng,
     )
-    low, high = result.confidence_interval
-    return Estimate(value, float(low), float(high), confidence)
