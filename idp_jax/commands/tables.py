@@ -1,5 +1,6 @@
 """Tables that commands print: what was measured, what was compressed, what a job would take."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,19 @@ def variant_table(variant: VariantResult) -> Table:
             f"ms, prefill of {times.prompt_length} tokens", f"{times.prefill_ms:.1f}", "", sizes
         )
         table.add_row("ms a token, decoding", f"{times.decode_ms_per_token:.2f}", "", sizes)
+    return table
+
+
+def accuracy_table(name: str, task: TaskResult) -> Table | None:
+    """The main metric by label and by cluster of the items; None for a task without them."""
+    if task.labels is None or task.clusters is None or task.accuracy is None:
+        return None
+    table = columns(f"{name}: {task.accuracy}, %", "items of", ("value [95 %]", "items"))
+    for names in (task.labels, [[cluster] for cluster in task.clusters]):
+        counts = Counter(label for own in names for label in own)
+        for label, estimate in sorted(task.accuracy_by(names).items()):
+            table.add_row(label, percent(estimate), str(counts[label]))
+        table.add_section()
     return table
 
 

@@ -8,7 +8,7 @@ perplexity that no float holds) is null in the file, and is read back as what it
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeVar
 from idp_jax.config.choices import Role
 from idp_jax.config.files import from_dict
 from idp_jax.config.groups import ConfigError
-from idp_jax.evaluation.statistics import Estimate, Number
+from idp_jax.evaluation.statistics import Estimate, Number, accuracy_interval
 from idp_jax.jobs.files import write_json
 
 SCHEMA = "idp-jax.results/1"
@@ -92,7 +92,7 @@ class TaskResult(Part):
     """The scores of one task.
 
     Attributes:
-        metrics: every metric of the harness by name.
+        metrics: every metric of the harness by name, and of multiple choice those of `measures`.
         interval: 95 % (Wilson) of those that are right or wrong by item.
         items: how many were scored; the lists below hold these.
         num_fewshot: examples before each item.
@@ -103,6 +103,9 @@ class TaskResult(Part):
         prompts: of every item the prompts that were chosen for it, one for each of its questions
             or windows; None without a pool.
         refused: by number of the item, why it could not be scored.
+        clusters: of every item what it has in common with others, so that an interval draws these
+            again, not single items: of BEAR's facts the relation. None where items stand alone.
+        labels: of every item what it is about: of BEAR's facts the domains. None where unknown.
     """
 
     metrics: dict[str, Number]
@@ -115,6 +118,25 @@ class TaskResult(Part):
     choices: list[int] | None = None
     prompts: list[list[int]] | None = None
     refused: dict[int, str] = field(default_factory=dict)
+    clusters: list[str] | None = None
+    labels: list[list[str]] | None = None
+
+    def accuracy_by(self, names: Sequence[Sequence[str]]) -> dict[str, Estimate]:
+        """The main metric, with its Wilson interval, over the items of each name.
+
+        Args:
+            names: of every item: `labels`, or `[[name] for name in clusters]`.
+
+        Raises:
+            ValueError: the task has no main metric, or the items are not as many.
+        """
+        if self.accuracy is None:
+            raise ValueError(f"the task has none of {', '.join(ACCURACIES)}")
+        scores: dict[str, list[float]] = {}
+        for score, own in zip(self.samples[self.accuracy], names, strict=True):
+            for name in own:
+                scores.setdefault(name, []).append(score)
+        return {name: accuracy_interval(values) for name, values in scores.items()}
 
     @property
     def accuracy(self) -> str | None:

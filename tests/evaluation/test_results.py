@@ -35,6 +35,8 @@ def task(scores=(1.0, 0.0, 1.0), **changes) -> TaskResult:
             choices=[1, 2],
             prompts=[[0], [1], [1]],
             refused={7: "too long"},
+            clusters=["P1", "P1", "P2"],
+            labels=[["a", "b"], ["a"], []],
         ),
         **changes,
     )
@@ -79,6 +81,15 @@ def test_a_file_gives_the_same_results_again(tmp_path):
     assert whole.variant("b") is plain
     with pytest.raises(ConfigError, match="no variant 'c' in these results; there are a, b"):
         whole.variant("c")
+
+
+def test_files_of_before_there_were_clusters_are_read(tmp_path):
+    tree = dataclasses.asdict(results(variant()))
+    for name in ("clusters", "labels"):
+        del tree["variants"][0]["tasks"]["t"][name]
+    (tmp_path / "r.json").write_text(json.dumps(tree))
+    found = read(tmp_path / "r.json").variants[0].tasks["t"]
+    assert found.clusters is found.labels is None and found.samples == task().samples
 
 
 @pytest.mark.parametrize(
