@@ -28,7 +28,7 @@ def score(model, task: str, arguments) -> tuple[list, dict, float]:
     start = time.perf_counter()
     found = lm_eval.simple_evaluate(
         model=model,
-        tasks=local_tasks([task], arguments.data),
+        tasks=local_tasks([task], arguments.data, limit=arguments.limit),
         task_manager=task_manager(),
         limit=arguments.limit,
         bootstrap_iters=0,
@@ -43,8 +43,8 @@ def score(model, task: str, arguments) -> tuple[list, dict, float]:
 
 
 def compare(tokenizer, theirs: list, ours: list) -> str:
-    """The largest difference per token, and how many answers differ."""
-    worst, other = 0.0, 0
+    """The largest differences, per token and relative, and how many answers differ."""
+    worst, relative, other = 0.0, 0.0, 0
     for (arguments, expected), (_, found) in zip(theirs, ours, strict=True):
         if isinstance(expected, str):
             other += expected != found
@@ -52,8 +52,10 @@ def compare(tokenizer, theirs: list, ours: list) -> str:
         expected, found = (x if isinstance(x, tuple) else (x, True) for x in (expected, found))
         tokens = max(1, len(tokenizer.encode(arguments[-1])))
         worst = max(worst, abs(expected[0] - found[0]) / tokens)
+        relative = max(relative, abs(expected[0] / found[0] - 1))
         other += expected[1] != found[1]
-    return f"largest difference per token {worst:.1e}, other answers {other} of {len(ours)}"
+    largest = f"largest difference {worst:.1e} per token and {relative:.1e} relative"
+    return f"{largest}, other answers {other} of {len(ours)}"
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """`idp-jax eval`: scores a model and prints one table for each variant."""
 
 from idp_jax import config
-from idp_jax.commands.tables import chosen, show, variant_table
+from idp_jax.commands.tables import accuracy_table, chosen, show, variant_table
 from idp_jax.evaluation.job import score
 from idp_jax.jobs.progress import Bars, console, is_first_process
 
@@ -14,6 +14,8 @@ def run(settings: config.Evaluate) -> None:
     for variant in results.variants:
         show(variant_table(variant), console)
         for task, row in variant.tasks.items():
+            if (by_kind := accuracy_table(task, row)) is not None:
+                show(by_kind, console)
             if row.choices is not None:
                 counts = chosen(variant, row.choices)
                 console.print(f"{task}: prompts chosen: {counts}", highlight=False)

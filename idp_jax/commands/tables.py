@@ -1,5 +1,6 @@
 """Tables that commands print: what was measured, what was compressed, what a job would take."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,13 @@ from rich.text import Text
 
 from idp_jax.config import Train
 from idp_jax.evaluation.comparison import pooled_accuracy
-from idp_jax.evaluation.results import Comparison, PerplexityResult, TaskResult, VariantResult
+from idp_jax.evaluation.results import (
+    SEVERAL,
+    Comparison,
+    PerplexityResult,
+    TaskResult,
+    VariantResult,
+)
 from idp_jax.evaluation.statistics import Estimate
 from idp_jax.jobs.progress import WIDTH, clock
 
@@ -77,6 +84,20 @@ def variant_table(variant: VariantResult) -> Table:
             f"ms, prefill of {times.prompt_length} tokens", f"{times.prefill_ms:.1f}", "", sizes
         )
         table.add_row("ms a token, decoding", f"{times.decode_ms_per_token:.2f}", "", sizes)
+    return table
+
+
+def accuracy_table(name: str, task: TaskResult) -> Table | None:
+    """The main metric by domain and by relation of facts; None for a task without them."""
+    fields = [field for field in ("domains", "relation") if field in task.labels]
+    if task.accuracy is None or not fields:
+        return None
+    table = columns(f"{name}: {task.accuracy}, %", "items of", ("value [95 %]", "items"))
+    for field in fields:
+        counts = Counter(x for values in task.labels[field] for x in values.split(SEVERAL) if x)
+        for label, estimate in sorted(task.accuracy_by(field).items()):
+            table.add_row(label, percent(estimate), str(counts[label]))
+        table.add_section()
     return table
 
 

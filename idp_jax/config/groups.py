@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
+import yaml
+
 from idp_jax.config.choices import (
     ActOrder,
     Algorithm,
@@ -265,6 +267,8 @@ class Scoring(Settings):
     """lm-eval tasks, separated by commas; `knowledge` is the built-in probe."""
     task_data: Path | None = None
     """Folder with a local copy of every task's data, TASK/{train,validation,test}.jsonl[.gz]."""
+    include_path: Path | None = None
+    """Folder of further task files, as lm-eval's --include_path."""
     limit: int | float | None = None
     """Items of each task, or the fraction of them where it is below 1."""
     num_fewshot: int | None = None
@@ -293,6 +297,8 @@ class Scoring(Settings):
             )
         if self.windows is not None:
             at_least("windows", self.windows, 1)
+        if self.include_path is not None and not self.include_path.is_dir():
+            raise ConfigError(f"--include-path {self.include_path} is no folder of task files")
 
     @property
     def task_names(self) -> list[str]:
@@ -307,8 +313,37 @@ class Measurement(Scoring):
     latency: bool = False
     """Measure the time of prefill and decoding, too."""
     timing: Timing = field(default_factory=Timing)
+    gen_kwargs: str = ""
+    """Options of generated answers over those of the tasks: do_sample=true,temperature=0.7, or a
+    JSON object."""
+    log_samples: Path | None = None
+    """Folder for lm-eval's own files, too: results_*.json, and samples_*.jsonl with every item."""
 
     def __post_init__(self):
         super().__post_init__()
+        self.generation  # noqa: B018  # refuses what it cannot read
+        if self.log_samples is not None and self.log_samples.is_file():
+            raise ConfigError(f"--log-samples {self.log_samples} is a file; give a folder")
         if not self.task_names and self.perplexity is None and not self.latency:
             raise ConfigError("nothing to evaluate: give --tasks, --perplexity or --latency")
+
+    @property
+    def generation(self) -> dict[str, Any] | None:
+        """The options of `gen_kwargs` by name; None where there are none.
+
+        Raises:
+            ConfigError: they are neither KEY=VALUE,... nor a JSON object.
+        """
+        if not self.gen_kwargs:
+            return None
+        text = re.sub(r"(^|,)\s*(\w+)=", r"\1 \2: ", self.gen_kwargs)
+        try:  # JSON is YAML, and so are the values that stand alone
+            found = yaml.safe_load(text if text.lstrip().startswith("{") else f"{{{text}}}")
+        except (yaml.YAMLError, RecursionError):
+            found = None
+        if not isinstance(found, dict) or None in found.values():
+            raise ConfigError(
+                f"--gen-kwargs {self.gen_kwargs} is neither KEY=VALUE,... nor a JSON object; give "
+                "do_sample=true,temperature=0.7, say"
+            )
+        return found

@@ -19,13 +19,16 @@ import numpy as np
 from lm_eval.api.group import Group
 
 from idp_jax.evaluation.harness import HarnessLM
+from idp_jax.evaluation.harness_files import HarnessFiles
 from idp_jax.evaluation.journal import Journal
+from idp_jax.evaluation.measures import measures
 from idp_jax.evaluation.results import ACCURACIES, TaskResult, TaskScores
 from idp_jax.evaluation.samples import HASH, item_facts, item_scores
 from idp_jax.evaluation.statistics import accuracy_interval, exponential
 from idp_jax.evaluation.task_data import local_tasks, task_manager
 from idp_jax.jobs.progress import SILENT, Progress
 from idp_jax.models import Decoder
+from idp_jax.processes import first_process
 from idp_jax.recover import Repaired
 
 
@@ -39,6 +42,8 @@ def evaluate(
     batch_size: int = 8,
     num_fewshot: int | None = None,
     max_length: int | None = None,
+    gen_kwargs: dict[str, Any] | None = None,
+    files: HarnessFiles | None = None,
     seed: int = 0,
     progress: Progress = SILENT,
     journal: Journal | None = None,
@@ -54,6 +59,8 @@ def evaluate(
         batch_size: rows at a time; it does not change scores.
         num_fewshot: examples before every question; default is the task's own.
         max_length: text tokens of a row at most; default is the model's.
+        gen_kwargs: options of generation over those of the tasks.
+        files: where the harness's own files are written, too.
         seed: of few-shot examples and sampled answers.
         progress: of scoring and generation.
         journal: of batches that are known already.
@@ -75,7 +82,12 @@ def evaluate(
         progress=progress,
         journal=journal,
     )
-    found = run_harness(model, loaded, seed, num_fewshot=num_fewshot, limit=limit)
+    options: dict[str, Any] = {"num_fewshot": num_fewshot, "limit": limit, "gen_kwargs": gen_kwargs}
+    if files is not None:
+        options |= {"evaluation_tracker": files.tracker, "model_args": files.model_args}
+    found = run_harness(model, loaded, seed, **options)
+    if files is not None:
+        first_process(lambda: files.write(found, model.choices), "samples")
     rows = {task: _task(found, task, model) for task in found["samples"]}
     groups = {name: _metrics(row) for name, row in found.get("groups", {}).items()}
     main = [value for value in (_main(task, rows, groups) for task in loaded) if value is not None]
@@ -106,7 +118,7 @@ def run_harness(model: HarnessLM, tasks: list, seed: int, **options: Any) -> dic
         mock.patch("lm_eval.evaluator.get_git_commit_hash", return_value=None),
         mock.patch("lm_eval.api.task.tqdm", lambda rows, **_: rows),
         mock.patch("lm_eval.api.metrics.math", _MATH),
-        _without_refused(tasks),
+        _measured(tasks),
     ):
         # The harness's decorators hide its signature from type checkers.
         return cast(Any, lm_eval.simple_evaluate)(
@@ -127,22 +139,23 @@ _MATH = SimpleNamespace(**{**vars(math), "exp": exponential})
 
 
 @contextmanager
-def _without_refused(loaded: Sequence[Any]) -> Iterator[None]:
-    """Leaves items whose log-probabilities are no numbers out of every metric of their tasks."""
+def _measured(loaded: Sequence[Any]) -> Iterator[None]:
+    """Adds `measures` to the metrics of every task's items, and leaves refused items out of all."""
     with ExitStack() as stack:
         for task in task_manager().load(list(loaded))["tasks"].values():
-            scored = _scored_only(task.process_results)
-            stack.enter_context(mock.patch.object(task, "process_results", scored))
+            processed = _processed(task, task.process_results)
+            stack.enter_context(mock.patch.object(task, "process_results", processed))
         yield
 
 
-def _scored_only(process: Callable) -> Callable:
+def _processed(task: Any, process: Callable) -> Callable:
     """A task's function from an item's responses to its metrics; none where one is no number."""
 
     def processed(item: Any, responses: Any) -> dict[str, Any]:
-        first = [x[0] if isinstance(x, tuple | list) and x else x for x in responses]
-        finite = all(math.isfinite(x) for x in first if isinstance(x, float))
-        return process(item, responses) if finite else {}
+        first: list[Any] = [x[0] if isinstance(x, tuple | list) and x else x for x in responses]
+        if not all(math.isfinite(x) for x in first if isinstance(x, float)):
+            return {}
+        return {**process(item, responses), **measures(task, item, first)}
 
     return processed
 

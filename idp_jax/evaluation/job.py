@@ -135,6 +135,7 @@ def read_inputs(settings: Scoring, tokenizer: Any) -> Inputs:
             settings.task_data,
             limit=settings.limit,
             num_fewshot=settings.num_fewshot,
+            include_path=settings.include_path,
         )
     return Inputs(windows, tasks)
 
@@ -268,8 +269,13 @@ def measure(
         found = perplexity(repaired, inputs.windows, settings.batch_size, track, journal)
         text = replace(found, file=str(settings.perplexity))
     if inputs.tasks:
+        from idp_jax.evaluation.harness_files import HarnessFiles
         from idp_jax.evaluation.harness_tasks import evaluate  # imports the harness, some seconds
 
+        said = {name: identity[name] for name in ("adapter", "selector") if name in identity}
+        files = settings.log_samples and HarnessFiles(
+            settings.log_samples, {"pretrained": identity["model"], **said}
+        )
         scores = evaluate(
             repaired,
             tokenizer,
@@ -278,6 +284,8 @@ def measure(
             batch_size=settings.batch_size,
             num_fewshot=settings.num_fewshot,
             max_length=settings.max_length,
+            gen_kwargs=settings.generation,
+            files=files,
             seed=settings.seed,
             progress=progress,
             journal=journal,

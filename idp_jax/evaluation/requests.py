@@ -1,15 +1,16 @@
 """Scoring many (context, continuation) pairs with few rows and few compilations.
 
-Pairs with one context share a row: the context is its trunk, and every distinct continuation a
-branch behind it, which sees the trunk and itself. A continuation's last token is predicted but
-never read, so a one-token answer adds nothing to the row. The invariant: scores are those of each
-pair by itself, whatever the batch, the order and the other pairs.
+Pairs with one context share a row: the context is its trunk, with what their continuations begin
+with alike (of sentences that differ in their ends, nearly all), and the rest of every distinct
+continuation is a branch behind it, which sees the trunk and itself. A continuation's last token is
+predicted but never read, so a one-token answer adds nothing to the row. The invariant: scores are
+those of each pair by itself, whatever the batch, the order and the other pairs.
 
 A pool's prompt is chosen from a request's `chooser`, which need not be the whole context: of
 options that differ in their context it is what these share.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 
@@ -66,26 +67,35 @@ class _Row:
     """One row: its tokens and mask, the predictions asked of it, and whose answers they are.
 
     `chooser`: what the pool's prompt is chosen from; None is all that the mask marks 1.
+    `shared`: how many predictions, the first ones, are of the trunk and so of every answer.
     """
 
     tokens: list[int]
     mask: list[int]
-    trunk_end: int
-    chooser: tuple[int, ...] | None = None
-    positions: list[int] = field(default_factory=list)
-    targets: list[int] = field(default_factory=list)
+    chooser: tuple[int, ...] | None
+    positions: list[int]
+    targets: list[int]
+    shared: int
     answers: list[tuple[list[int], int]] = field(default_factory=list)
 
-    def add(self, continuation: Sequence[int], owners: list[int], mark: int) -> None:
+    @classmethod
+    def begun(cls, context: Sequence[int], shared: Sequence[int], chooser) -> "_Row":
+        """A row that holds its trunk alone."""
+        trunk = [*context, *shared]
+        positions = [*range(len(context) - 1, len(trunk) - 1)]
+        return cls(trunk, [1] * len(trunk), chooser, positions, [*shared], len(shared))
+
+    def add(self, rest: Sequence[int], owners: list[int], trunk: int) -> None:
+        """A branch: a continuation's tokens behind the trunk, of which there are `trunk`."""
         start = len(self.tokens)
-        self.tokens += continuation[:-1]
-        self.mask += [mark] * (len(continuation) - 1)
-        self.positions += [self.trunk_end - 1, *range(start, len(self.tokens))]
-        self.targets += continuation
-        self.answers.append((owners, len(continuation)))
+        self.tokens += rest[:-1]
+        self.mask += [_FIRST_BRANCH + len(self.answers)] * (len(rest) - 1)
+        self.positions += [trunk - 1, *range(start, len(self.tokens))]
+        self.targets += rest
+        self.answers.append((owners, len(rest)))
 
 
-def common_prefix(rows: Sequence[list[int]]) -> list[int]:
+def common_prefix(rows: Sequence[list[int]] | Sequence[tuple[int, ...]]) -> list[int]:
     """The tokens that all rows begin with."""
     pairs = zip(min(rows), max(rows), strict=False)  # all others lie between these two
     return [token for token, other in takewhile(lambda pair: pair[0] == pair[1], pairs)]
@@ -99,20 +109,51 @@ def plan_rows(requests: Sequence[Request], max_length: int) -> list[_Row]:
     groups: dict[tuple, dict[tuple, list[int]]] = {}
     for index, request in enumerate(requests):
         # A whole text is a trunk to its end, so it shares its row with nothing.
-        chooser = None if request.chooser in (None, request.context) else tuple(request.chooser)
-        key = (tuple(request.context), chooser, index if request.whole else None)
+        alone = index if request.whole else None
+        chooser = None if request.whole else tuple(request.chooser or request.context)
+        key = (tuple(request.context), chooser, alone)
         groups.setdefault(key, {}).setdefault(tuple(request.continuation), []).append(index)
-    rows = []
-    for (context, chooser, alone), continuations in groups.items():
-        row = None
-        for continuation, owners in continuations.items():
-            room = min(max_length, MERGED_TOKENS) - len(continuation) + 1
-            if row is None or len(row.tokens) > room:
-                row = _Row(list(context), [1] * len(context), len(context), chooser)
-                rows.append(row)
-            mark = 1 if alone is not None else _FIRST_BRANCH + len(row.answers)
-            row.add(continuation, owners, mark)
+    rows, longest = [], min(max_length, MERGED_TOKENS)
+    for (context, chooser, _), continuations in groups.items():
+        for members, shared in _clusters(len(context), sorted(continuations), longest):
+            row = _Row.begun(context, members[0][:shared], chooser)
+            for member in members:
+                row.add(member[shared:], continuations[member], len(context) + shared)
+            rows.append(row)
     return rows
+
+
+def _clusters(
+    context: int, ordered: Sequence[tuple], longest: int
+) -> Iterator[tuple[list[tuple], int]]:
+    """The continuations of each row, and how many of their tokens they begin with alike.
+
+    Neighbours in the order of their tokens have the most in common. One joins the row of those
+    before it where that reads fewer tokens than a row of its own, and the row is not too long.
+
+    Args:
+        context: tokens before every continuation.
+        ordered: sorted and distinct.
+    """
+    members: list[tuple] = []
+    shared = held = 0  # tokens alike (one at least is left to each), and of all members together
+    for continuation in ordered:
+        alike = len(continuation) - 1
+        if members:
+            alike = min(shared, alike, len(common_prefix([members[-1], continuation])))
+            joined = _size(context, alike, held + len(continuation), len(members) + 1)
+            apart = _size(context, shared, held, len(members)) + context + len(continuation) - 1
+            if joined > min(longest, apart):
+                yield members, shared
+                members, held, alike = [], 0, len(continuation) - 1
+        members.append(continuation)
+        shared, held = alike, held + len(continuation)
+    yield members, shared
+
+
+def _size(context: int, shared: int, held: int, members: int) -> int:
+    """Tokens of a row: the trunk, and of every member what is behind it but the last token."""
+    return context + shared + held - members * (shared + 1)
 
 
 def score_requests(
@@ -163,13 +204,15 @@ def _answers(
             # A choice of none has no number, nor has what is scored behind it.
             chosen = None if choice is None or choice[number] == prompts else int(choice[number])
             found.append([])
+            trunk, end = slice(end, end + row.shared), end + row.shared
             for _, count in row.answers:
-                start, end = end, end + count
-                total, likeliest = logprob[start:end].sum(), greedy[start:end].all()
+                own, end = slice(end, end + count), end + count
+                total = logprob[trunk].sum() + logprob[own].sum()
+                likeliest = greedy[trunk].all() and greedy[own].all()
                 found[-1].append((float(total), bool(likeliest), chosen))
         return found
 
-    counts = [[count for _, count in row.answers] for row in batch]
+    counts = [[row.shared, *(count for _, count in row.answers)] for row in batch]
     return journal(compute, "scores", *arrays, counts)
 
 

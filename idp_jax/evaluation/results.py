@@ -18,10 +18,11 @@ from idp_jax.config.choices import Role
 from idp_jax.config.files import from_dict
 from idp_jax.config.groups import ConfigError
 from idp_jax.evaluation.paired import PooledTest, TaskTest
-from idp_jax.evaluation.statistics import Estimate, Number
+from idp_jax.evaluation.statistics import Estimate, Number, accuracy_interval
 from idp_jax.jobs.files import write_json
 
 SCHEMA = "idp-jax.results/1"
+SEVERAL = "; "
 NOT_FINITE = "the model, its adapter or its selector gives numbers that cannot be computed with"
 # Beside a perplexity itself.
 _UNBOUNDED = frozenset({"interval", "metrics", "groups", "comparisons", "measures"})
@@ -94,7 +95,7 @@ class TaskResult(Part):
     """The scores of one task.
 
     Attributes:
-        metrics: every metric of the harness by name.
+        metrics: every metric of the harness by name, and of multiple choice those of `measures`.
         interval: 95 % (Wilson) of those that are right or wrong by item.
         items: how many were scored; the lists below hold these.
         num_fewshot: examples before each item.
@@ -106,7 +107,8 @@ class TaskResult(Part):
             or windows; None without a pool.
         refused: by number of the item, why it could not be scored.
         chance: the share of right answers of guessing, where there are options to choose from.
-        labels: by field of the documents that groups them (`relation`), its value for every item.
+        labels: by field of the documents that groups them (`relation`), its value for every item;
+            several values of one item (`domains`) are joined by `SEVERAL`.
         questions: a digest of all prompts; None where it was not kept.
     """
 
@@ -123,6 +125,23 @@ class TaskResult(Part):
     chance: float | None = None
     labels: dict[str, list[str]] = field(default_factory=dict)
     questions: str | None = None
+
+    def accuracy_by(self, field: str) -> dict[str, Estimate]:
+        """The main metric, with its Wilson interval, over the items of each value of a field.
+
+        Args:
+            field: one of `labels`.
+
+        Raises:
+            ValueError: the task has no main metric, or no such field.
+        """
+        if self.accuracy is None or field not in self.labels:
+            raise ValueError(f"the task has no accuracy, or its items no {field}")
+        scores: dict[str, list[float]] = {}
+        for score, values in zip(self.samples[self.accuracy], self.labels[field], strict=True):
+            for value in filter(None, values.split(SEVERAL)):
+                scores.setdefault(value, []).append(score)
+        return {value: accuracy_interval(found) for value, found in scores.items()}
 
     @property
     def accuracy(self) -> str | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from idp_jax.config.groups import ConfigError
-from idp_jax.evaluation.results import TaskResult, VariantResult, read
+from idp_jax.evaluation.results import SEVERAL, TaskResult, VariantResult, read
 from idp_jax.evaluation.statistics import accuracy_interval
 
 HASH = 16  # digits of the harness's hash of an item that are kept
@@ -222,10 +222,19 @@ def _labels(docs: Sequence[Any]) -> dict[str, list[str]]:
     first = docs[0] if isinstance(docs[0], Mapping) else {}
     found = {}
     for name in first:
-        values = [doc.get(name) for doc in docs]
-        plain = all(isinstance(x, str | int) and not isinstance(x, bool) for x in values)
-        texts = [str(value) for value in values] if plain else []
-        groups = set(texts)
-        if 1 < len(groups) <= len(docs) / 2 and max(map(len, groups)) <= _LONGEST_LABEL:
-            found[name] = texts
+        texts = [_label(doc.get(name)) for doc in docs]
+        known = [text for text in texts if text is not None]
+        groups = set(known)
+        if len(known) < len(docs) or max(map(len, groups)) > _LONGEST_LABEL:
+            continue
+        if 1 < len(groups) <= len(docs) / 2:
+            found[name] = known
     return found
+
+
+def _label(value: Any) -> str | None:
+    """A value that may name a group, or several such values, as one text."""
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return SEVERAL.join(value)
+    plain = isinstance(value, str | int) and not isinstance(value, bool)
+    return str(value) if plain else None

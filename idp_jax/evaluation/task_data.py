@@ -2,8 +2,9 @@
 
 The harness's own task files stay as they are (templates, answers, metrics, version); only where the
 rows come from is overridden. A data folder is laid out as `<folder of the
-task>/{train,validation,test}.jsonl`, each perhaps with `.gz`. The invariant: what `local_tasks`
-returns can be asked, item by item; whatever cannot is told by file and row before a model is read.
+task>/{train,validation,test}.jsonl`, each perhaps with `.gz`; BEAR may lie there as its facts (see
+`bear`). The invariant: what `local_tasks` returns can be asked, item by item; whatever cannot is
+told by file and row before a model is read.
 """
 
 import logging
@@ -22,9 +23,10 @@ from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
+from idp_jax.evaluation import bear
 from idp_jax.evaluation.task_rows import DataError, Rows, first_failing, one_line, read_rows
 
-BUILT_IN = Path(__file__).parent / "tasks"  # the knowledge probe, which carries its own data
+BUILT_IN = Path(__file__).parent / "tasks"  # BEAR's templates; the knowledge probe and its data
 PAPER_TASKS = (
     "arc_easy",
     "arc_challenge",
@@ -42,9 +44,10 @@ _SPLITS = {"training_split": "train", "validation_split": "validation", "test_sp
 
 
 @cache
-def task_manager() -> TaskManager:
-    """The harness's tasks and ours by name; made once, since it reads thousands of files."""
-    return TaskManager(include_path=BUILT_IN)
+def task_manager(include_path: Path | None = None) -> TaskManager:
+    """The harness's tasks, ours and those of a folder by name; made once, of thousands of files."""
+    folders: list[str | Path] = [BUILT_IN] if include_path is None else [BUILT_IN, include_path]
+    return TaskManager(include_path=folders)
 
 
 def local_tasks(
@@ -53,6 +56,7 @@ def local_tasks(
     *,
     limit: float | None = None,
     num_fewshot: int | None = None,
+    include_path: str | Path | None = None,
 ) -> list[Any]:
     """Tasks for `lm_eval.simple_evaluate(tasks=...)`.
 
@@ -63,6 +67,8 @@ def local_tasks(
           harness.
         limit: items of each task that will be asked, or the fraction of them where it is below 1.
         num_fewshot: examples before each item; by default what the task says.
+        include_path: folder of further task files; one without a folder in `data_dir` keeps the
+            rows that it names.
 
     Returns:
         Loaded tasks and groups of the harness.
@@ -72,15 +78,17 @@ def local_tasks(
             be asked.
     """
     _quiet()
-    data = _LocalData(None if data_dir is None else Path(data_dir))
+    included = None if include_path is None else Path(include_path)
+    manager = task_manager(included)
+    data = _LocalData(None if data_dir is None else Path(data_dir), included)
     loaded: dict[str, Any] = {}
-    for name in _matched(names):
-        for found in _load(name, data):
+    for name in _matched(names, manager):
+        for found in _load(name, data, manager):
             loaded[found.name if isinstance(found, Group) else found.task_name] = found
     for found in loaded.values():
         for task in found.get_all_tasks() if isinstance(found, Group) else [found]:
             _check_items(task, data.rows.get(task.task_name, {}), limit, num_fewshot)
-    task_manager().load(list(loaded.values()))  # refuses a task that is there twice
+    manager.load(list(loaded.values()))  # refuses a task that is there twice
     return list(loaded.values())
 
 
@@ -105,9 +113,9 @@ def _quiet() -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it reports every setting as a warning
 
 
-def _matched(names: Sequence[str]) -> list[str]:
+def _matched(names: Sequence[str], manager: TaskManager) -> list[str]:
     """The names of tasks, groups and tags that are asked for, patterns resolved."""
-    manager, found = task_manager(), []
+    found = []
     for name in names:
         matched = manager.match_tasks([name]) if set(name) & set("*?[") else [name]
         if not matched or matched[0] not in manager.task_index:
@@ -118,11 +126,11 @@ def _matched(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _load(name: str, data: "_LocalData") -> list[Any]:
+def _load(name: str, data: "_LocalData", manager: TaskManager) -> list[Any]:
     """The task or group of a name, or the tasks of a tag."""
     try:
         with data.in_place():
-            found: Any = task_manager().load(name)
+            found: Any = manager.load(name)
     except DataError:
         raise
     except Exception as error:
@@ -136,12 +144,13 @@ class _LocalData:
 
     Attributes:
         folder: None leaves every task's data to the harness.
+        included: folder of task files that may bring their own rows.
         rows: by task and split.
         last: the task whose rows were read last.
     """
 
-    def __init__(self, folder: Path | None):
-        self.folder = folder
+    def __init__(self, folder: Path | None, included: Path | None):
+        self.folder, self.included = folder, included
         self.rows: dict[str, dict[str, Rows]] = {}
         self.last: Any = None
 
@@ -154,8 +163,7 @@ class _LocalData:
         own = ConfigurableTask.download
 
         def download(task: Any, dataset_kwargs: dict | None = None, **options: Any) -> None:
-            source = Path(str((task.config.metadata or {}).get("config_source")))
-            if self.folder is None or source.is_relative_to(BUILT_IN):
+            if self.folder is None or self._brings_rows(task, self.folder):
                 self.last = None
                 own(task, dataset_kwargs, **options)
             else:
@@ -164,10 +172,17 @@ class _LocalData:
         with mock.patch.object(ConfigurableTask, "download", download):
             yield
 
+    def _brings_rows(self, task: Any, folder: Path) -> bool:
+        source = Path(str((task.config.metadata or {}).get("config_source")))
+        if source.is_relative_to(BUILT_IN):
+            return task.config.task not in bear.TEMPLATES
+        included = self.included is not None and source.is_relative_to(self.included)
+        return included and not (folder / str(task.config.task)).is_dir()
+
     def fill(self, task: Any, folder: Path) -> None:
         """Gives a task its rows, and says which splits there are."""
         name = task.config.task
-        rows = {split: read_rows(path) for split, path in _files(name, folder).items()}
+        rows = _rows(name, folder)
         self.rows[name], self.last = rows, task
         task.dataset = {split: own.dataset() for split, own in rows.items()}
         for key, split in _SPLITS.items():
@@ -251,6 +266,14 @@ def _check_item(task: Any, item: Any) -> None:
         known = one in options if isinstance(one, str) else one in range(len(options))
         if not known:
             raise DataError(f"the answer is {one!r}, which is none of the {len(options)} options")
+
+
+def _rows(name: str, data_dir: Path) -> dict[str, Rows]:
+    """A task's rows by split."""
+    facts, file = data_dir / "bear", data_dir / name / "test.jsonl"
+    if name in bear.TEMPLATES and (facts / bear.FACTS).is_file() and not file.is_file():
+        return {"test": bear.bear_rows(facts, bear.TEMPLATES[name])}
+    return {split: read_rows(path) for split, path in _files(name, data_dir).items()}
 
 
 def _files(name: str, data_dir: Path) -> dict[str, Path]:

@@ -6,7 +6,14 @@ import math
 
 from rich.console import Console
 
-from idp_jax.commands.tables import change_table, comparison_table, show, task_table, variant_table
+from idp_jax.commands.tables import (
+    accuracy_table,
+    change_table,
+    comparison_table,
+    show,
+    task_table,
+    variant_table,
+)
 from idp_jax.evaluation import compare
 from idp_jax.evaluation.statistics import perplexity_interval
 from idp_jax.jobs import progress
@@ -74,3 +81,10 @@ def test_names_in_brackets_are_no_markup():
     with progress.console.capture() as said:
         progress.console.print("written to runs/[bold]a[/b]", highlight=False)
     assert said.get() == "written to runs/[bold]a[/b]\n"
+
+
+def test_accuracies_by_what_items_are_about():
+    printed = shown(accuracy_table("bear", task((1.0, 0.0, 1.0))))
+    rows = [line.replace("│", " ").split() for line in printed.splitlines() if "│" in line]
+    assert [(row[0], row[-1]) for row in rows] == [("a", "2"), ("b", "1"), ("P1", "2"), ("P2", "1")]
+    assert accuracy_table("piqa", task(labels={})) is None

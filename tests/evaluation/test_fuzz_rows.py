@@ -11,6 +11,7 @@ import re
 import pytest
 
 from idp_jax.evaluation.harness_tasks import evaluate
+from idp_jax.evaluation.task_data import local_tasks
 from tests.helpers import FUZZ_TRIES, tiny_decoder, tiny_tokenizer
 
 ROWS = 4
@@ -61,12 +62,25 @@ def lambada(i):
     return {"text": f"Number {i} is the last word"}
 
 
+def bear(i):
+    return {"relation": "P1", "subject": f"Place {i}", "subject_aliases": [], "answer": i % 3}
+
+
+RELATIONS = {
+    "P1": {
+        "templates": ["[X] lies in [Y].", "[Y] is where [X] lies.", "In [Y] there is [X]."],
+        "options": ["Asia", "Africa", "Europe"],
+        "domains": ["Geographic"],
+    }
+}
+
 TASKS = {
     "arc_easy": ("test", arc),
     "piqa": ("validation", piqa),
     "hellaswag": ("validation", hellaswag),
     "winogrande": ("validation", winogrande),
     "lambada_openai": ("test", lambada),
+    "bear": ("facts", bear),
 }
 
 
@@ -110,6 +124,8 @@ def test_damage_is_told_or_harms_no_other_row(tmp_path, task):
     split, make = TASKS[task]
     file = tmp_path / task / f"{split}.jsonl"
     file.parent.mkdir()
+    if task == "bear":
+        (tmp_path / "bear" / "relations.json").write_text(json.dumps(RELATIONS))
     lines = [json.dumps(make(i)).encode() for i in range(ROWS)]
     file.write_bytes(b"\n".join(lines) + b"\n")
     whole = scores(model, task, tmp_path)
@@ -139,3 +155,26 @@ def test_damage_is_told_or_harms_no_other_row(tmp_path, task):
                     metric,
                 )
     assert 0 < refused
+
+
+@pytest.mark.slow
+def test_damaged_relations_are_told_or_asked(tmp_path):
+    """A relation is every fact's: it is refused by name, or its sentences can be asked."""
+    draw, folder = random.Random("relations"), tmp_path / "bear"
+    folder.mkdir()
+    facts = "".join(json.dumps(bear(i)) + "\n" for i in range(ROWS))
+    (folder / "facts.jsonl").write_text(facts)
+    refused = 0
+    for _ in range(FUZZ_TRIES):
+        line = damaged(draw, RELATIONS["P1"])
+        whole = b'{"P1": ' + line + b"}" if draw.random() < 0.9 else damaged(draw, RELATIONS)
+        (folder / "relations.json").write_bytes(whole)
+        try:
+            (task,) = local_tasks([draw.choice(["bear", "bear_template_3"])], tmp_path)
+        except ValueError as error:
+            said = str(error)
+            assert re.search(r"relations\.json|facts\.jsonl:1\b", said) and "\n" not in said, whole
+            refused += 1
+            continue
+        assert len(task.test_docs()) == ROWS
+    assert 0 < refused < FUZZ_TRIES

@@ -162,6 +162,23 @@ def test_one_row_per_question_and_one_token_answers_add_nothing():
     assert [owners for owners, _ in rows[0].answers] == [[0, 2], [1], [3]]
 
 
+@pytest.mark.parametrize("variant", ["llama", "llama-pool", "opt-pool"])
+@pytest.mark.parametrize("max_length", [12, 64])
+def test_what_continuations_begin_with_is_read_once(variant, max_length):
+    """Whole sentences that differ in their ends, and one that is the beginning of others."""
+    model = VARIANTS[variant]()
+    starts, ends = ([7, 8, 9, 10], [7, 8, 30], [40]), ([11], [12, 13], [12, 14, 15], [11, 12])
+    texts = [[*start, *end] for start in starts for end in ends] + [[7, 8, 9], [7, 8, 9, 10]]
+    asked = [Request([1], text) for text in texts]
+    rows = plan_rows(asked, max_length)
+    assert sum(len(row.tokens) for row in rows) < 0.7 * sum(len(text) for text in texts)
+    assert max(len(row.tokens) for row in rows) <= max_length
+    found = score_requests(Repaired.of(model), asked, 4, max_length)
+    for text, score in zip(texts, found, strict=True):
+        logprob, greedy = plain_score(model, [1], text)
+        assert (score.logprob, score.greedy) == (pytest.approx(logprob, abs=1e-4), greedy)
+
+
 def test_one_token_answers_before_longer_ones():
     """A one-token answer leaves no mark in the row, which must not move the context's end."""
     model = tiny_decoder("llama", **SIZE)

@@ -20,6 +20,8 @@ from idp_jax.evaluation.results import (
 )
 from idp_jax.evaluation.statistics import Estimate, exponential
 
+LABELS = {"relation": ["P1", "P1", "P2"], "domains": ["a; b", "a", ""]}
+
 
 def task(scores=(1.0, 0.0, 1.0), **changes) -> TaskResult:
     """A task of as many items as there are scores."""
@@ -35,6 +37,7 @@ def task(scores=(1.0, 0.0, 1.0), **changes) -> TaskResult:
             choices=[1, 2],
             prompts=[[0], [1], [1]],
             refused={7: "too long"},
+            labels=LABELS if len(scores) == 3 else {},
         ),
         **changes,
     )
@@ -79,6 +82,15 @@ def test_a_file_gives_the_same_results_again(tmp_path):
     assert whole.variant("b") is plain
     with pytest.raises(ConfigError, match="no variant 'c' in these results; there are a, b"):
         whole.variant("c")
+
+
+def test_files_of_before_there_were_labels_are_read(tmp_path):
+    tree = dataclasses.asdict(results(variant()))
+    for name in ("chance", "labels", "questions"):
+        del tree["variants"][0]["tasks"]["t"][name]
+    (tmp_path / "r.json").write_text(json.dumps(tree))
+    found = read(tmp_path / "r.json").variants[0].tasks["t"]
+    assert found.labels == {} and found.samples == task().samples
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ TASKS = [
     "winogrande",
     "commonsense_qa",
     "wikitext",
+    "bear",
 ]
 ITEMS = 3
 # Sums over whole continuations; single tokens agree to about 1e-5.
@@ -34,7 +35,7 @@ def answers(model, tasks) -> dict:
     """By task, the responses to every request and the metrics."""
     found = lm_eval.simple_evaluate(
         model=model,
-        tasks=local_tasks(tasks, DATA),
+        tasks=local_tasks(tasks, DATA, limit=ITEMS),
         task_manager=task_manager(),
         limit=ITEMS,
         bootstrap_iters=0,
