@@ -37,6 +37,7 @@ COMMANDS: dict[str, type] = {
     "plan": config.Plan,
     "merge": config.Merge,
     "eval": config.Evaluate,
+    "generate": config.Generate,
     "sweep": config.Sweep,
     "pool-study": config.PoolStudy,
 }

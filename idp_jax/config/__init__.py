@@ -7,6 +7,7 @@ writes them. The invariant: nothing here imports jax.
 
 from idp_jax.config.commands import Compress, Convert, Evaluate, Merge, Plan, PoolStudy, Train
 from idp_jax.config.experiment import Demo, Experiment, Variant
+from idp_jax.config.generation import Generate
 from idp_jax.config.groups import (
     Calibration,
     Compression,
@@ -43,6 +44,7 @@ __all__ = [
     "Demo",
     "Evaluate",
     "Experiment",
+    "Generate",
     "Init",
     "Loading",
     "Lora",
