@@ -25,6 +25,7 @@ from idp_jax.inference.generation import check_input, decode_step, pad_left, pre
 from idp_jax.inference.sampling import Pick
 from idp_jax.inference.text import GrowingText
 from idp_jax.models import KV, Decoder
+from idp_jax.models.storage import layers_apart
 from idp_jax.recover import Repaired
 
 
@@ -132,7 +133,7 @@ def complete(
     rows: list[_Row | None] = [None] * min(batch_size, len(arrays))
     room, ring = max(ids.shape[1] for ids, _ in arrays), bucket(max_new_tokens)
     state = _empty(repaired, len(rows), room + ring)
-    waiting = iter(enumerate(arrays))
+    layers, waiting = _apart(repaired.decoder), iter(enumerate(arrays))
     for step in itertools.count():
         for place in range(len(rows)):
             while rows[place] is None and (found := next(waiting, None)) is not None:
@@ -147,7 +148,7 @@ def complete(
         if not any(rows):
             return
         slot = np.int32(state.cache.length - ring + step % ring)
-        state, tokens = _step(repaired.decoder, state, slot, pick)
+        state, tokens = _step(repaired.decoder, layers, state, slot, pick)
         for place, token in enumerate(np.asarray(tokens).tolist()):
             if (row := rows[place]) is not None:
                 new, done = row.hear(token, ends, max_new_tokens)
@@ -169,6 +170,9 @@ def _array(repaired: Repaired, number: int, prompt: Sequence[int], max_new_token
 def _key(seed: int, ids: np.ndarray) -> jax.Array:
     """A random key of a prompt's own, whatever its number."""
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(ids.tobytes()))
+
+
+_apart = jax.jit(layers_apart)
 
 
 def _empty(repaired: Repaired, rows: int, slots: int) -> _State:
@@ -198,9 +202,9 @@ def _admit(repaired: Repaired, state: _State, ids, mask, key, place, pick: Pick)
 
 
 @partial(jax.jit, donate_argnames="state")
-def _step(decoder: Decoder, state: _State, slot, pick: Pick) -> tuple[_State, jax.Array]:
+def _step(decoder: Decoder, layers, state: _State, slot, pick: Pick) -> tuple[_State, jax.Array]:
     """One more token for every row, see `_told`."""
-    logits, cache = decode_step(decoder, state.last, state.cache, slot)
+    logits, cache = decode_step(decoder, state.last, state.cache, slot, layers)
     tokens, finite = pick(logits, _draw(state.keys, state.count))
     return _State(cache, tokens, state.count + 1, state.keys), _told(tokens, finite)
 

@@ -17,8 +17,10 @@ from idp_jax.inference.buckets import bucket
 from idp_jax.inference.sampling import Pick
 from idp_jax.inference.text import decode, encode, is_text
 from idp_jax.models import KV, Decoder
+from idp_jax.models.block import Block
 from idp_jax.models.cache import concatenate
 from idp_jax.models.inputs import token_arrays
+from idp_jax.models.storage import layers_apart
 from idp_jax.processes import gather
 from idp_jax.recover import Repaired
 
@@ -213,21 +215,31 @@ def prefill(repaired: Repaired, input_ids, attention_mask, slots: int) -> tuple[
     return decoder.logits(hidden[:, -1]), cache.reserve(slots)
 
 
-def decode_step(decoder: Decoder, tokens: jax.Array, cache: KV, slot) -> tuple[jax.Array, KV]:
+def decode_step(
+    decoder: Decoder,
+    tokens: jax.Array,
+    cache: KV,
+    slot,
+    layers: tuple[Block, ...] | None = None,
+) -> tuple[jax.Array, KV]:
     """Reads one token per row, int32 [B], into the cache at `slot` (traceable).
+
+    Args:
+        layers: what `layers_apart` gives, for many steps.
 
     Returns:
         float32 [B, V] logits of the next token, and the cache.
     """
     # The mask says that not every slot of the cache is a token: its length is no position.
     alone = jnp.ones((tokens.shape[0], 1), jnp.int32)
-    hidden, new = decoder.hidden(tokens[:, None], alone, past=cache, keep=True)
+    hidden, new = decoder.hidden(tokens[:, None], alone, past=cache, keep=True, layers=layers)
     return decoder.logits(hidden[:, 0]), cache.write(new, slot)
 
 
 @partial(jax.jit, static_argnames="slots")
 def _generate(repaired, ids, mask, stop, limit, pick: Pick, key, *, slots):
     draw = lambda step: partial(jax.random.categorical, jax.random.fold_in(key, step))
+    layers = layers_apart(repaired.decoder)
     logits, cache = prefill(repaired, ids, mask, slots)
     start = cache.length - slots
     first, finite = pick(logits, draw(0))
@@ -239,7 +251,7 @@ def _generate(repaired, ids, mask, stop, limit, pick: Pick, key, *, slots):
 
     def advance(state):
         step, tokens, cache, last, finite = state
-        logits, cache = decode_step(repaired.decoder, last, cache, start + step - 1)
+        logits, cache = decode_step(repaired.decoder, last, cache, start + step - 1, layers)
         new, well = pick(logits, draw(step))
         finite = finite & (well | stop[last])
         new = jnp.where(stop[last], last, new)

@@ -9,6 +9,7 @@ import numpy as np
 
 from idp_jax.inference.generation import decode_step, prefill
 from idp_jax.models import Decoder
+from idp_jax.models.storage import layers_apart
 from idp_jax.recover import Repaired
 
 
@@ -51,9 +52,10 @@ def _read(repaired: Repaired, ids: jax.Array, *, slots: int):
 @jax.jit
 def _decode(decoder: Decoder, first: jax.Array, cache, steps: jax.Array):
     start = jnp.int32(cache.length) - steps
+    layers = layers_apart(decoder)
 
     def advance(step, state):
-        logits, cache = decode_step(decoder, state[0], state[1], start + step)
+        logits, cache = decode_step(decoder, state[0], state[1], start + step, layers)
         return logits.argmax(-1).astype(jnp.int32), cache
 
     return jax.lax.fori_loop(jnp.int32(0), steps, advance, (first, cache))[0]
