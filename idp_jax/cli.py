@@ -38,6 +38,7 @@ COMMANDS: dict[str, type] = {
     "merge": config.Merge,
     "eval": config.Evaluate,
     "compare": config.Compare,
+    "generate": config.Generate,
     "sweep": config.Sweep,
     "pool-study": config.PoolStudy,
 }

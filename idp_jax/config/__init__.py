@@ -8,6 +8,7 @@ writes them. The invariant: nothing here imports jax.
 from idp_jax.config.commands import Compress, Convert, Evaluate, Merge, Plan, PoolStudy, Train
 from idp_jax.config.comparison import Compare
 from idp_jax.config.experiment import Demo, Experiment, Variant
+from idp_jax.config.generation import Generate
 from idp_jax.config.groups import (
     Calibration,
     Compression,
@@ -45,6 +46,7 @@ __all__ = [
     "Demo",
     "Evaluate",
     "Experiment",
+    "Generate",
     "Init",
     "Loading",
     "Lora",

@@ -18,6 +18,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,7 +55,7 @@ def read_documents(path: str | Path, seed: int | None = None) -> Iterator[Docume
             f"cannot read text from {path}; give a .txt, .raw or .jsonl file (or its .gz)"
         )
     else:
-        rows = _rows(path) if seed is None else _shuffled(path, seed)
+        rows = read_lines(path) if seed is None else _shuffled(path, seed)
         yield from _some_text(path, (_text(path, number, row) for number, row in rows))
 
 
@@ -114,7 +115,7 @@ def _decoded(path: Path, file: io.BufferedIOBase) -> Iterator[str]:
         block = file.read(_BLOCK)
 
 
-def _rows(path: Path) -> Iterator[tuple[int, str]]:
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Lines that are not blank, with their numbers."""
     number, parts, length = 1, [], 0
     for piece in _characters(path):
@@ -138,26 +139,21 @@ def _rows(path: Path) -> Iterator[tuple[int, str]]:
 
 def _shuffled(path: Path, seed: int) -> Iterator[tuple[int, str]]:
     """The rows in a random order: the file is read once for every `_HELD` characters."""
-    lengths = [len(row) for _, row in _rows(path)]
+    lengths = [len(row) for _, row in read_lines(path)]
     order = np.random.default_rng(seed).permutation(len(lengths))
     size = max(1, _HELD * len(lengths) // max(sum(lengths), 1))
     for start in range(0, len(order), size):
         chosen = order[start : start + size].tolist()
         wanted = set(chosen)
-        rows = {index: row for index, row in enumerate(_rows(path)) if index in wanted}
+        rows = {index: row for index, row in enumerate(read_lines(path)) if index in wanted}
         yield from (rows.pop(index) for index in chosen)
 
 
 def _text(path: Path, number: int, row: str) -> str:
     """The document of a row."""
     where = f"{path}:{number}"
-    try:
-        # Files with a byte order mark that are put behind one another have marks inside.
-        fields = json.loads(row.lstrip("\ufeff"))
-    except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{where} is not JSON: {reason}; mend or remove the line") from error
-    texts = [fields.get(name) for name in TEXT_FIELDS] if isinstance(fields, dict) else []
+    fields = fields_of(where, row)
+    texts = [fields.get(name) for name in TEXT_FIELDS]
     text = next((text for text in texts if isinstance(text, str)), None)
     if text is None:
         raise ValueError(f"{where} has no text field; expected one of {', '.join(TEXT_FIELDS)}")
@@ -167,3 +163,21 @@ def _text(path: Path, number: int, row: str) -> str:
             "text; write whole characters"
         )
     return text
+
+
+def fields_of(where: str, row: str) -> dict[str, Any]:
+    """The JSON object in a line; of other JSON no fields.
+
+    Args:
+        where: file and line, for the error.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    try:
+        # Files with a byte order mark that are put behind one another have marks inside.
+        fields = json.loads(row.lstrip("\ufeff"))
+    except (ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{where} is not JSON: {reason}; mend or remove the line") from error
+    return fields if isinstance(fields, dict) else {}

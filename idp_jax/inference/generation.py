@@ -14,10 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from idp_jax.inference.buckets import bucket
+from idp_jax.inference.sampling import Pick
 from idp_jax.inference.text import decode, encode, is_text
 from idp_jax.models import KV, Decoder
+from idp_jax.models.block import Block
 from idp_jax.models.cache import concatenate
 from idp_jax.models.inputs import token_arrays
+from idp_jax.models.storage import layers_apart
 from idp_jax.processes import gather
 from idp_jax.recover import Repaired
 
@@ -32,6 +35,7 @@ def generate(
     stop_ids: Sequence[int] | None = ...,
     temperature: float = ...,
     top_k: int | None = ...,
+    top_p: float | None = ...,
     key: jax.Array | None = ...,
 ) -> str: ...
 
@@ -46,6 +50,7 @@ def generate(
     stop_ids: Sequence[int] | None = ...,
     temperature: float = ...,
     top_k: int | None = ...,
+    top_p: float | None = ...,
     key: jax.Array | None = ...,
 ) -> list[str]: ...
 
@@ -60,6 +65,7 @@ def generate(
     stop_ids: Sequence[int] | None = ...,
     temperature: float = ...,
     top_k: int | None = ...,
+    top_p: float | None = ...,
     key: jax.Array | None = ...,
 ) -> jax.Array: ...
 
@@ -74,6 +80,7 @@ def generate(
     stop_ids=None,
     temperature=0.0,
     top_k=None,
+    top_p=None,
     key=None,
 ):
     """Continues every prompt: text in, text out, or ids in, ids out.
@@ -88,6 +95,7 @@ def generate(
             model's own with text, none with ids.
         temperature: 0 takes the likeliest token; above 0 samples, and needs a key.
         top_k: sample among the k likeliest tokens only.
+        top_p: and of those among the fewest that have this probability together.
         key: a `jax.random` key; the same key gives the same tokens.
 
     Returns:
@@ -100,7 +108,7 @@ def generate(
             vocabulary, more tokens than learned positions, or logits that are not finite.
     """
     repaired = Repaired.of(repaired)
-    settings = {"temperature": temperature, "top_k": top_k, "key": key}
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "key": key}
     if not is_text(prompts):
         ids, mask = token_arrays(prompts, attention_mask)
         stops = () if stop_ids is None else stop_ids
@@ -128,7 +136,16 @@ def _checked(rows: jax.Array, finite: jax.Array) -> jax.Array:
 
 
 def continued(
-    repaired: Repaired, ids, mask, max_new_tokens: int, stop_ids, *, temperature, top_k, key
+    repaired: Repaired,
+    ids,
+    mask,
+    max_new_tokens: int,
+    stop_ids,
+    *,
+    temperature,
+    top_k,
+    top_p=None,
+    key,
 ) -> tuple[jax.Array, jax.Array]:
     """What `generate` does with ids, for callers that can do without a row.
 
@@ -138,29 +155,24 @@ def continued(
     """
     ids = np.asarray(ids)
     mask = np.ones_like(ids) if mask is None else np.asarray(mask)
-    _check_input(repaired, ids, mask, max_new_tokens)
+    check_input(repaired, ids, mask, max_new_tokens)
     vocabulary = repaired.decoder.config.vocab_size
-    _check_settings(vocabulary, temperature, top_k, key)
+    if temperature > 0 and key is None:
+        raise ValueError(f"temperature {temperature} samples, which needs a random key; or give 0")
+    pick = Pick.of(vocabulary, temperature, top_k, top_p)
     if max_new_tokens == 0:
         return jnp.zeros((ids.shape[0], 0), jnp.int32), jnp.ones(ids.shape[0], bool)
-    ids, mask = _pad_left(ids, mask)
+    ids, mask = pad_left(ids, mask)
     stop = np.zeros(vocabulary, bool)
     stop[[token for token in stop_ids if 0 <= token < vocabulary]] = True
     key = jax.random.key(0) if key is None else key
-    greedy = temperature == 0
-    settings = {
-        "slots": bucket(max_new_tokens),
-        "top_k": None if greedy else top_k,
-        "greedy": greedy,
-    }
-    limit, scale = np.int32(max_new_tokens), np.float32(temperature)
-    rows, finite = _generate(repaired, ids, mask, stop, limit, scale, key, **settings)
+    limit, slots = np.int32(max_new_tokens), bucket(max_new_tokens)
+    rows, finite = _generate(repaired, ids, mask, stop, limit, pick, key, slots=slots)
     return rows[:, :max_new_tokens], finite
 
 
-def _check_input(
-    repaired: Repaired, ids: np.ndarray, mask: np.ndarray, max_new_tokens: int
-) -> None:
+def check_input(repaired: Repaired, ids: np.ndarray, mask: np.ndarray, max_new_tokens: int) -> None:
+    """Refuses, by ValueError, prompts that `continued` cannot read."""
     config = repaired.decoder.config
     if ids.ndim != 2 or mask.shape != ids.shape:
         raise ValueError(
@@ -183,14 +195,8 @@ def _check_input(
         )
 
 
-def _check_settings(vocabulary: int, temperature, top_k, key) -> None:
-    if temperature < 0 or (temperature > 0 and key is None):
-        raise ValueError(f"temperature {temperature} needs to be 0, or positive with a random key")
-    if top_k is not None and not 1 <= top_k <= vocabulary:
-        raise ValueError(f"top_k must be between 1 and the vocabulary of {vocabulary}, got {top_k}")
-
-
-def _pad_left(ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def pad_left(ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask [B, T] of a length in use."""
     spare = [(0, 0), (bucket(ids.shape[1]) - ids.shape[1], 0)]
     return np.pad(ids, spare), np.pad(mask, spare)
 
@@ -209,41 +215,34 @@ def prefill(repaired: Repaired, input_ids, attention_mask, slots: int) -> tuple[
     return decoder.logits(hidden[:, -1]), cache.reserve(slots)
 
 
-def decode_step(decoder: Decoder, tokens: jax.Array, cache: KV, slot) -> tuple[jax.Array, KV]:
+def decode_step(
+    decoder: Decoder,
+    tokens: jax.Array,
+    cache: KV,
+    slot,
+    layers: tuple[Block, ...] | None = None,
+) -> tuple[jax.Array, KV]:
     """Reads one token per row, int32 [B], into the cache at `slot` (traceable).
+
+    Args:
+        layers: what `layers_apart` gives, for many steps.
 
     Returns:
         float32 [B, V] logits of the next token, and the cache.
     """
     # The mask says that not every slot of the cache is a token: its length is no position.
     alone = jnp.ones((tokens.shape[0], 1), jnp.int32)
-    hidden, new = decoder.hidden(tokens[:, None], alone, past=cache, keep=True)
+    hidden, new = decoder.hidden(tokens[:, None], alone, past=cache, keep=True, layers=layers)
     return decoder.logits(hidden[:, 0]), cache.write(new, slot)
 
 
-def _pick(logits, key, temperature, *, greedy: bool, top_k: int | None):
-    """The next tokens, int32 [B], and whether the logits that they were picked by are finite.
-
-    A NaN counts as the largest number, so that it is picked; it is enough to look at that one.
-    """
-    if greedy:
-        chosen = logits.argmax(-1)
-    elif top_k is None:
-        chosen = jax.random.categorical(key, logits / temperature)
-    else:
-        values, index = jax.lax.top_k(logits, top_k)
-        place = jax.random.categorical(key, values / temperature)
-        chosen = jnp.take_along_axis(index, place[:, None], -1)[:, 0]
-    found = jnp.take_along_axis(logits, chosen[:, None], -1)[:, 0]
-    return chosen.astype(jnp.int32), jnp.isfinite(found)
-
-
-@partial(jax.jit, static_argnames=("slots", "top_k", "greedy"))
-def _generate(repaired, ids, mask, stop, limit, temperature, key, *, slots, top_k, greedy):
-    pick = partial(_pick, temperature=temperature, greedy=greedy, top_k=top_k)
+@partial(jax.jit, static_argnames="slots")
+def _generate(repaired, ids, mask, stop, limit, pick: Pick, key, *, slots):
+    draw = lambda step: partial(jax.random.categorical, jax.random.fold_in(key, step))
+    layers = layers_apart(repaired.decoder)
     logits, cache = prefill(repaired, ids, mask, slots)
     start = cache.length - slots
-    first, finite = pick(logits, jax.random.fold_in(key, 0))
+    first, finite = pick(logits, draw(0))
     tokens = jnp.zeros((ids.shape[0], slots), jnp.int32).at[:, 0].set(first)
 
     def unfinished(state):
@@ -252,8 +251,8 @@ def _generate(repaired, ids, mask, stop, limit, temperature, key, *, slots, top_
 
     def advance(state):
         step, tokens, cache, last, finite = state
-        logits, cache = decode_step(repaired.decoder, last, cache, start + step - 1)
-        new, well = pick(logits, jax.random.fold_in(key, step))
+        logits, cache = decode_step(repaired.decoder, last, cache, start + step - 1, layers)
+        new, well = pick(logits, draw(step))
         finite = finite & (well | stop[last])
         new = jnp.where(stop[last], last, new)
         tokens = jax.lax.dynamic_update_slice(tokens, new[:, None], (jnp.int32(0), step))

@@ -9,6 +9,7 @@ import numpy as np
 
 from idp_jax.inference.generation import decode_step, prefill
 from idp_jax.models import Decoder
+from idp_jax.models.storage import layers_apart
 from idp_jax.recover import Repaired
 
 
@@ -24,9 +25,23 @@ def time_generation(
     Returns:
         float64 [repeats, 2]: seconds of the prompts, and of all new tokens.
     """
+    return interleaved({"": repaired}, ids, new_tokens=new_tokens, repeats=repeats)[""]
+
+
+def interleaved(
+    variants: dict[str, Repaired], ids: np.ndarray, *, new_tokens: int, repeats: int
+) -> dict[str, np.ndarray]:
+    """As `time_generation`, of several in turn, so that a slow minute is slow for all of them.
+
+    Returns:
+        By name, float64 [repeats, 2].
+    """
     read = jax.jit(partial(_read, slots=new_tokens))
-    runs = [_timed(read, repaired, jnp.asarray(ids), new_tokens) for _ in range(repeats + 1)]
-    return np.asarray(runs[1:])
+    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+    for _ in range(repeats + 1):
+        for name, repaired in variants.items():
+            runs[name].append(_timed(read, repaired, jnp.asarray(ids), new_tokens))
+    return {name: np.asarray(times[1:]) for name, times in runs.items()}
 
 
 def _read(repaired: Repaired, ids: jax.Array, *, slots: int):
@@ -37,9 +52,10 @@ def _read(repaired: Repaired, ids: jax.Array, *, slots: int):
 @jax.jit
 def _decode(decoder: Decoder, first: jax.Array, cache, steps: jax.Array):
     start = jnp.int32(cache.length) - steps
+    layers = layers_apart(decoder)
 
     def advance(step, state):
-        logits, cache = decode_step(decoder, state[0], state[1], start + step)
+        logits, cache = decode_step(decoder, state[0], state[1], start + step, layers)
         return logits.argmax(-1).astype(jnp.int32), cache
 
     return jax.lax.fori_loop(jnp.int32(0), steps, advance, (first, cache))[0]

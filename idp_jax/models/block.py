@@ -137,7 +137,9 @@ def layer_slice(layers: _Layers, index) -> _Layers:
     return jax.tree.map(lambda x: x[index], layers)
 
 
-def scan_layers(step: Callable, carry: Any, layers: Block, others: Any) -> tuple[Any, Any]:
+def scan_layers(
+    step: Callable, carry: Any, layers: Block | tuple[Block, ...], others: Any
+) -> tuple[Any, Any]:
     """`lax.scan` over stacked layers.
 
     `lax.scan` cuts a layer's slice out of every array that it is given. XLA fuses that into its own
@@ -147,8 +149,16 @@ def scan_layers(step: Callable, carry: Any, layers: Block, others: Any) -> tuple
 
     Args:
         step: of (carry, (one layer's block, its part of `others`)).
+        layers: stacked; or one by one, in a tuple, which makes one program of all layers without a
+            loop: no slices are cut, and compiling takes longer.
         others: arrays with a leading axis of layers.
     """
+    if isinstance(layers, tuple):
+        kept = []
+        for number, block in enumerate(layers):
+            carry, found = step(carry, (block, layer_slice(others, number)))
+            kept.append(found)
+        return carry, jax.tree.map(lambda *xs: jnp.stack(xs), *kept)
     leaves, tree = jax.tree.flatten(layers, is_leaf=is_compressed)
     whole = [leaf if is_compressed(leaf) else None for leaf in leaves]
     cut = [None if is_compressed(leaf) else leaf for leaf in leaves]

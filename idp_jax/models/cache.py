@@ -80,6 +80,18 @@ class KV(struct.PyTreeNode):
         mask = jax.lax.dynamic_update_slice(ours, theirs, start)
         return KV(put(self.k, new.k), put(self.v, new.v), mask, new.next_position)
 
+    def put(self, row: "KV", place: jax.Array) -> "KV":
+        """`row`, of one row and as many slots, in the place of another (in place when donated)."""
+        put = lambda old, new, axis: jax.lax.dynamic_update_slice_in_dim(
+            old, new.astype(old.dtype), place, axis
+        )
+        return KV(
+            put(self.k, row.k, 1),
+            put(self.v, row.v, 1),
+            put(self.mask, row.mask, self.mask.ndim - 2),
+            put(self.next_position, row.next_position, 0),
+        )
+
     def logical_axes(self) -> dict[str, Any]:
         """What the axes of the arrays mean, see `sharding.declared_axes`."""
         stored = ("layers", "batch", "time", "kv_heads", None)

@@ -1,8 +1,9 @@
 """The decoder: embeddings, one scan over the stacked layers, the final norm and the head.
 
-Compile time does not grow with depth, because the layers are one loop. Everything that stands
-before an input (a soft prompt's prefix, a pool's choice, a decoding cache) is a `KV`; the decoder
-attends to it and to the input, and knows nothing else of prompts.
+Compile time does not grow with depth, because the layers are one loop (but where a CPU decodes, see
+`storage.layers_apart`). Everything that stands before an input (a soft prompt's prefix, a pool's
+choice, a decoding cache) is a `KV`; the decoder attends to it and to the input, and knows nothing
+else of prompts.
 """
 
 from typing import Any, Literal, overload
@@ -189,6 +190,7 @@ class Decoder(nnx.Module):
         segments=...,
         keep: Literal[True],
         remat: Remat | None = ...,
+        layers: tuple[Block, ...] | None = ...,
     ) -> tuple[jax.Array, KV]: ...
 
     @overload
@@ -202,6 +204,7 @@ class Decoder(nnx.Module):
         segments=...,
         keep: Literal[False] = ...,
         remat: Remat | None = ...,
+        layers: tuple[Block, ...] | None = ...,
     ) -> jax.Array: ...
 
     def hidden(
@@ -214,6 +217,7 @@ class Decoder(nnx.Module):
         segments=None,
         keep: bool = False,
         remat: Remat | None = None,
+        layers: tuple[Block, ...] | None = None,
     ):
         """The last hidden state, ready for `logits`.
 
@@ -224,6 +228,7 @@ class Decoder(nnx.Module):
             remat: what the backward pass makes again: "none" of the activations, all but the
                 results of matrices ("dots"), or a "layer" from its input alone, instead of
                 keeping what their matrices gave (static); by default `default_remat`.
+            layers: the model's own, one by one; see `storage.layers_apart`.
 
         Returns:
             [B, T, E], and with `keep` a pair of it and the `KV` of the input alone.
@@ -254,7 +259,7 @@ class Decoder(nnx.Module):
 
         stored = None if past is None else (past.k, past.v, past.layer_masks())
         with jax.named_scope("layers"):
-            h, kv = scan_layers(step, h, self.layers, stored)
+            h, kv = scan_layers(step, h, layers or self.layers, stored)
         h = self.finish(constrain(h, *_STREAM))
         if not keep:
             return h

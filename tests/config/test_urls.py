@@ -16,7 +16,7 @@ from idp_jax.jobs.folder import run_folder, written_folder
 
 NEEDED = {"model": "m", "out": "o", "adapter": "a", "to": "dense", "tasks": "t"}
 NEEDED |= {"topology": "v5e:2x2", "data": {"train": "t.txt", "held_out": "h.jsonl"}}
-NEEDED |= {"recipes": {"prompt": {}}}
+NEEDED |= {"recipes": {"prompt": {}}, "prompt": "p"}
 
 
 def tree(kind: type) -> dict:
@@ -26,7 +26,7 @@ def tree(kind: type) -> dict:
 
 def needed(entry) -> bool:
     return entry.name in NEEDED and (
-        entry.name in ("model", "out", "tasks", "recipes")
+        entry.name in ("model", "out", "tasks", "recipes", "prompt")
         or (entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING)
     )
 
@@ -45,14 +45,24 @@ def texts(kind: type, before: tuple[str, ...] = ()):
 
 CASES = [(name, *found) for name, kind in COMMANDS.items() for found in texts(kind)]
 # Words of a text, and recipes, whose own settings are checked where they are used.
-FREE = {"text", "compressions", "recipes", "adapters", "variants", "learning_rates"}
+FREE = {
+    "text",
+    "prompt",
+    "stop",
+    "compressions",
+    "recipes",
+    "adapters",
+    "variants",
+    "learning_rates",
+}
 
 
 # What `jobs.remote` brings here, models and texts that are read, and takes from here.
 TRAINS = {("model",), ("out",), ("teacher", "model"), ("data", "train"), ("data", "validation")}
 TAKEN = {"train": TRAINS, "plan": TRAINS, "compress": {("model",), ("calibration",), ("out",)}}
 TAKEN |= {name: {("model",), ("out",)} for name in ("convert", "merge", "eval")}
-TAKEN |= {"demo": {("out",)}, "sweep": {("out",)}, "pool-study": {("model",)}}
+TAKEN |= {"demo": {("out",)}, "sweep": {("out",)}}
+TAKEN |= {name: {("model",)} for name in ("generate", "pool-study")}
 
 
 @pytest.mark.parametrize(("command", "place", "several"), CASES)

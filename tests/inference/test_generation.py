@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from idp_jax.inference.buckets import bucket
-from idp_jax.inference.generation import _generate, generate
+from idp_jax.inference.generation import _generate, decode_step, generate, prefill
+from idp_jax.models import storage
 from idp_jax.models.config import RopeConfig
+from idp_jax.models.storage import layers_apart
 from idp_jax.recover import LoraAdapter, Pool, Repaired, SoftPrompt
-from tests.helpers import quantize_decoder, tiny_decoder, tiny_ids, tiny_tokenizer
+from tests.helpers import close, quantize_decoder, tiny_decoder, tiny_ids, tiny_tokenizer
 
 
 def pool(model, lengths=(3, 5)):
@@ -62,6 +64,28 @@ def test_greedy_equals_the_definition_for_every_row(variant):
     assert tokens.shape == (3, 6) and tokens.dtype == np.int32
     for row in range(3):
         assert tokens[row].tolist() == plain_greedy(model, ids[row][mask[row] > 0], 6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_layers_one_by_one_are_the_model(variant):
+    repaired = Repaired.of(VARIANTS[variant]())
+    decoder = repaired.decoder
+    apart = jax.jit(layers_apart)(decoder)
+    assert apart is not None and len(apart) == decoder.config.num_layers
+    ids = tiny_ids(decoder, 2, 5)
+    _, cache = jax.jit(prefill, static_argnums=3)(repaired, ids, jnp.ones_like(ids), 1)
+    step = jax.jit(decode_step)
+    stacked, alone = (step(decoder, ids[:, 0], cache, 5, layers) for layers in (None, apart))
+    assert close(stacked[0], alone[0])
+    assert close(stacked[1].k, alone[1].k) and close(stacked[1].v, alone[1].v)
+
+
+def test_layers_stay_stacked_where_there_is_no_room(monkeypatch):
+    model = tiny_decoder("llama")
+    monkeypatch.setattr(storage, "available_memory", lambda: 1000)
+    assert layers_apart(model) is None
+    monkeypatch.setattr(storage, "available_memory", lambda: None)
+    assert layers_apart(model) is not None
 
 
 def test_dynamic_rope_keeps_keys_as_they_were_written():
