@@ -37,6 +37,7 @@ COMMANDS: dict[str, type] = {
     "plan": config.Plan,
     "merge": config.Merge,
     "eval": config.Evaluate,
+    "bench": config.Bench,
     "sweep": config.Sweep,
     "pool-study": config.PoolStudy,
 }
