@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import ClassVar, get_args
 
 from idp_jax.config.choices import ChipName, Repair
-from idp_jax.config.groups import ConfigError, Loading, at_least, one_of
+from idp_jax.config.groups import ConfigError, Loading, Mesh, at_least, one_of
 from idp_jax.config.marks import Positional
 from idp_jax.config.places import check_apart
 from idp_jax.config.recovery import Lora
@@ -76,6 +76,8 @@ class Bench(Loading):
             if len(set(values)) < len(values):
                 option = name.replace("_", "-")
                 raise ConfigError(f"--{option} names one twice: {' '.join(map(str, values))}")
+        if self.mesh != Mesh():
+            raise ConfigError("--mesh: times are of one device; leave it out")
         if self.chip is not None and not self.plan:
             raise ConfigError(f"--chip {self.chip} is of --plan; times are of this machine")
         if self.out is None and not self.plan:

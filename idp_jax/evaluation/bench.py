@@ -49,7 +49,6 @@ from idp_jax.recover import LoraAdapter, NormsAndBiases, Pool, PrefixAdapter, Re
 from idp_jax.recover.merge import merged
 from idp_jax.recover.methods import METHODS, Adapter, parameter_count
 from idp_jax.recover.starts import Start
-from idp_jax.sharding import shard
 
 _KINDS: dict[type, Repair] = {
     Pool: "idp",
@@ -81,18 +80,18 @@ def bench(settings: Bench, *, progress: Progress = SILENT) -> BenchResults:
     if settings.out is not None:
         ours = partial(is_results, schema=SCHEMA)
         place = claimed(settings.out, settings.overwrite, settings.mesh, ours)
-    with place as mesh:
-        left_out, devices, raw = {}, 1 if mesh is None else mesh.size, open_config(settings.model)
+    with place:
+        left_out, raw = {}, open_config(settings.model)
         planned = [v for model in settings.models for v in _planned(settings, model)]
         _check(settings, planned)
-        peak_here = partial(peak_of, settings.chip, _dtype(settings, raw), devices)
+        peak_here = partial(peak_of, settings.chip, _dtype(settings, raw))
         peak, held = peak_here(), planned
         runs: list[dict[int, Timed]] = [{} for _ in planned]
         if not settings.plan:
             held = [
                 variant
                 for model in settings.models
-                for variant in _loaded(settings, model, mesh, progress, left_out)
+                for variant in _loaded(settings, model, progress, left_out)
             ]
             runs = _timed(settings, held, progress)
             peak = peak.best(peak_here())
@@ -155,7 +154,7 @@ def _repaired(adapter: Adapter, decoder: Decoder) -> Repaired:
 
 
 def _loaded(
-    settings: Bench, model: str, mesh: Any, progress: Progress, left_out: dict[str, str]
+    settings: Bench, model: str, progress: Progress, left_out: dict[str, str]
 ) -> Iterator[_Variant]:
     """A model and its repairs; those that cannot be merged are named in `left_out`, with why."""
     stored = formats.load_model(
@@ -163,14 +162,13 @@ def _loaded(
         dtype=settings.dtype,
         kernel="xla",
         use_sparse24=False,
-        mesh=mesh,
         progress=progress.tracker("loading"),
     )
-    held = partial(hold, weights=settings.weights, kernel=settings.kernel, mesh=mesh)
+    held = partial(hold, weights=settings.weights, kernel=settings.kernel)
     decoder = held(stored)
     yield _variant(_name(model), model, Repaired.of(decoder))
     for name, folder, make in _adapters(settings, model):
-        adapter, whole = shard(make(decoder), mesh), f"{_name(model)} + {name}"
+        adapter, whole = make(decoder), f"{_name(model)} + {name}"
         yield _variant(whole, model, adapter.repair(decoder), adapter, folder)
         if not isinstance(adapter, LoraAdapter):
             continue

@@ -59,19 +59,18 @@ class Bound(Part):
     tpot_ms: float
 
 
-def peak_of(name: str | None, dtype: str, devices: int = 1) -> Peak:
+def peak_of(name: str | None, dtype: str) -> Peak:
     """The vendor's figures of a chip, or of the device that is here; measured where there are none.
 
     Args:
         name: one of `jobs.chips.CHIPS`, or None for the device here.
         dtype: that products are measured in; the vendors' figures are of bfloat16.
-        devices: that work together.
     """
     kind = jax.devices()[0].device_kind
     chip = chip_here(kind) if name is None else CHIPS[name]
     if chip is not None:
         origin = f"the vendor's figures of {name or kind}, bfloat16"
-        return Peak(devices * chip.flops, devices * chip.bandwidth, origin)
+        return Peak(chip.flops, chip.bandwidth, origin)
     side = jnp.ones((_SIDE, _SIDE), dtype)
     row = jnp.ones((1, 4 * _SIDE), dtype)
     wide = jnp.ones((4 * _SIDE, _BYTES // side.dtype.itemsize // (4 * _SIDE)), dtype)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from idp_jax.cli import main
-from idp_jax.config import Bench, ConfigError, Lora
+from idp_jax.config import Bench, ConfigError, Lora, Mesh
 from idp_jax.evaluation import bench as room
 from idp_jax.evaluation.bench import bench
 from idp_jax.evaluation.bench_results import BenchVariant, Timed, claims, read
@@ -223,6 +223,7 @@ def test_adapters_from_folders_and_the_command(files, tmp_path, capsys):
         ({"batch_sizes": ()}, "--batch-sizes"),
         ({"plan": False}, "--out is missing"),
         ({"plan": False, "out": Path("b.json"), "chip": "h100"}, "--chip h100 is of --plan"),
+        ({"mesh": Mesh(model=2)}, "times are of one device"),
         ({"out": Path("b.png")}, "figure's name"),
         ({"out": Path("b.json"), "table": Path("b.png")}, "place of another result"),
     ],
