@@ -39,6 +39,7 @@ COMMANDS: dict[str, type] = {
     "eval": config.Evaluate,
     "compare": config.Compare,
     "generate": config.Generate,
+    "bench": config.Bench,
     "sweep": config.Sweep,
     "pool-study": config.PoolStudy,
 }

@@ -5,10 +5,11 @@ from typing import Any
 from idp_jax import config, training
 from idp_jax.commands.tables import show, training_table
 from idp_jax.config import url_of
+from idp_jax.formats.load import dtype_of
 from idp_jax.formats.source import open_config
 from idp_jax.jobs.progress import Bars, clock, console, is_first_process
 from idp_jax.models.config import from_hf
-from idp_jax.training.plan import dtype_of, measured_rate, plan
+from idp_jax.training.plan import measured_rate, plan
 from idp_jax.training.teacher import check_teacher
 
 
@@ -57,7 +58,7 @@ def _plan(settings: config.Train) -> None:
     """Prints what the run would take here; of the model its config.json is enough."""
     check_teacher(settings)
     raw = open_config(settings.model)
-    model, dtype = from_hf(raw), dtype_of(raw, settings)
+    model, dtype = from_hf(raw), dtype_of(raw, settings.dtype)
     plans = plan(settings, None)
     tokens = settings.batch_size * settings.data.sequence_length
     console.print("measuring this machine", highlight=False)

@@ -1,10 +1,11 @@
 """Every setting of every command: frozen dataclasses, read from YAML files and from options.
 
 `choices` lists the values that options may take, `groups` what several commands share, `recovery`
-what training takes; `commands`, `experiment` and `sweep` hold the commands; `files` reads and
-writes them. The invariant: nothing here imports jax.
+what training takes; `commands`, `bench`, `experiment` and `sweep` hold the commands; `files` reads
+and writes them. The invariant: nothing here imports jax.
 """
 
+from idp_jax.config.bench import Bench
 from idp_jax.config.commands import Compress, Convert, Evaluate, Merge, Plan, PoolStudy, Train
 from idp_jax.config.comparison import Compare
 from idp_jax.config.experiment import Demo, Experiment, Variant
@@ -35,6 +36,7 @@ from idp_jax.config.recovery import (
 from idp_jax.config.sweep import Corpora, Sweep
 
 __all__ = [
+    "Bench",
     "Calibration",
     "Compare",
     "Compress",

@@ -45,3 +45,4 @@ SinkName = Literal["tensorboard", "wandb", "trackio"]
 # Each is a file of configs/presets.
 Preset = Literal["paper", "xu2023", "cartridge", "rilq", "intactkv", "qad-prompt"]
 Role = Literal["dense", "compressed", "repaired", "control"]
+ChipName = Literal["v4", "v5e", "v5p", "v6e", "h100"]  # each stands in `jobs.chips`

@@ -43,14 +43,9 @@ def latency(
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
+    check_positions(repaired, prompt_length, new_tokens)
     config = repaired.decoder.config
     soft = 0 if repaired.prefix is None else repaired.prefix.length
-    total = soft + prompt_length + new_tokens
-    if config.rope is None and total > config.max_positions:
-        raise ValueError(
-            f"{total} tokens exceed the {config.max_positions} learned positions; "
-            "shorten the prompt"
-        )
     draw = np.random.default_rng(seed)
     ids = draw.integers(0, config.vocab_size, (batch_size, prompt_length), np.int32)
     times = time_generation(repaired, ids, new_tokens=new_tokens, repeats=repeats)
@@ -68,6 +63,18 @@ def latency(
         lora="unmerged" if _has_lora(repaired.decoder) else "none",
         **sizes,
     )
+
+
+def check_positions(repaired: Repaired, prompt_length: int, new_tokens: int) -> None:
+    """Refuses more tokens than learned positions, by ValueError; shapes are enough."""
+    config = repaired.decoder.config
+    soft = 0 if repaired.prefix is None else repaired.prefix.length
+    total = soft + prompt_length + new_tokens
+    if config.rope is None and total > config.max_positions:
+        raise ValueError(
+            f"{total} tokens exceed the {config.max_positions} learned positions; "
+            "shorten the prompt"
+        )
 
 
 def _has_lora(decoder: Decoder) -> bool:

@@ -160,6 +160,27 @@ def _ratio_of_means(parts: np.ndarray, wholes: np.ndarray, axis: int = -1) -> np
     return np.mean(parts, axis) / np.mean(wholes, axis)
 
 
+def median_ratio(
+    numerators: Sequence[float],
+    denominators: Sequence[float],
+    *,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> Estimate:
+    """median(numerators) / median(denominators) over the same rounds, with a paired interval.
+
+    Raises:
+        ValueError: no items, or a different number of them.
+    """
+    _same_items(numerators, denominators)
+    samples = _items(numerators), _items(denominators)
+    return _bootstrap(samples, _ratio_of_medians, seed, confidence)
+
+
+def _ratio_of_medians(first: np.ndarray, second: np.ndarray, axis: int = -1) -> np.ndarray:
+    return np.median(first, axis) / np.median(second, axis)
+
+
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Estimate:
     """A mean with Student's interval, as of a few seeds; without bounds for a single value.
 

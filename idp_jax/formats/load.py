@@ -3,15 +3,21 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from idp_jax.formats import gguf, hf
 from idp_jax.formats.folder import reason, refuse_custom_code
+from idp_jax.formats.quantization import read_config
 from idp_jax.formats.source import open_source, resolve
 from idp_jax.kernels.devices import platform
 from idp_jax.kernels.dispatch import machine_backend
+from idp_jax.models.abstract import Storage
+from idp_jax.models.config import from_hf
 from idp_jax.models.decoder import Decoder
+from idp_jax.models.matrices import matrices
+from idp_jax.models.names import NAMES
 from idp_jax.models.storage import better_dense, expand, repack, restore, wrong_products
 from idp_jax.processes import together
 from idp_jax.sharding import shard
@@ -57,10 +63,26 @@ def load_model(
         ValueError: an architecture or a setting that is not supported, or a kernel that this
             machine cannot run.
     """
-    backend = machine_backend(kernel)
+    machine_backend(kernel)  # refused before anything is read
     dtype = dtype or default_dtype()
     read = lambda: hf.assemble(open_source(path_or_name), dtype=dtype, mesh=mesh, progress=progress)
     model = together(read, mesh)  # each process meets the damage of its own part alone
+    return hold(model, weights=weights, kernel=kernel, use_sparse24=use_sparse24, mesh=mesh)
+
+
+def hold(
+    model: Decoder,
+    *,
+    weights: str,
+    kernel: str,
+    use_sparse24: bool = True,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Decoder:
+    """A model as it is to multiply here, made of one in the layout of the files.
+
+    Arguments and errors as of `load_model`.
+    """
+    backend = machine_backend(kernel)
     if weights == "dense" or (weights == "auto" and better_dense(model)):
         return expand(model)
     if backend == "xla":
@@ -105,3 +127,36 @@ def load_tokenizer(path_or_name: str | Path):
 def default_dtype() -> str:
     """Of dense weights and activations: float32 on a CPU, bfloat16 on accelerators."""
     return "float32" if platform() == "cpu" else "bfloat16"
+
+
+def dtype_of(raw: Any, dtype: str | None) -> str:
+    """The dtype that a model of this transformers configuration is held in.
+
+    Args:
+        dtype: as `load_model` takes it.
+    """
+    if dtype is None:
+        return default_dtype()
+    own = str(getattr(raw, "dtype", None) or "float32").removeprefix("torch.")
+    return own if dtype == "auto" else dtype
+
+
+def storage_of(raw: Any, keeps: bool) -> dict[str, Storage]:
+    """How a model of this transformers configuration keeps each matrix.
+
+    Args:
+        keeps: whether packed ones stay packed, or are written out.
+
+    Raises:
+        ValueError: as `quantization.read_config`.
+    """
+    layout, model = read_config(getattr(raw, "quantization_config", None)), from_hf(raw)
+    kept = {}
+    for matrix in matrices(model):
+        name = NAMES[model.architecture].weight(0, matrix.name)
+        packing = layout.packing(name) if keeps and layout is not None else None
+        kept[matrix.name] = Storage()
+        if packing is not None:
+            size, order = packing.group_size, packing.act_order
+            kept[matrix.name] = Storage(packing.bits, size, act_order=order)
+    return kept

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from idp_jax.config import ConfigError, Plan
 from idp_jax.data.batch import Batch
 from idp_jax.data.stream import validation_rows
-from idp_jax.formats.load import default_dtype
+from idp_jax.formats.load import default_dtype, dtype_of, storage_of
 from idp_jax.formats.source import open_config
 from idp_jax.inference.generation import decode_step, prefill
 from idp_jax.models.abstract import Storage, abstract
@@ -30,7 +30,6 @@ from idp_jax.recover.methods import METHODS, Adapter
 from idp_jax.sharding import RULES, batch_parts, parts, shardings
 from idp_jax.training.checks import abstract_adapter
 from idp_jax.training.objectives import make_objective
-from idp_jax.training.plan import dtype_of, storage_of
 from idp_jax.training.starts import resolved
 from idp_jax.training.step import TrainState, evaluate_step, make_optimizer, make_train_step
 from idp_jax.training.teacher import asks, hear, what_is_asked
@@ -106,7 +105,7 @@ class Job:
         self.config, self.mesh = config, mesh
         self.model: ModelConfig = from_hf(raw)
         self.storage = _storage(raw, config, platform, parts("heads", mesh.shape))
-        self.dtype = dtype_of(raw, config)
+        self.dtype = dtype_of(raw, config.dtype)
         self.objective = make_objective(config.objective, remat=config.remat)
         self._key = jax.random.key(0)
         shapes = abstract(self.model, dtype=self.dtype, weights=self.storage)
@@ -114,7 +113,8 @@ class Job:
         self.teacher: Decoder | None = None
         if config.teacher.model is not None and asks(self.objective):
             theirs = open_config(config.teacher.model)
-            dtype, kept = dtype_of(theirs, config), storage_of(theirs, config.weights != "dense")
+            dtype = dtype_of(theirs, config.dtype)
+            kept = storage_of(theirs, config.weights != "dense")
             self.teacher = placed(abstract(from_hf(theirs), dtype=dtype, weights=kept), mesh)
         self.runs = METHODS[config.method].runs(resolved(config))
         with jax.set_mesh(mesh):  # a start may run the model, with the kernels of these devices

@@ -15,16 +15,14 @@ import jax.numpy as jnp
 
 from idp_jax.config import Train
 from idp_jax.data.batch import Batch
-from idp_jax.formats.load import default_dtype
-from idp_jax.formats.quantization import read_config
+from idp_jax.formats.load import dtype_of, storage_of
 from idp_jax.formats.source import open_config
 from idp_jax.jobs.machine import free_memory, shares_host
 from idp_jax.jobs.progress import clock
-from idp_jax.models.abstract import DENSE, Storage, abstract
+from idp_jax.models.abstract import abstract
 from idp_jax.models.config import ModelConfig, from_hf
 from idp_jax.models.decoder import default_remat
 from idp_jax.models.matrices import matrices
-from idp_jax.models.names import NAMES
 from idp_jax.recover.methods import METHODS, Run, parameter_count
 from idp_jax.training.checks import abstract_adapter
 from idp_jax.training.objectives import next_token
@@ -106,7 +104,7 @@ def plan(config: Train, mesh: jax.sharding.Mesh | None) -> list[Plan]:
     raw = open_config(config.model)
     model = from_hf(raw)
     keeps = config.weights == "packed" or (config.weights == "auto" and not shares_host())
-    decoder = abstract(model, dtype=dtype_of(raw, config), weights=storage_of(raw, keeps))
+    decoder = abstract(model, dtype=dtype_of(raw, config.dtype), weights=storage_of(raw, keeps))
     optimizer = make_optimizer(config.optimizer, config.learning_rate, config.steps)
     step = make_train_step(
         optimizer,
@@ -202,32 +200,6 @@ def measured_rate(model: ModelConfig, dtype: Any, tokens: int) -> float:
 def _makes_again(config: Train) -> bool:
     """Whether the backward pass goes through the layers once more."""
     return (config.remat or default_remat()) == "layer"
-
-
-def dtype_of(raw: Any, config: Train) -> str:
-    """The dtype that a run gives a model of this configuration."""
-    if config.dtype is None:
-        return default_dtype()
-    own = str(getattr(raw, "dtype", None) or "float32").removeprefix("torch.")
-    return own if config.dtype == "auto" else config.dtype
-
-
-def storage_of(raw: Any, keeps: bool) -> dict[str, Storage]:
-    """How a run keeps each matrix, that keeps packed ones packed or writes them out.
-
-    Raises:
-        ValueError: as `quantization.read_config`.
-    """
-    layout, model = read_config(getattr(raw, "quantization_config", None)), from_hf(raw)
-    kept = {}
-    for matrix in matrices(model):
-        name = NAMES[model.architecture].weight(0, matrix.name)
-        packing = layout.packing(name) if keeps and layout is not None else None
-        kept[matrix.name] = DENSE
-        if packing is not None:
-            size, order = packing.group_size, packing.act_order
-            kept[matrix.name] = Storage(packing.bits, size, act_order=order)
-    return kept
 
 
 def _teacher(config: Train) -> ModelConfig:

@@ -11,10 +11,10 @@ import pytest
 from idp_jax import formats
 from idp_jax.cli import main
 from idp_jax.config import Data, Lora, Train
+from idp_jax.formats.load import storage_of
 from idp_jax.formats.source import open_config
-from idp_jax.models.abstract import abstract
+from idp_jax.models.abstract import Storage, abstract
 from idp_jax.models.config import from_hf
-from idp_jax.training import plan as room
 from idp_jax.training.plan import forward, measured_rate, plan
 from tests.helpers import tiny_folder
 
@@ -103,8 +103,8 @@ def test_a_rate_is_a_number(config_alone):
 def test_packed_matrices_are_counted_as_they_are_kept(config_alone):
     raw = open_config(config_alone)
     raw.quantization_config = {"quant_method": "gptq", "bits": 3, "group_size": 32}
-    assert set(room.storage_of(raw, keeps=False).values()) == {room.DENSE}
-    assert set(room.storage_of(raw, keeps=True).values()) == {room.Storage(3, 32)}
+    assert set(storage_of(raw, keeps=False).values()) == {Storage()}
+    assert set(storage_of(raw, keeps=True).values()) == {Storage(3, 32)}
     packing = {"num_bits": 4, "group_size": 64, "strategy": "group", "type": "int"}
     raw.quantization_config = {
         "quant_method": "compressed-tensors",
@@ -112,5 +112,5 @@ def test_packed_matrices_are_counted_as_they_are_kept(config_alone):
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": packing}},
         "ignore": ["lm_head", "model.layers.0.mlp.up_proj"],
     }
-    kept = room.storage_of(raw, keeps=True)
-    assert kept["down"] == room.Storage(4, 64) and kept["up"] == room.DENSE
+    kept = storage_of(raw, keeps=True)
+    assert kept["down"] == Storage(4, 64) and kept["up"] == Storage()
