@@ -1,11 +1,12 @@
 """Every setting of every command: frozen dataclasses, read from YAML files and from options.
 
 `choices` lists the values that options may take, `groups` what several commands share, `recovery`
-what training takes; `commands`, `experiment` and `sweep` hold the commands; `files` reads and
-writes them. The invariant: nothing here imports jax.
+what training takes; `commands`, `experiment`, `reproduce` and `sweep` hold the commands; `files`
+reads and writes them. The invariant: nothing here imports jax.
 """
 
 from idp_jax.config.commands import Compress, Convert, Evaluate, Merge, Plan, PoolStudy, Train
+from idp_jax.config.corpora import Corpora
 from idp_jax.config.experiment import Demo, Experiment, Variant
 from idp_jax.config.groups import (
     Calibration,
@@ -30,7 +31,8 @@ from idp_jax.config.recovery import (
     Teacher,
     Tracking,
 )
-from idp_jax.config.sweep import Corpora, Sweep
+from idp_jax.config.reproduce import Reproduce
+from idp_jax.config.sweep import Sweep
 
 __all__ = [
     "Calibration",
@@ -55,6 +57,7 @@ __all__ = [
     "Pool",
     "PoolStudy",
     "Prefix",
+    "Reproduce",
     "Scoring",
     "Sweep",
     "Teacher",

@@ -72,6 +72,27 @@ def paired_difference(
     return _bootstrap((difference,), np.mean, seed, confidence)
 
 
+def mean_of_means(
+    groups: Sequence[Sequence[float]], *, seed: int = 0, confidence: float = 0.95
+) -> Estimate:
+    """The mean of the groups' means, whatever their sizes; items are drawn again in each group.
+
+    Args:
+        groups: of each task one number per item: scores, or paired differences of them.
+
+    Raises:
+        ValueError: no groups, or no items in one.
+    """
+    if not groups:
+        raise ValueError("a mean over tasks needs a task")
+    samples = tuple(_items(group) for group in groups)
+    return _bootstrap(samples, _mean_of_means, seed, confidence, paired=False)
+
+
+def _mean_of_means(*groups: np.ndarray, axis: int = -1) -> np.ndarray:
+    return np.mean(np.stack([np.mean(group, axis) for group in groups]), 0)
+
+
 def paired_ratio(
     numerators: Sequence[float],
     denominators: Sequence[float],
@@ -169,11 +190,15 @@ def _same_items(first: Sequence[float], second: Sequence[float]) -> np.ndarray:
 
 
 def _bootstrap(
-    samples: tuple[np.ndarray, ...], statistic, seed: int, confidence: float
+    samples: tuple[np.ndarray, ...], statistic, seed: int, confidence: float, paired: bool = True
 ) -> Estimate:
-    """A statistic of one or several numbers of every item; whole items are drawn again."""
+    """A statistic of one or several numbers of every item; whole items are drawn again.
+
+    Args:
+        paired: the samples are of the same items; else each is drawn from by itself.
+    """
     value = float(statistic(*samples, axis=-1))
-    if len(samples[0]) == 1:  # one item says nothing of how much others would differ
+    if min(map(len, samples)) == 1:  # one item says nothing of how much others would differ
         return Estimate(value, -math.inf, math.inf, confidence)
     # Nothing to draw from; scipy warns of a degenerate distribution.
     if all(np.ptp(values) == 0 for values in samples):
@@ -184,7 +209,7 @@ def _bootstrap(
         n_resamples=RESAMPLES,
         confidence_level=confidence,
         method="percentile",
-        paired=len(samples) > 1,
+        paired=paired and len(samples) > 1,
         vectorized=True,
         batch=500,
         rng=np.random.default_rng(seed),
