@@ -24,8 +24,8 @@ _EXPORTS = {
     "train": "idp_jax.training",
     "generate": "idp_jax.inference",
     "evaluate": "idp_jax.evaluation",
-    "perplexity": "idp_jax.evaluation",
-    "latency": "idp_jax.evaluation",
+    "perplexity": "idp_jax.evaluation.perplexity",
+    "latency": "idp_jax.evaluation.latency",
     "compare": "idp_jax.evaluation",
 }
 __all__ = sorted(_EXPORTS)

@@ -37,6 +37,7 @@ COMMANDS: dict[str, type] = {
     "plan": config.Plan,
     "merge": config.Merge,
     "eval": config.Evaluate,
+    "compare": config.Compare,
     "sweep": config.Sweep,
     "reproduce": config.Reproduce,
     "pool-study": config.PoolStudy,

@@ -17,9 +17,9 @@ def run(settings: config.Reproduce) -> None:
     if grid is None:
         return
     out = Console(width=None if sys.stdout.isatty() else WIDTH, markup=False)
-    for title, heading, rows in printed(grid):
-        table = columns(title, heading[0], heading[1:])
-        for row in rows:
+    for title, cells in printed(grid):
+        table = columns(title, cells.columns[0], cells.columns[1:])
+        for row in cells.rows:
             table.add_row(*row)
         show(table, out)
     out.print(legend(settings, grid), highlight=False)

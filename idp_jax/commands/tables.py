@@ -2,20 +2,22 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from idp_jax.compression.plan import Plan
 from idp_jax.config import Train
 from idp_jax.evaluation.comparison import pooled_accuracy
 from idp_jax.evaluation.results import Comparison, PerplexityResult, TaskResult, VariantResult
 from idp_jax.evaluation.statistics import Estimate
 from idp_jax.jobs.progress import WIDTH, clock
-from idp_jax.training.plan import Plan as TrainingPlan
+
+if TYPE_CHECKING:  # they import jax, which a comparison of two files need not wait for
+    from idp_jax.compression.plan import Plan
+    from idp_jax.training.plan import Plan as TrainingPlan
 
 # Column of the report of a compression: what it shows of several layers' numbers.
 _SHOWN = {
@@ -150,7 +152,7 @@ def _accuracy(task: TaskResult) -> str:
     return percent(Estimate(task.metrics[metric], *task.interval[metric]))
 
 
-def plan_table(plan: Plan, title: str, rates: dict[str, float] | None = None) -> Table:
+def plan_table(plan: "Plan", title: str, rates: dict[str, float] | None = None) -> Table:
     """What a compression will take; with `rates` (see `compress.plan.rates`) the time too."""
     table = columns(title, "memory", ("GB",))
     on = f"on each of {plan.devices} devices" if plan.devices > 1 else "on the device"
@@ -174,7 +176,7 @@ def plan_table(plan: Plan, title: str, rates: dict[str, float] | None = None) ->
     return table
 
 
-def training_table(plans: Sequence[TrainingPlan], settings: Train, rate: float) -> Table:
+def training_table(plans: Sequence["TrainingPlan"], settings: Train, rate: float) -> Table:
     """What a training will take, a column for each; the time at `rate` operations a second."""
     table = columns(f"{settings.model}: plan", "training", [plan.label for plan in plans])
     gb = lambda size: "" if size is None else f"{size / 1e9:.2f}"

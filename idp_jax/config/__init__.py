@@ -6,6 +6,7 @@ reads and writes them. The invariant: nothing here imports jax.
 """
 
 from idp_jax.config.commands import Compress, Convert, Evaluate, Merge, Plan, PoolStudy, Train
+from idp_jax.config.comparison import Compare
 from idp_jax.config.corpora import Corpora
 from idp_jax.config.experiment import Demo, Experiment, Variant
 from idp_jax.config.groups import (
@@ -36,6 +37,7 @@ from idp_jax.config.sweep import Sweep
 
 __all__ = [
     "Calibration",
+    "Compare",
     "Compress",
     "Compression",
     "ConfigError",

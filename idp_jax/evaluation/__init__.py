@@ -1,14 +1,12 @@
 """Measuring models: harness tasks, perplexity, latency, and how sure we may be of a difference.
 
-What needs the harness is imported on first use: it takes seconds, which a comparison of two files
-need not wait for.
+What needs the harness is imported on first use, and what needs jax by its own module's name
+(`evaluation.perplexity`, `evaluation.latency`): a comparison of two files waits for neither.
 """
 
 from importlib import import_module
 
 from idp_jax.evaluation.comparison import compare
-from idp_jax.evaluation.latency import latency
-from idp_jax.evaluation.perplexity import perplexity
 from idp_jax.evaluation.results import Comparison, Results, VariantResult, read, write
 from idp_jax.evaluation.statistics import Estimate
 
@@ -22,8 +20,6 @@ __all__ = [
     "Results",
     "VariantResult",
     "compare",
-    "latency",
-    "perplexity",
     "read",
     "write",
     *_ON_FIRST_USE,

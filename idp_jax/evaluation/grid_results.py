@@ -3,10 +3,11 @@
 Everything is paired: an item's or a window's number is its mean over the seeds, and the same items
 are subtracted. Two uncertainties are told apart, for neither stands for the other: over items
 (bootstrap, drawn again within each task) and over seeds (Student). Tasks count alike in their mean,
-however many items they have.
+however many items they have; those at chance, where even the uncompressed model shows nothing, are
+no part of it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -14,12 +15,17 @@ from idp_jax.config import ConfigError, Reproduce
 from idp_jax.config.choices import Role
 from idp_jax.config.experiment import SECOND
 from idp_jax.config.reproduce import DENSE, row_name
+from idp_jax.evaluation import paired
+from idp_jax.evaluation.comparison import MARGIN, pooled
+from idp_jax.evaluation.paired import PooledTest
 from idp_jax.evaluation.results import Results, VariantResult
 from idp_jax.evaluation.statistics import (
+    Blocks,
     Estimate,
+    accuracy_interval,
     exponential,
     mean_interval,
-    mean_of_means,
+    paired_blocks,
     paired_ratio,
     perplexity_ratio,
 )
@@ -35,8 +41,9 @@ class Contrast:
         first, second: their names.
         seeds: those that have both.
         tasks: by task the difference of accuracy, with its interval over items.
-        mean: the mean over tasks.
-        over_seeds: the same with its interval over seeds.
+        test: of the mean over tasks, for these seeds; p after Holm, over the repairs of a
+            compressed model or over the controls of its pools.
+        over_seeds: the mean with its interval over seeds.
         ratio, second_ratio: perplexity(second) / perplexity(first), of both texts.
     """
 
@@ -44,7 +51,7 @@ class Contrast:
     second: str
     seeds: list[int]
     tasks: dict[str, Estimate]
-    mean: Estimate | None
+    test: PooledTest | None
     over_seeds: Estimate | None
     ratio: Estimate | None
     second_ratio: Estimate | None
@@ -91,11 +98,13 @@ class Grid:
 
     Attributes:
         contrasts: by model and compression.
+        at_chance: by model the tasks on which it is no better than guessing.
         missing: the names of cells that are not finished.
     """
 
     rows: list[Row]
     contrasts: dict[tuple[str, str], list[Contrast]]
+    at_chance: dict[str, list[str]]
     missing: list[str] = field(default_factory=list)
 
 
@@ -108,32 +117,57 @@ def aggregate(settings: Reproduce, found: dict[Key, Results]) -> Grid:
     Raises:
         ConfigError: cells that were scored on different items or windows.
     """
-    rows: list[Row] = []
-    contrasts: dict[tuple[str, str], list[Contrast]] = {}
+    grid = Grid([], {}, {})
     for model in settings.models:
-        dense = _scores(settings, found, model, None)
-        names = [row_name(None, name) for name in settings.dense]
-        if DENSE in dense:
-            rows.append(_row(settings, model, None, dense[DENSE], None))
-            rows += [_row(settings, model, None, dense[name], dense[DENSE]) for name in names]
-        for compression in settings.compressions:
-            cells = _scores(settings, found, model, compression)
-            for name, own in cells.items():
-                first = dense.get(DENSE) if name == compression else cells[compression]
-                rows.append(_row(settings, model, compression, own, first, dense.get(DENSE)))
-            if cells:
-                contrasts[model, compression] = [
-                    contrast(cells[row_name(compression, pool, control)], own, settings.seed)
-                    for pool in settings.pools
-                    for control in settings.controls
-                    for own in [cells[row_name(compression, pool)]]
-                ]
-    missing = [
-        cell.name
-        for cell in settings.all_cells()
-        if (cell.model, cell.compression, cell.seed) not in found
-    ]
-    return Grid(rows, contrasts, missing)
+        _add_model(settings, found, model, grid)
+    for cell in settings.all_cells():
+        if (cell.model, cell.compression, cell.seed) not in found:
+            grid.missing.append(cell.name)
+    return grid
+
+
+def _add_model(settings: Reproduce, found: dict[Key, Results], model: str, grid: Grid) -> None:
+    """The rows and contrasts of a model's cells."""
+    beside = _scores(settings, found, model, None)
+    dense = beside.get(DENSE)
+    grid.at_chance[model] = [] if dense is None else _at_chance(dense)
+    view = _View(model, dense, set(grid.at_chance[model]), settings.seed)
+    grid.rows.extend(
+        view.row(None, own, None if name == DENSE else dense) for name, own in beside.items()
+    )
+    for compression in settings.compressions:
+        cells = _scores(settings, found, model, compression)
+        if not cells:
+            continue
+        bare = cells[compression]
+        grid.rows.append(view.row(compression, bare, dense))
+        rows = [view.row(compression, own, bare) for own in cells.values() if own is not bare]
+        repairs = [row for row in rows if row.role == "repaired"]
+        tested = _holm([row.change for row in repairs if row.change is not None])
+        changes = {change.second: change for change in tested}
+        grid.rows.extend(replace(row, change=changes.get(row.name, row.change)) for row in rows)
+        pairs = [
+            (cells[row_name(compression, pool, control)], cells[row_name(compression, pool)])
+            for pool in settings.pools
+            for control in settings.controls
+        ]
+        grid.contrasts[model, compression] = _holm([view.contrast(*pair) for pair in pairs])
+
+
+def _holm(contrasts: list[Contrast]) -> list[Contrast]:
+    """Tests that are looked at together, adjusted for their number."""
+    tests = [each.test for each in contrasts if each.test is not None]
+    adjusted = paired.holm([test.p_value for test in tests])
+    equal = paired.holm([test.equivalence for test in tests])
+    numbers, found = zip(adjusted, equal, strict=True), []
+    for each in contrasts:
+        test = each.test
+        if test is not None:
+            p_value, within = next(numbers)
+            said = paired.verdict(test.difference.value, p_value, within)
+            test = replace(test, p_value=p_value, equivalence=within, verdict=said)
+        found.append(replace(each, test=test))
+    return found
 
 
 @dataclass(frozen=True)
@@ -144,6 +178,7 @@ class Scores:
         variants: by seed, as it was measured.
         tasks: by task that was asked for and seed, one score per item.
         items: by task the harness's hash of every item.
+        chance: by task the share of right answers of guessing, where it is known.
         texts: of the reported and of the second text by seed, the losses of its windows.
         windows: the digests of both texts.
     """
@@ -151,6 +186,7 @@ class Scores:
     variants: dict[int, VariantResult]
     tasks: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)
     items: dict[str, list[str]] = field(default_factory=dict)
+    chance: dict[str, float] = field(default_factory=dict)
     texts: tuple[dict[int, np.ndarray], dict[int, np.ndarray]] = field(
         default_factory=lambda: ({}, {})
     )
@@ -201,6 +237,10 @@ def _add_tasks(scores: Scores, settings: Reproduce, seed: int, variant: VariantR
             if task.accuracy is not None:
                 values += task.samples[task.accuracy]
                 hashes += task.documents
+        guessed = [task.chance for task in parts if task.chance is not None]
+        if values and len(guessed) == len(parts):
+            weights = [len(task.documents) for task in parts]
+            scores.chance[asked] = float(np.average(guessed, weights=weights))
         if values:
             scores.tasks.setdefault(asked, {})[seed] = np.asarray(values)
             _same(scores.items.setdefault(asked, []), hashes, variant.name)
@@ -221,86 +261,116 @@ def _mean(by_seed: dict[int, np.ndarray], seeds: list[int]) -> list[float]:
     return np.mean([by_seed[seed] for seed in seeds], 0).tolist()
 
 
-def contrast(first: Scores, second: Scores, seed: int) -> Contrast:
-    """What the second gains over the first; `seed` is of the items that are drawn again."""
-    seeds = first.seeds(second)
-    for number in (0, 1):
-        _same(list(first.windows[number]), second.windows[number], second.first.name)
-    differences, by_seed = [], np.zeros(len(seeds))
-    names = [name for name in first.tasks if name in second.tasks] if seeds else []
-    for name in names:
-        _same(list(first.items[name]), second.items[name], second.first.name)
-        pairs = [second.tasks[name][each] - first.tasks[name][each] for each in seeds]
-        differences.append(np.mean(pairs, 0).tolist())
-        by_seed += np.mean(pairs, 1) / len(names)
-    ratios = [
-        perplexity_ratio(_mean(before, seeds), _mean(after, seeds), seed=seed)
-        if seeds and before and after
-        else None
-        for before, after in zip(first.texts, second.texts, strict=True)
+def _at_chance(dense: Scores) -> list[str]:
+    """The tasks where the uncompressed model's interval does not lie above guessing."""
+    return [
+        name
+        for name, chance in dense.chance.items()
+        if accuracy_interval(next(iter(dense.tasks[name].values())).tolist()).low <= chance
     ]
-    return Contrast(
-        first=first.first.name,
-        second=second.first.name,
-        seeds=seeds,
-        tasks={
-            name: mean_of_means([values], seed=seed)
-            for name, values in zip(names, differences, strict=True)
-        },
-        mean=mean_of_means(differences, seed=seed) if names else None,
-        over_seeds=mean_interval(by_seed.tolist()) if names else None,
-        ratio=ratios[0],
-        second_ratio=ratios[1],
-    )
 
 
-def _row(
-    settings: Reproduce,
-    model: str,
-    compression: str | None,
-    own: Scores,
-    first: Scores | None,
-    dense: Scores | None = None,
-) -> Row:
-    """A row.
+@dataclass(frozen=True)
+class _View:
+    """How a model's variants become rows and contrasts.
 
-    Args:
-        first: what it is compared with.
-        dense: the uncompressed model, where a share of what was lost is asked for.
+    Attributes:
+        dense: the uncompressed model, where its cells are there.
+        at_chance: tasks that are left out of means and tests.
+        seed: of the items and windows that are drawn again.
     """
-    seeds = list(own.variants)
-    items = {name: _mean(by_seed, seeds) for name, by_seed in own.tasks.items()}
-    each = [np.mean([by_seed[seed].mean() for by_seed in own.tasks.values()]) for seed in seeds]
-    texts = [float(np.mean(_mean(text, seeds))) if text else None for text in own.texts]
-    perplexities = [None if nll is None else exponential(nll) for nll in texts]
-    chosen = [variant.choices for variant in own.variants.values() if variant.choices]
-    paired = first is not None and bool(first.seeds(own))
-    return Row(
-        model=model,
-        compression=compression,
-        name=own.first.name,
-        role=own.first.role,
-        seeds=seeds,
-        parameters=own.first.extra_parameters,
-        tasks={name: mean_of_means([values], seed=settings.seed) for name, values in items.items()},
-        mean=mean_of_means(list(items.values()), seed=settings.seed) if items else None,
-        over_seeds=mean_interval([float(value) for value in each]) if items else None,
-        perplexity=perplexities[0],
-        second_perplexity=perplexities[1],
-        share=_share(own, first, dense, settings.seed) if paired else None,
-        choices=np.sum(chosen, 0).tolist() if chosen else None,
-        prompts=own.first.prompt_names,
-        change=contrast(first, own, settings.seed) if first is not None and paired else None,
-    )
+
+    model: str
+    dense: Scores | None
+    at_chance: set[str]
+    seed: int
+
+    def row(self, compression: str | None, own: Scores, first: Scores | None) -> Row:
+        """A row; `first` is what it is compared with."""
+        seeds = list(own.variants)
+        texts = [float(np.mean(_mean(text, seeds))) if text else None for text in own.texts]
+        perplexities = [None if nll is None else exponential(nll) for nll in texts]
+        chosen = [variant.choices for variant in own.variants.values() if variant.choices]
+        blocks = {name: _blocks(_mean(values, seeds)) for name, values in own.tasks.items()}
+        tested = self._tested(own)
+        return Row(
+            model=self.model,
+            compression=compression,
+            name=own.first.name,
+            role=own.first.role,
+            seeds=seeds,
+            parameters=own.first.extra_parameters,
+            tasks={
+                name: paired.pooled_interval([values], self.seed) for name, values in blocks.items()
+            },
+            mean=paired.pooled_interval([blocks[name] for name in tested], self.seed)
+            if tested
+            else None,
+            over_seeds=self._over_seeds(own.tasks, tested, seeds),
+            perplexity=perplexities[0],
+            second_perplexity=perplexities[1],
+            share=self._share(own, first),
+            choices=np.sum(chosen, 0).tolist() if chosen else None,
+            prompts=own.first.prompt_names,
+            change=None if first is None or not first.seeds(own) else self.contrast(first, own),
+        )
+
+    def contrast(self, first: Scores, second: Scores) -> Contrast:
+        """What the second gains over the first."""
+        seeds, names = first.seeds(second), [name for name in first.tasks if name in second.tasks]
+        for number in (0, 1):
+            _same(list(first.windows[number]), second.windows[number], second.first.name)
+        gains: dict[str, dict[int, np.ndarray]] = {}
+        for name in names if seeds else []:
+            _same(list(first.items[name]), second.items[name], second.first.name)
+            before, after = first.tasks[name], second.tasks[name]
+            gains[name] = {each: after[each] - before[each] for each in seeds}
+        blocks = {name: _blocks(_mean(by_seed, seeds)) for name, by_seed in gains.items()}
+        tested = [name for name in blocks if name not in self.at_chance]
+        ratios = [
+            perplexity_ratio(_mean(before, seeds), _mean(after, seeds), seed=self.seed)
+            if seeds and before and after
+            else None
+            for before, after in zip(first.texts, second.texts, strict=True)
+        ]
+        return Contrast(
+            first=first.first.name,
+            second=second.first.name,
+            seeds=seeds,
+            tasks={
+                name: paired.pooled_interval([block], self.seed) for name, block in blocks.items()
+            },
+            test=pooled({name: blocks[name] for name in tested}, MARGIN, self.seed),
+            over_seeds=self._over_seeds(gains, tested, seeds),
+            ratio=ratios[0],
+            second_ratio=ratios[1],
+        )
+
+    def _tested(self, scores: Scores) -> list[str]:
+        return [name for name in scores.tasks if name not in self.at_chance]
+
+    def _over_seeds(
+        self, tasks: dict[str, dict[int, np.ndarray]], tested: list[str], seeds: list[int]
+    ) -> Estimate | None:
+        """The mean over tasks, with its interval over seeds."""
+        if not tested or not seeds:
+            return None
+        means = [[tasks[name][seed].mean() for name in tested] for seed in seeds]
+        return mean_interval(np.mean(means, 1).tolist())
+
+    def _share(self, own: Scores, bare: Scores | None) -> Estimate | None:
+        """The part of the log-perplexity lost to compression that a repair gave back."""
+        dense = self.dense
+        if bare is None or dense is None or bare is dense:
+            return None
+        losses = [scores.texts[0] for scores in (own, bare, dense)]
+        seeds = [each for each in losses[0] if all(each in text for text in losses)]
+        if not seeds:
+            return None
+        after, before, best = (np.asarray(_mean(text, seeds)) for text in losses)
+        return paired_ratio((before - after).tolist(), (before - best).tolist(), seed=self.seed)
 
 
-def _share(own: Scores, bare: Scores | None, dense: Scores | None, seed: int) -> Estimate | None:
-    """The part of the log-perplexity lost to compression that a repair gave back."""
-    if bare is None or dense is None or bare is dense:
-        return None
-    losses = [scores.texts[0] for scores in (own, bare, dense)]
-    seeds = [each for each in losses[0] if all(each in text for text in losses)]
-    if not seeds:
-        return None
-    after, before, best = (np.asarray(_mean(text, seeds)) for text in losses)
-    return paired_ratio((before - after).tolist(), (before - best).tolist(), seed=seed)
+def _blocks(values: list[float]) -> Blocks:
+    """Items that stand for themselves."""
+    return paired_blocks([0.0] * len(values), values)

@@ -21,13 +21,12 @@ from lm_eval.api.group import Group
 from idp_jax.evaluation.harness import HarnessLM
 from idp_jax.evaluation.journal import Journal
 from idp_jax.evaluation.results import ACCURACIES, TaskResult, TaskScores
+from idp_jax.evaluation.samples import HASH, item_facts, item_scores
 from idp_jax.evaluation.statistics import accuracy_interval, exponential
 from idp_jax.evaluation.task_data import local_tasks, task_manager
 from idp_jax.jobs.progress import SILENT, Progress
 from idp_jax.models import Decoder
 from idp_jax.recover import Repaired
-
-HASH = 16  # digits of the harness's hash of an item that are kept
 
 
 def evaluate(
@@ -163,21 +162,6 @@ def _metrics(row: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in numbers.items() if not math.isnan(value)}
 
 
-def _item_scores(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """By metric one number per item; metrics that only exist over a whole text are left out."""
-    scores: dict[str, list] = {}
-    for row in rows:
-        for name in row["metrics"]:
-            key = name if row["filter"] == rows[0]["filter"] else f"{name},{row['filter']}"
-            scores.setdefault(key, []).append(row[name])
-    number = (int, float, np.number, np.bool_)
-    return {
-        name: [float(value) for value in values]
-        for name, values in scores.items()
-        if all(isinstance(value, number) for value in values)
-    }
-
-
 def _task(found: dict, task: str, model: HarnessLM) -> TaskResult:
     asked = sorted(found["samples"][task], key=lambda row: row["doc_id"])
     refused = model.refused.get(task, {})
@@ -185,7 +169,7 @@ def _task(found: dict, task: str, model: HarnessLM) -> TaskResult:
     if not rows:
         item, reason = next(iter(refused.items()))
         raise ValueError(f"no item of task {task} can be scored; item {item}: {reason}")
-    metrics, samples = _metrics(found["results"][task]), _item_scores(rows)
+    metrics, samples = _metrics(found["results"][task]), item_scores(rows)
     binary = {name: v for name, v in samples.items() if name in metrics and set(v) <= {0.0, 1.0}}
     intervals = {name: accuracy_interval(values) for name, values in binary.items()}
     items = [row for row in rows if row["filter"] == rows[0]["filter"]]
@@ -202,6 +186,7 @@ def _task(found: dict, task: str, model: HarnessLM) -> TaskResult:
         choices=None if prompts is None else _counted(prompts, model),
         prompts=prompts,
         refused=refused,
+        **item_facts(items),
     )
 
 

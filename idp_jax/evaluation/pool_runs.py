@@ -15,10 +15,11 @@ import numpy as np
 
 from idp_jax.config import ConfigError, PoolStudy
 from idp_jax.evaluation.harness import HarnessLM
-from idp_jax.evaluation.harness_tasks import HASH, run_harness
+from idp_jax.evaluation.harness_tasks import run_harness
 from idp_jax.evaluation.journal import Journal
 from idp_jax.evaluation.perplexity import token_logprobs
 from idp_jax.evaluation.requests import ATTENTION_CELLS
+from idp_jax.evaluation.samples import HASH
 from idp_jax.evaluation.selection_statistics import log_mean
 from idp_jax.evaluation.task_data import task_manager
 from idp_jax.inference.buckets import bucket

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, TypeVar
 from idp_jax.config.choices import Role
 from idp_jax.config.files import from_dict
 from idp_jax.config.groups import ConfigError
+from idp_jax.evaluation.paired import PooledTest, TaskTest
 from idp_jax.evaluation.statistics import Estimate, Number
 from idp_jax.jobs.files import write_json
 
@@ -25,6 +26,7 @@ NOT_FINITE = "the model, its adapter or its selector gives numbers that cannot b
 # Beside a perplexity itself.
 _UNBOUNDED = frozenset({"interval", "metrics", "groups", "comparisons", "measures"})
 ACCURACIES = ("acc", "exact_match")  # a task's main metric: the first of these that it has
+LOWER_IS_BETTER = frozenset({"bits_per_byte"})  # of the metrics of an item
 
 Whole = TypeVar("Whole")
 
@@ -103,6 +105,9 @@ class TaskResult(Part):
         prompts: of every item the prompts that were chosen for it, one for each of its questions
             or windows; None without a pool.
         refused: by number of the item, why it could not be scored.
+        chance: the share of right answers of guessing, where there are options to choose from.
+        labels: by field of the documents that groups them (`relation`), its value for every item.
+        questions: a digest of all prompts; None where it was not kept.
     """
 
     metrics: dict[str, Number]
@@ -115,6 +120,9 @@ class TaskResult(Part):
     choices: list[int] | None = None
     prompts: list[list[int]] | None = None
     refused: dict[int, str] = field(default_factory=dict)
+    chance: float | None = None
+    labels: dict[str, list[str]] = field(default_factory=dict)
+    questions: str | None = None
 
     @property
     def accuracy(self) -> str | None:
@@ -180,13 +188,17 @@ class VariantResult(TaskScores):
 
 @dataclass(frozen=True)
 class Comparison(Part):
-    """Two variants on the same items and windows; positive differences are in favour of `second`.
+    """Two variants on the same items and windows; differences are second - first.
 
     Attributes:
         first, second: their names.
         tasks: difference of the main metric by task, with a paired bootstrap interval.
         overall: the same over the items of all tasks together.
         perplexity_ratio: perplexity(second) / perplexity(first), where the windows are the same.
+        tests: what may be said of each task.
+        pooled: and of their mean; None where no task is tested.
+        margin: the share below which a difference does not matter.
+        cluster: the field of the documents that groups items.
     """
 
     first: str
@@ -194,6 +206,10 @@ class Comparison(Part):
     tasks: dict[str, Estimate]
     overall: Estimate | None
     perplexity_ratio: Estimate | None
+    tests: dict[str, TaskTest] = field(default_factory=dict)
+    pooled: PooledTest | None = None
+    margin: float | None = None
+    cluster: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,13 +6,14 @@ Comparisons are paired: two models answer the same items, and whole items are dr
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from pydantic import BeforeValidator
 from scipy import stats
 
 RESAMPLES = 10_000
+_FEW_KINDS = 100
 _LARGEST_EXPONENT = math.log(1e300)
 
 
@@ -57,40 +58,80 @@ def accuracy_interval(correct: Sequence[float], confidence: float = 0.95) -> Est
     return Estimate(float(right.mean()), float(interval.low), float(interval.high), confidence)
 
 
-def paired_difference(
-    first: Sequence[float], second: Sequence[float], *, seed: int = 0, confidence: float = 0.95
-) -> Estimate:
-    """mean(second) - mean(first) over the same items, with a paired percentile bootstrap interval.
+class Blocks(NamedTuple):
+    """What is drawn again as a whole: items, or clusters of them.
+
+    Attributes:
+        sums: of the differences of the items of each block, float64 [blocks].
+        sizes: how many items each has, float64 [blocks].
+    """
+
+    sums: np.ndarray
+    sizes: np.ndarray
+
+    @property
+    def mean(self) -> float:
+        """The mean difference of an item."""
+        return float(self.sums.sum() / self.sizes.sum())
+
+
+def paired_blocks(
+    first: Sequence[float], second: Sequence[float], clusters: Sequence[str] | None = None
+) -> Blocks:
+    """The differences second - first of the same items.
 
     Args:
         first, second: one score per item, in the same order.
+        clusters: what each item belongs to; None lets every item stand for itself.
 
     Raises:
         ValueError: no items, or a different number of them.
     """
     difference = _same_items(first, second)
-    return _bootstrap((difference,), np.mean, seed, confidence)
+    if clusters is None:
+        return Blocks(difference, np.ones_like(difference))
+    if len(clusters) != len(difference):
+        raise ValueError(f"{len(difference)} items, and clusters of {len(clusters)}")
+    _, owners = np.unique(np.asarray(clusters), return_inverse=True)
+    return Blocks(np.bincount(owners, difference), np.bincount(owners).astype(np.float64))
 
 
-def mean_of_means(
-    groups: Sequence[Sequence[float]], *, seed: int = 0, confidence: float = 0.95
+def redrawn(blocks: Blocks, rng: np.random.Generator) -> np.ndarray:
+    """The mean differences of RESAMPLES draws of as many blocks, float64 [RESAMPLES].
+
+    Where blocks are of few kinds, as right and wrong answers are, it is drawn how many of each
+    there are: the same distribution, in no time.
+    """
+    kinds, counts = np.unique(np.stack(blocks), axis=1, return_counts=True)
+    if len(counts) <= _FEW_KINDS:
+        drawn = rng.multinomial(counts.sum(), counts / counts.sum(), size=RESAMPLES)
+        return (drawn @ kinds[0]) / (drawn @ kinds[1])
+    return _resampled(tuple(blocks), _ratio_of_means, rng, 0.95).bootstrap_distribution
+
+
+def paired_difference(
+    first: Sequence[float],
+    second: Sequence[float],
+    *,
+    clusters: Sequence[str] | None = None,
+    seed: int = 0,
+    confidence: float = 0.95,
 ) -> Estimate:
-    """The mean of the groups' means, whatever their sizes; items are drawn again in each group.
+    """mean(second) - mean(first) over the same items, with a paired percentile bootstrap interval.
 
     Args:
-        groups: of each task one number per item: scores, or paired differences of them.
+        first, second: one score per item, in the same order.
+        clusters: what each item belongs to, where clusters are drawn again instead of items.
 
     Raises:
-        ValueError: no groups, or no items in one.
+        ValueError: no items, or a different number of them.
     """
-    if not groups:
-        raise ValueError("a mean over tasks needs a task")
-    samples = tuple(_items(group) for group in groups)
-    return _bootstrap(samples, _mean_of_means, seed, confidence, paired=False)
-
-
-def _mean_of_means(*groups: np.ndarray, axis: int = -1) -> np.ndarray:
-    return np.mean(np.stack([np.mean(group, axis) for group in groups]), 0)
+    blocks = paired_blocks(first, second, clusters)
+    if len(blocks.sums) == 1:  # one item says nothing of how much others would differ
+        return Estimate(blocks.mean, -math.inf, math.inf, confidence)
+    drawn = redrawn(blocks, np.random.default_rng(seed))
+    low, high = np.quantile(drawn, ((1 - confidence) / 2, (1 + confidence) / 2))
+    return Estimate(blocks.mean, float(low), float(high), confidence)
 
 
 def paired_ratio(
@@ -190,29 +231,29 @@ def _same_items(first: Sequence[float], second: Sequence[float]) -> np.ndarray:
 
 
 def _bootstrap(
-    samples: tuple[np.ndarray, ...], statistic, seed: int, confidence: float, paired: bool = True
+    samples: tuple[np.ndarray, ...], statistic, seed: int, confidence: float
 ) -> Estimate:
-    """A statistic of one or several numbers of every item; whole items are drawn again.
-
-    Args:
-        paired: the samples are of the same items; else each is drawn from by itself.
-    """
+    """A statistic of one or several numbers of every item; whole items are drawn again."""
     value = float(statistic(*samples, axis=-1))
-    if min(map(len, samples)) == 1:  # one item says nothing of how much others would differ
+    if len(samples[0]) == 1:  # one item says nothing of how much others would differ
         return Estimate(value, -math.inf, math.inf, confidence)
     # Nothing to draw from; scipy warns of a degenerate distribution.
     if all(np.ptp(values) == 0 for values in samples):
         return Estimate(value, value, value, confidence)
-    result = stats.bootstrap(
+    result = _resampled(samples, statistic, np.random.default_rng(seed), confidence)
+    low, high = result.confidence_interval
+    return Estimate(value, float(low), float(high), confidence)
+
+
+def _resampled(samples: tuple[np.ndarray, ...], statistic, rng, confidence: float):
+    return stats.bootstrap(
         samples,
         statistic,
         n_resamples=RESAMPLES,
         confidence_level=confidence,
         method="percentile",
-        paired=paired and len(samples) > 1,
+        paired=len(samples) > 1,
         vectorized=True,
         batch=500,
-        rng=np.random.default_rng(seed),
+        rng=rng,
     )
-    low, high = result.confidence_interval
-    return Estimate(value, float(low), float(high), confidence)

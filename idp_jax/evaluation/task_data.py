@@ -84,6 +84,21 @@ def local_tasks(
     return list(loaded.values())
 
 
+def count_items(name: str, data_dir: str | Path) -> dict[str, int]:
+    """The number of items of each task that a name stands for, on local rows.
+
+    Raises:
+        ValueError: as `local_tasks`; no item is looked at.
+    """
+    _quiet()
+    data, found = _LocalData(Path(data_dir)), {}
+    for matched in _matched([name]):
+        for part in _load(matched, data):
+            for task in part.get_all_tasks() if isinstance(part, Group) else [part]:
+                found[task.task_name] = len(task.task_docs)  # type: ignore[attr-defined]
+    return found
+
+
 def _quiet() -> None:
     """Keeps what the harness and its data sets would say on their own account to themselves."""
     datasets.disable_progress_bars()

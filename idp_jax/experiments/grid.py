@@ -83,8 +83,8 @@ def collect(settings: Reproduce) -> Grid:
         if results is not None
     }
     grid = aggregate(settings, found)
-    write_text(settings.out / "grid.md", tables(settings, grid, "markdown"))
-    write_text(settings.out / "grid.tex", tables(settings, grid, "latex"))
+    write_text(settings.out / "grid.md", tables(settings, grid, ".md"))
+    write_text(settings.out / "grid.tex", tables(settings, grid, ".tex"))
     write_text(settings.out / "grid.csv", tidy(grid))
     draw_grid(grid, settings.out)
     return grid

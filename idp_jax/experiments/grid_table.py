@@ -9,9 +9,11 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
+from idp_jax.analysis.tables import Cells, written
 from idp_jax.config import Reproduce
 from idp_jax.config.experiment import ORACLE
 from idp_jax.config.reproduce import SUMMED
+from idp_jax.evaluation.comparison import MARGIN
 from idp_jax.evaluation.grid_results import Contrast, Grid, Row
 from idp_jax.evaluation.statistics import Estimate
 from idp_jax.experiments import cells
@@ -25,24 +27,21 @@ _TIDY = (
 )
 
 
-def tables(settings: Reproduce, grid: Grid, form: Literal["markdown", "latex"]) -> str:
+def tables(settings: Reproduce, grid: Grid, suffix: Literal[".md", ".tex"]) -> str:
     """All tables in one text."""
-    parts = [legend(settings, grid)]
-    if form == "latex":
-        parts = [f"% {parts[0]}\n% Needs \\usepackage{{booktabs,graphicx}}."]
-    for title, heading, lines in printed(grid):
-        if form == "latex":
-            parts.append(cells.latex(title, heading, lines))
-        else:
-            parts.append(f"### {title}\n\n{cells.markdown(heading, lines)}")
+    comment = suffix == ".tex"
+    parts = [f"% {legend(settings, grid)}" if comment else legend(settings, grid)]
+    for title, table in printed(grid):
+        heading = f"% {title}\n" if comment else f"### {title}\n\n"
+        parts.append(heading + written(table, suffix).rstrip())
     return "\n\n".join(parts) + "\n"
 
 
-def printed(grid: Grid) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """Every table: its title, the heading and the cells of each row."""
+def printed(grid: Grid) -> Iterator[tuple[str, Cells]]:
+    """Every table with its title."""
     for title, columns, rows in _tables(grid):
         lines = [[cell(row) for _, cell in columns] for row in rows]
-        yield title, [name for name, _ in columns], lines
+        yield title, Cells([name for name, _ in columns], lines)
 
 
 def legend(settings: Reproduce, grid: Grid) -> str:
@@ -54,7 +53,10 @@ def legend(settings: Reproduce, grid: Grid) -> str:
         "tokens of all its prompts. Accuracy in %, changes in points against the model without "
         "repair (of a compressed model and beside dense: against dense), tasks counted alike; [95 "
         "% over items (bootstrap), seeds averaged]; in the column of seeds [95 % over seeds "
-        "(Student)]. Share: the part of the log-perplexity lost to compression that came back. "
+        "(Student)]. Verdicts are of these seeds: turned signs of the items and, within "
+        f"{100 * MARGIN:g} points, two one-sided tests, after Holm over the repairs of a model or "
+        "the controls of its pools. Tasks at chance are no part of means and verdicts. "
+        "Share: the part of the log-perplexity lost to compression that came back. "
         f"`{ORACLE}` takes each item's best prompt by its answer: a bound, no method{missing}."
     )
 
@@ -66,26 +68,42 @@ def _tables(grid: Grid) -> Iterator[tuple[str, list[Column], Sequence[Any]]]:
             for row in grid.rows
             if row.model == model and row.compression in (None, compression)
         ]
-        yield f"{model}, {compression}: accuracy", _accuracy(rows), rows
+        guessed = grid.at_chance[model]
+        yield f"{model}, {compression}: accuracy", _accuracy(rows, guessed), rows
         yield f"{model}, {compression}: perplexity", _perplexity(rows), rows
         pairs = grid.contrasts[model, compression]
         if pairs:
             yield f"{model}, {compression}: what choosing gains", _choosing(pairs), pairs
 
 
-def _accuracy(rows: list[Row]) -> list[Column]:
+def _accuracy(rows: list[Row], guessed: list[str]) -> list[Column]:
     names = list(dict.fromkeys(task for row in rows for task in row.tasks))
     found: list[Column] = [
         ("variant", lambda row: shown(row.name)),
         ("parameters", lambda row: f"{row.parameters:,}"),
-        *((name, lambda row, name=name: cells.percent(row.tasks.get(name))) for name in names),
+        *(
+            (
+                f"{name} (at chance)" if name in guessed else name,
+                lambda row, name=name: cells.percent(row.tasks.get(name)),
+            )
+            for name in names
+        ),
     ]
     if len(names) > 1:
         found.append(("mean", lambda row: cells.percent(row.mean)))
     return [
         *found,
-        ("change", lambda row: cells.percent(row.change and row.change.mean, sign=True)),
-        ("seeds", lambda row: cells.percent(row.change and row.change.over_seeds, sign=True)),
+        *_change(lambda row: row.change),
+    ]
+
+
+def _change(of: Callable[[Any], Contrast | None]) -> list[Column]:
+    """What a test says: points with both intervals, and the verdict."""
+    test = lambda row: getattr(of(row), "test", None)
+    return [
+        ("change", lambda row: cells.percent(getattr(test(row), "difference", None), sign=True)),
+        ("seeds", lambda row: cells.percent(getattr(of(row), "over_seeds", None), sign=True)),
+        ("verdict", lambda row: getattr(test(row), "verdict", "")),
     ]
 
 
@@ -108,8 +126,7 @@ def _choosing(pairs: list[Contrast]) -> list[Column]:
     found: list[Column] = [
         ("pool", lambda pair: pair.second),
         ("over", lambda pair: shown(pair.first)),
-        ("points", lambda pair: cells.percent(pair.mean, sign=True)),
-        ("seeds", lambda pair: cells.percent(pair.over_seeds, sign=True)),
+        *_change(lambda pair: pair),
         ("perplexity, times", lambda pair: cells.times(pair.ratio)),
     ]
     if any(pair.second_ratio is not None for pair in pairs):
@@ -166,8 +183,13 @@ def _contrast(pair: Contrast) -> Iterator[dict[str, Any]]:
     against = {"against": pair.first}
     for task, found in pair.tasks.items():
         yield _line(f"difference of {task}", found, "items") | against
+    test = pair.test
+    if test is not None:
+        yield {"measure": "p", "value": test.p_value} | against
+        yield {"measure": "p of equivalence", "value": test.equivalence} | against
+        yield {"measure": "verdict", "value": test.verdict} | against
     for measure, found, over in (
-        ("difference", pair.mean, "items"),
+        ("difference", None if test is None else test.difference, "items"),
         ("difference", pair.over_seeds, "seeds"),
         ("perplexity ratio", pair.ratio, "windows"),
         ("second perplexity ratio", pair.second_ratio, "windows"),

@@ -7,6 +7,7 @@ learning rate lies at the edge of the grid, and where a seed or a trial diverged
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from idp_jax.analysis.tables import Cells, written
 from idp_jax.evaluation.sweep_results import Baseline, RecipeResult, SweepResults
 from idp_jax.experiments import cells
 from idp_jax.jobs.progress import counted
@@ -86,8 +87,8 @@ def markdown(results: SweepResults) -> str:
     columns, parts = columns_of(results), [legend(results)]
     for compression in dict.fromkeys(row.compression for row in results.recipes):
         rows = rows_of(results, compression, columns)
-        table = cells.markdown([column.heading for column in columns], rows)
-        parts.append(f"### {compression}\n\n{table}")
+        table = written(Cells([column.heading for column in columns], rows), ".md")
+        parts.append(f"### {compression}\n\n{table.rstrip()}")
     return "\n\n".join([*parts, _trials(results)]) + "\n"
 
 

@@ -43,8 +43,11 @@ def test_what_was_not_measured_is_not_compared():
     ("other", "message"),
     [
         ({"u": task()}, r"the tasks differ \(\['t'\] and \['u'\]\)"),
-        ({"t": task(documents=["x", "y", "z"])}, "the documents of t differ; evaluate both"),
-        ({"t": task([1.0, 0.0])}, "the documents of t differ"),
+        (
+            {"t": task(documents=["x", "y", "z"])},
+            "documents of t differ, 3 of 3 are in 'a'",
+        ),
+        ({"t": task([1.0, 0.0])}, r"1 of 3 are in 'a' alone \(hash 2 first\); evaluate both"),
         ({"t": task(num_fewshot=5)}, r"the num_fewshot of t differ \(0 and 5\)"),
         ({"t": task(version=2.0)}, r"the version of t differ \(1.0 and 2.0\)"),
     ],

@@ -1,11 +1,14 @@
 """A grid's rows and contrasts on hand-made results whose numbers can be checked by hand."""
 
+import dataclasses
 import math
 
 import pytest
 
 from idp_jax.config import ConfigError
+from idp_jax.evaluation import paired
 from idp_jax.evaluation.grid_results import aggregate
+from idp_jax.evaluation.statistics import paired_blocks
 from tests.config.test_reproduce import grid
 from tests.evaluation.test_results import results, task, text, variant
 
@@ -41,7 +44,7 @@ def made(rows, seed):
 
 def settings(**changes):
     own = {"models": ["m"], "compressions": {"three": {}}, "seeds": [1, 2], "dense": ["prompt"]}
-    return grid(**own, controls=["random"], tasks="t,g", **changes)
+    return grid(**{**own, "controls": ["random"], "tasks": "t,g", **changes})
 
 
 def cells(seeds=(1, 2)):
@@ -74,25 +77,27 @@ def test_changes_are_paired_by_item_and_by_seed():
     rows = {row.name: row for row in aggregate(settings(), cells()).rows}
     lost = rows["three"].change
     assert (lost.first, lost.second, lost.seeds) == ("dense", "three", [1, 2])
-    assert lost.tasks["t"].value == -0.75 and lost.mean.value == (-0.75 - 0.5) / 2
-    assert lost.over_seeds.value == lost.over_seeds.low == lost.mean.value  # both seeds lost it
+    assert lost.tasks["t"].value == -0.75 and lost.test.difference.value == (-0.75 - 0.5) / 2
+    assert (
+        lost.over_seeds.value == lost.over_seeds.low == lost.test.difference.value
+    )  # both seeds lost it
     assert lost.ratio.value == pytest.approx(math.exp(2))
     gained = rows["three + prompt"].change
     assert gained.first == "three"
     # By seed: (1/4 + 0)/2 and (0 + 1/2)/2; Student's t of one degree of freedom is 12.706.
-    assert gained.mean.value == pytest.approx((0.125 + 0.25) / 2)
+    assert gained.test.difference.value == pytest.approx((0.125 + 0.25) / 2)
     reach = 12.7062 * 0.0625
     assert gained.over_seeds.low == pytest.approx(0.1875 - reach, abs=1e-4)
-    assert gained.mean.low < gained.mean.value < gained.mean.high
+    assert gained.test.difference.low < 0.1875 < gained.test.difference.high
     assert gained.ratio.value == pytest.approx(math.exp(-0.75))
     assert gained.second_ratio.value == pytest.approx(math.exp(-0.75))
-    assert rows["dense + prompt"].change.mean.value == pytest.approx(0)
+    assert rows["dense + prompt"].change.test.difference.value == pytest.approx(0)
 
 
 def test_a_pool_is_held_against_its_controls():
     (pair,) = aggregate(settings(), cells()).contrasts["m", "three"]
     assert (pair.first, pair.second) == ("three + idp, random", "three + idp")
-    assert pair.mean.value == pytest.approx((0.5 + 0) / 4)
+    assert pair.test.difference.value == pytest.approx((0.5 + 0) / 4)
     assert pair.ratio.value == pytest.approx(math.exp(-0.5))
 
 
@@ -122,3 +127,34 @@ def test_cells_of_other_items_or_windows_are_refused():
                 one.documents[0] = "another"
     with pytest.raises(ConfigError, match="different items or windows in two cells"):
         aggregate(settings(), found)
+
+
+def test_tasks_at_chance_are_no_part_of_means_and_of_tests():
+    found = cells()
+    for each in found.values():
+        for row in each.variants:
+            for name, one in row.tasks.items():
+                row.tasks[name] = dataclasses.replace(one, chance=0.25 if name == "t" else 0.5)
+    grid_of = aggregate(settings(), found)
+    assert grid_of.at_chance == {"m": ["g"]}  # of two items one is right: no more than guessing
+    rows = {row.name: row for row in grid_of.rows}
+    assert rows["dense"].mean.value == 1 and rows["dense"].tasks["g"].value == 0.5
+    assert rows["three"].change.test.tasks == ["t"]
+    assert rows["three"].change.test.difference.value == -0.75
+
+
+def test_tests_that_are_looked_at_together_are_adjusted():
+    """Forty items: each repair gains ten of them for sure; of three, Holm takes p three times."""
+    many, none = [1.0] * 10 + [0.0] * 30, [0.0] * 40
+    rows = {"three": none, "three + prompt": many, "three + idp": many, "three + other": none}
+    found = [
+        variant(name, role="repaired" if "+" in name else "compressed", tasks={"t": task(scores)})
+        for name, scores in rows.items()
+    ]
+    own = {"recipes": {"prompt": {}, "idp": {}, "other": {}}, "controls": []}
+    grid_of = aggregate(settings(**own), {("m", "three", 1): results(*found)})
+    tests = {row.name: row.change.test for row in grid_of.rows if row.change is not None}
+    gained = tests["three + prompt"]
+    assert gained.verdict == "better" and tests["three + other"].verdict == "undecided"
+    alone = paired.sign_flip([paired_blocks(none, many)])
+    assert gained.p_value == pytest.approx(3 * alone) and tests["three + other"].p_value == 1

@@ -6,7 +6,6 @@ import io
 from idp_jax.analysis.grid_figures import draw_grid
 from idp_jax.cli import main
 from idp_jax.evaluation.grid_results import aggregate
-from idp_jax.experiments.cells import escaped
 from idp_jax.experiments.grid_table import tables, tidy
 from tests.evaluation.test_grid_results import THREE, cells, made, settings
 
@@ -20,7 +19,7 @@ def lines(text, start):
 
 
 def test_markdown_has_every_number_with_its_interval():
-    text = tables(settings(), aggregate(settings(), cells()), "markdown")
+    text = tables(settings(), aggregate(settings(), cells()), ".md")
     heads = [line for line in text.splitlines() if line.startswith("###")]
     assert heads == [
         "### m, three: accuracy",
@@ -28,12 +27,9 @@ def test_markdown_has_every_number_with_its_interval():
         "### m, three: what choosing gains",
     ]
     accuracy, perplexity = lines(text, "three + prompt")
-    assert (
-        accuracy[1] == "7"
-        and accuracy[2].startswith("37.5 [")
-        and accuracy[-1] == ("+18.8 [-60.7, +98.2]")
-    )
-    assert accuracy[-2].startswith("+18.8 [")
+    assert accuracy[1] == "7" and accuracy[2].startswith("37.5 [")
+    assert accuracy[-3].startswith("+18.8 [")
+    assert accuracy[-2:] == ["+18.8 [-60.7, +98.2]", "undecided"]
     assert perplexity[1] == "42.52" and perplexity[2] == "0.472 [0.472, 0.472]"
     assert perplexity[3] == "0.375 [0.375, 0.375]"
     ((pool, over, points, *_),) = lines(text, "three + idp")[2:]
@@ -43,21 +39,20 @@ def test_markdown_has_every_number_with_its_interval():
 
 def test_missing_cells_and_bounds_are_said():
     own = settings()
-    text = tables(own, aggregate(own, MISSING), "markdown")
+    text = tables(own, aggregate(own, MISSING), ".md")
     assert "not finished: m, dense, seed 2." in text
     bound = {"three + idp, oracle": THREE["three + idp"]}
     grid = aggregate(own, cells() | {("m", "three", s): made(THREE | bound, s) for s in (1, 2)})
-    assert lines(tables(own, grid, "markdown"), "three + idp, oracle (bound)")
+    assert lines(tables(own, grid, ".md"), "three + idp, oracle (bound)")
 
 
 def test_latex_is_the_same_table():
-    text = tables(settings(), aggregate(settings(), cells()), "latex")
-    assert text.count(r"\begin{tabular}{lrrrrrr}") == 1 and text.count(r"\bottomrule") == 3
-    assert r"three + prompt & 7 & 37.5 {[}" in text and r"\caption{m, three: accuracy}" in text
+    text = tables(settings(), aggregate(settings(), cells()), ".tex")
+    assert text.count(r"\begin{tabular}{lrrrrrrr}") == 1 and text.count(r"\bottomrule") == 3
+    assert "three + prompt & 7 & 37.5 [" in text and "\n% m, three: accuracy\n" in text
     body = [line for line in text.splitlines() if line.endswith(r"\\")]
-    assert {line.count("&") for line in body[:7]} == {6}
-    assert all(line.startswith("%") for line in text.splitlines()[:2])
-    assert escaped("50 % of a_b & ~c") == r"50 \% of a\_b \& \textasciitilde{}c"
+    assert {line.count("&") for line in body[:7]} == {7}
+    assert text.startswith("% 2 seeds, 2,048 tokens") and r"\caption" not in text
 
 
 def test_csv_is_a_line_for_every_number():
@@ -70,7 +65,9 @@ def test_csv_is_a_line_for_every_number():
     ]
     assert float(one["value"]) == 0.1875 and one["against"] == "three" and one["seeds"] == "1 2"
     against = [row for row in rows if row["against"] == "three + idp, random"]
-    assert {row["over"] for row in against} == {"items", "seeds", "windows"}
+    assert {row["over"] for row in against} == {"", "items", "seeds", "windows"}
+    said = {row["measure"]: row["value"] for row in against if not row["over"]}
+    assert said["verdict"] == "undecided" and 0 < float(said["p"]) <= 1
     assert {row["variant"] for row in against} == {"three + idp"}
 
 
@@ -93,6 +90,6 @@ def test_the_command_prints_the_tables(capsys, monkeypatch, tmp_path):
     )
     main(["reproduce", str(file)])
     out = capsys.readouterr().out
-    assert "m, three: what choosing gains" in out and "not finished: m, dense, seed 2" in out
+    assert "m, three: what choosing gains" in out and "finished: m, dense, seed 2." in out
     assert "everything is in o/ (grid.md, grid.tex, grid.csv and figures)" in out
     assert max(map(len, out.splitlines())) <= 120
