@@ -61,11 +61,15 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Reproduce(Settings):
-    """Compare repairs of several models and compressions over seeds, with controls: the whole grid.
+    """Compare repairs of models and compressions over seeds, with controls.
 
-    Every cell (a model, a compression or none, a seed) is an experiment in OUT/MODEL/COMPRESSION/
-    seed-S, which goes on where it was stopped. Cells are spread by --cells: `--cells 2/8` does the
-    second of eight parts. A call ends with the tables and figures of all finished cells.
+    The grid is cut into cells:
+
+      1. a cell is a model, a compression or none, and a seed, in its own folder;
+      2. what was stopped goes on, and calls may share the cells (--cells 2/8);
+      3. each call ends with the tables and figures of all finished cells.
+
+    Models, compressions, recipes and seeds stand in a YAML file.
     """
 
     takes_file: ClassVar[bool] = True
@@ -84,8 +88,7 @@ class Reproduce(Settings):
     dense: tuple[str, ...] = ()
     """Recipes that are trained beside the uncompressed models, too: what they gain is no repair."""
     controls: tuple[str, ...] = CONTROLS
-    """What each pool is held against: random, best-fixed, oracle (a bound), summed (one prompt of
-    the pool's summed length, with the tokens of all its prompts)."""
+    """What each pool is held against; summed is one prompt of all prompts' length and tokens."""
     tokens: int = 131_072
     """Tokens of every training (of each prompt of a pool, too)."""
     batch_size: int = 4
