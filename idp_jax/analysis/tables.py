@@ -34,7 +34,7 @@ class Cells:
 def comparison_cells(pair: Comparison) -> Cells:
     """A row for each task, then one for the mean of those that are tested."""
     columns = ("task", "items", "first", "second", "change [95 %]", "lost, gained")
-    tests = ("p", "p equal", "can show", "verdict")
+    tests = ("p", "p equal", "shows", "verdict")
     rows = [_task(name, test, pair.tasks[name]) for name, test in pair.tests.items()]
     if pair.pooled is not None and len(pair.tests) > 1:
         rows.append(_pooled(pair.pooled))
@@ -104,7 +104,9 @@ def _task(name: str, test: TaskTest, change: Estimate) -> list[str]:
     items = f"{test.items:,}" + ("" if test.clusters is None else f" in {test.clusters}")
     means = (f"{scale * value:{form}}" for value in (test.first, test.second))
     reach = "" if test.smallest is None else f"{scale * test.smallest:{form}}"
-    said = test.verdict + (", at chance" if test.at_chance else "")
+    said = test.verdict
+    if test.at_chance:
+        said = "at chance" if said == "undecided" else f"{said}, at chance"
     chances = _p(test.adjusted), _p(test.equivalence)
     return [shown, items, *means, _between(change, scale, form), flips, *chances, reach, said]
 

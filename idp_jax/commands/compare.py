@@ -9,8 +9,9 @@ from idp_jax import __version__, config
 from idp_jax.analysis.tables import Cells, comparison_cells, joined_cells, power_cells, written
 from idp_jax.commands.tables import columns, show
 from idp_jax.config.files import to_dict
-from idp_jax.evaluation.comparison import compare_each, read_runs
+from idp_jax.evaluation.comparison import compare_each
 from idp_jax.evaluation.results import Comparison, Results, VariantResult, is_results, write
+from idp_jax.evaluation.samples import read_runs
 from idp_jax.jobs.files import write_text
 from idp_jax.jobs.progress import console
 
@@ -109,6 +110,7 @@ def _counted(name: str, folder: Path) -> dict[str, int]:
 def table_of(cells: Cells, title: str) -> Table:
     """A table for the terminal."""
     table = columns(title, cells.columns[0], cells.columns[1:])
+    table.box, table.padding = None, (0, 1, 0, 0)  # there are many columns
     for row in cells.rows:
         table.add_row(*row)
     return table
@@ -134,7 +136,7 @@ def legend(settings: config.Compare) -> str:
     return (
         f"better, worse: p below .05 (exact McNemar, or turned signs; Holm over tasks{clusters}). "
         f"equivalent: within {settings.margin:g} points, p equal below .05 (TOST). "
-        "undecided: neither. can show: the smallest difference seen with a power of 80 %. "
+        "undecided: neither. shows: the smallest difference that is seen with a power of 80 %. "
         "at chance: the first is not above guessing, and no part of the mean."
     )
 

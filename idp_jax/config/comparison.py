@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from idp_jax.config.groups import ConfigError, Settings, at_least
 from idp_jax.config.marks import Positional
@@ -17,7 +18,7 @@ class Compare(Settings):
     Runs are results of eval, demo or the like, and samples of lm_eval --log_samples.
     """
 
-    words = ("power",)
+    words: ClassVar[tuple[str, ...]] = ("power", "metric", "cluster", "tasks")
 
     runs: Positional[tuple[str, ...]] = ()
     """The baseline, then what is compared with it: files of results (FILE:VARIANT for one of

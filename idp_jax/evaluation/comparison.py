@@ -19,9 +19,8 @@ from idp_jax.evaluation.results import (
     TaskResult,
     TaskScores,
     VariantResult,
-    read,
 )
-from idp_jax.evaluation.samples import read_samples
+from idp_jax.evaluation.samples import read_runs
 from idp_jax.evaluation.statistics import (
     Blocks,
     Estimate,
@@ -95,33 +94,32 @@ def compare_each(firsts: Sequence[Run], seconds: Sequence[Run], **options) -> li
     return [compare(first, second, **options) for first, second in pairs]
 
 
-def read_runs(address: str | Path) -> list[VariantResult]:
-    """The variants at an address.
+def averaged(seeds: Sequence[VariantResult], name: str) -> VariantResult:
+    """Runs of one method with several seeds as one variant: every score is the mean over them.
 
-    Args:
-        address: a file of results, `FILE:NAME` for one variant of it, a samples_*.jsonl of the
-            harness, or a folder of them.
+    Items are then compared as before, by turned signs where they are no longer right or wrong. How
+    much seeds differ is no part of the comparison: it is of these seeds. Tasks alone are kept.
 
     Raises:
-        ConfigError: nothing of the kind is there; it is named.
+        ConfigError: runs of other tasks or items.
     """
-    path, name = Path(address), None
-    if not path.exists() and ":" in str(address):
-        place, _, rest = str(address).partition(":")
-        path, name = Path(place), rest
-    if not path.exists():
-        raise ConfigError(
-            f"{address} is not there; give a file of results, FILE:VARIANT, samples_*.jsonl of "
-            "lm_eval --log_samples, or its folder"
-        )
-    if path.is_dir() or path.suffix == ".jsonl":
-        return [read_samples(path)]
-    results = read(path)
-    if name is not None:
-        return [results.variant(name)]
-    if not results.variants:
-        raise ConfigError(f"{path} holds no variants; give what was evaluated")
-    return results.variants
+    first, tasks = seeds[0], {}
+    for other in seeds[1:]:
+        _refuse(first, other, "tasks", sorted(first.tasks), sorted(other.tasks))
+    for task, own in first.tasks.items():
+        orders = [_joined(first, seed, task) for seed in seeds]
+        samples = {}
+        for metric in own.samples:
+            scores = [
+                [seed.tasks[task].samples[metric][index] for index in order]
+                for seed, order in zip(seeds, orders, strict=True)
+            ]
+            samples[metric] = [sum(item) / len(seeds) for item in zip(*scores, strict=True)]
+        means = {metric: sum(values) / own.items for metric, values in samples.items()}
+        changed = {"metrics": means, "interval": {}, "choices": None, "prompts": None}
+        tasks[task] = replace(own, samples=samples, **changed)
+    bare = {"groups": {}, "mean_accuracy": None, "perplexity": None, "latency": None}
+    return replace(first, name=name, tasks=tasks, **bare)
 
 
 def pooled_accuracy(variant: VariantResult) -> Estimate | None:
@@ -156,7 +154,7 @@ class _Pair:
         asked = metric is not None or first.accuracy is not None
         self.is_accuracy = asked and self.is_share
         self.blocks = paired_blocks(self.first, self.second, self.clusters)
-        self.chance = first.chance if set(self.first) <= {0.0, 1.0} else None
+        self.chance = first.chance if self.metric.startswith("acc") else None
         questions = first.questions, second.questions
         self.same_prompts = None if None in questions else questions[0] == questions[1]
 
@@ -176,7 +174,7 @@ class _Pair:
     def at_chance(self, seed: int) -> bool:
         if self.chance is None:
             return False
-        if self.clusters is None:
+        if self.clusters is None and set(self.first) <= {0.0, 1.0}:
             return accuracy_interval(self.first).low <= self.chance
         nothing = [0.0] * len(self.first)
         found = paired_difference(nothing, self.first, clusters=self.clusters, seed=seed)
@@ -313,9 +311,10 @@ def _variant(given: Run, name: str) -> VariantResult:
 
 def _refuse(before: VariantResult, after: VariantResult, what: str, first, second) -> None:
     if first != second:
+        choose = ", or choose those of both (--tasks)" if what == "tasks" else ""
         raise ConfigError(
             f"{before.name!r} and {after.name!r} cannot be compared: the {what} differ "
-            f"({first} and {second}); evaluate both with the same tasks and limits"
+            f"({first} and {second}); evaluate both with the same tasks and limits{choose}"
         )
 
 

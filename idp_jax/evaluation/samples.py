@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from idp_jax.config.groups import ConfigError
-from idp_jax.evaluation.results import TaskResult, VariantResult
+from idp_jax.evaluation.results import TaskResult, VariantResult, read
 from idp_jax.evaluation.statistics import accuracy_interval
 
 HASH = 16  # digits of the harness's hash of an item that are kept
@@ -23,6 +23,35 @@ _FILE = re.compile(r"samples_(?P<task>.+?)(_(?P<date>\d{4}-\d\d-\d\dT[\d.-]+))?\
 _NEEDED = ("doc_id", "doc", "doc_hash", "prompt_hash", "filter", "metrics", "resps")
 _LONGEST_LABEL = 60  # characters; longer texts are no names of groups
 _REMEDY = "give samples_*.jsonl of lm_eval --log_samples (0.4.13 or later)"
+
+
+def read_runs(address: str | Path) -> list[VariantResult]:
+    """The variants at an address.
+
+    Args:
+        address: a file of results, `FILE:NAME` for one variant of it, a samples_*.jsonl of the
+            harness, or a folder of them.
+
+    Raises:
+        ConfigError: nothing of the kind is there; it is named.
+    """
+    path, name = Path(address), None
+    if not path.exists() and ":" in str(address):
+        place, _, rest = str(address).partition(":")
+        path, name = Path(place), rest
+    if not path.exists():
+        raise ConfigError(
+            f"there is no file or folder {address}; give a file of results, FILE:VARIANT, "
+            "samples_*.jsonl of lm_eval --log_samples, or its folder"
+        )
+    if path.is_dir() or path.suffix == ".jsonl":
+        return [read_samples(path)]
+    results = read(path)
+    if name is not None:
+        return [results.variant(name)]
+    if not results.variants:
+        raise ConfigError(f"{path} holds no variants; give what was evaluated")
+    return results.variants
 
 
 def read_samples(path: Path) -> VariantResult:
