@@ -23,11 +23,18 @@ CUDA_NEWEST := $(NEWEST)/.cuda
 COMPILERS := build/compilers
 JAX_VERSION = $$($(BIN)/python -c "import jax; print(jax.__version__)")
 
-.PHONY: demo test test-slow test-pods test-newest gpu gpu-newest plan-pods reference golden \
+GRID ?= configs/reproduce/smollm2.yaml
+
+.PHONY: demo reproduce test test-slow test-pods test-newest gpu gpu-newest plan-pods reference golden \
     golden-packed interop benchmarks compression clean
 
 demo: $(INSTALLED)  ## compress, repair and score SmolLM2-135M (QUICK=1: the short form)
 	$(BIN)/idp-jax demo --config_path $(DEMO)
+
+reproduce: $(INSTALLED)  ## the grid of GRID, in hours; started again, it goes on
+	$(BIN)/idp-jax reproduce $(GRID) --data.train $(DATA)/c4/train.jsonl \
+	    --data.held-out $(DATA)/c4/validation.jsonl \
+	    --data.second $(DATA)/wikitext2/wiki.test.raw --task-data $(DATA) $(GRID_ARGS)
 
 test: $(INSTALLED)  ## lint, and all tests but the slow ones
 	$(BIN)/ruff check .

@@ -41,11 +41,12 @@ COMMANDS: dict[str, type] = {
     "generate": config.Generate,
     "bench": config.Bench,
     "sweep": config.Sweep,
+    "reproduce": config.Reproduce,
     "pool-study": config.PoolStudy,
 }
 
 # Called again, these go on from what an interrupted call has finished.
-_RESUMING = ("demo", "compress", "train", "eval", "sweep", "pool-study")
+_RESUMING = ("demo", "compress", "train", "eval", "sweep", "reproduce", "pool-study")
 
 # What libraries print on their own account; our bars and tables say the same.
 _QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}

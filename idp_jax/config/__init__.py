@@ -1,13 +1,14 @@
 """Every setting of every command: frozen dataclasses, read from YAML files and from options.
 
 `choices` lists the values that options may take, `groups` what several commands share, `recovery`
-what training takes; `commands`, `bench`, `experiment` and `sweep` hold the commands; `files` reads
-and writes them. The invariant: nothing here imports jax.
+what training takes; `commands`, `bench`, `comparison`, `generation`, `experiment`, `reproduce` and
+`sweep` hold the commands; `files` reads and writes them. The invariant: nothing here imports jax.
 """
 
 from idp_jax.config.bench import Bench
 from idp_jax.config.commands import Compress, Convert, Evaluate, Merge, Plan, PoolStudy, Train
 from idp_jax.config.comparison import Compare
+from idp_jax.config.corpora import Corpora
 from idp_jax.config.experiment import Demo, Experiment, Variant
 from idp_jax.config.generation import Generate
 from idp_jax.config.groups import (
@@ -33,7 +34,8 @@ from idp_jax.config.recovery import (
     Teacher,
     Tracking,
 )
-from idp_jax.config.sweep import Corpora, Sweep
+from idp_jax.config.reproduce import Reproduce
+from idp_jax.config.sweep import Sweep
 
 __all__ = [
     "Bench",
@@ -61,6 +63,7 @@ __all__ = [
     "Pool",
     "PoolStudy",
     "Prefix",
+    "Reproduce",
     "Scoring",
     "Sweep",
     "Teacher",

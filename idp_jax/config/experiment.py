@@ -6,13 +6,14 @@ code.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from idp_jax.config.choices import Role
 from idp_jax.config.commands import Compress, Train
+from idp_jax.config.corpora import Corpora
 from idp_jax.config.files import from_dict, part_from_dict
 from idp_jax.config.groups import Compression, ConfigError, Settings, Timing, at_least
 from idp_jax.config.marks import Suppress
@@ -22,6 +23,22 @@ Recipes = dict[str, dict[str, Any]]
 
 # Of `compress`, what no recipe of an experiment or sweep may say.
 PLACED = ("model", "out", "calibration", "samples", "sequence_length", "seed", "plan", "overwrite")
+
+# Instead of a selector: the pool's prompt that had the best validation loss, and the one that
+# answers an item best, which needs its answer.
+BEST, ORACLE = "best-fixed", "oracle"
+SECOND = ", second text"  # behind the name of a variant, where it was measured on that
+
+_NAME = re.compile(r"\w[\w.+-]*")  # what may be a folder's name everywhere
+
+
+def check_names(what: str, names: Iterable[str]) -> None:
+    """Refuses names that cannot be those of folders, by a ConfigError."""
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise ConfigError(
+                f"{what}: {name!r} cannot name a folder; use letters, digits, . + - and _"
+            )
 
 
 def check_recipes(what: str, recipes: Recipes, kind: type, common: Sequence[str]) -> None:
@@ -87,7 +104,17 @@ class Variant(Settings):
     adapter: str | None = None
     """One of the adapters by name, or NAME/PART for a part of it, such as one prompt of a pool."""
     selector: str | None = None
-    """How a pool's prompt is chosen instead of the pool's own way."""
+    """How a pool's prompt is chosen instead of the pool's own way; also `best-fixed` (always the
+    one with the best validation loss) and `oracle` (per item the one that answers it best)."""
+
+
+class Windows(NamedTuple):
+    """How text is cut: tokens of a window, and how many windows each purpose has."""
+
+    length: int
+    calibration: int
+    choosing: int
+    reported: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +136,8 @@ class Experiment(Settings):
     """By name, settings of `train` that differ from the experiment's."""
     variants: Suppress[tuple[Variant, ...]] = ()
     """The rows of the table; by default the whole grid of compressions and adapters."""
+    data: Suppress[Corpora | None] = None
+    """Texts and their windows; without them, text is sampled from the model and cut as below."""
     sequence_length: int = 256
     """Tokens of a window of text."""
     calibration_windows: int = 64
@@ -130,18 +159,24 @@ class Experiment(Settings):
     cache_teacher: bool = False
     """Keep the uncompressed model's hidden states of the training text on disk (width x 4 bytes a
     token), so that it runs once for all adapters that learn from it."""
+    latency: bool = True
+    """Measure the time of generation, too."""
     timing: Timing = field(default_factory=lambda: Timing(prompt_length=64, new_tokens=16))
     seed: int = 0
     """Of sampled text, initial values, the order of windows and resampled intervals."""
 
     def __post_init__(self):
         super().__post_init__()
-        check_apart(self.out, {"model": self.model, "task-data": self.task_data})
+        read = {"model": self.model, "task-data": self.task_data}
+        if self.data is not None:
+            read |= {"data.train": self.data.train, "data.held-out": self.data.held_out}
+            read |= {"data.second": self.data.second}
+        check_apart(self.out, read)
         for name in ("calibration_windows", "batch_size", "evaluate_every"):
             at_least(name.replace("_", "-"), getattr(self, name), 1)
         at_least("sequence-length", self.sequence_length, 2)
         at_least("validation-windows", self.validation_windows, 2)
-        at_least("train-tokens", self.train_tokens, self.batch_size * self.sequence_length)
+        at_least("train-tokens", self.train_tokens, self.batch_size * self.windows.length)
         if self.items is not None:
             at_least("items", self.items, 1)
         check_recipes("compressions", self.compressions, Compress, PLACED)
@@ -151,6 +186,16 @@ class Experiment(Settings):
             self._check(variant)
             if names.count(variant.name) > 1:
                 raise ConfigError(f"variants: two are called {variant.name!r}; name each one")
+
+    @property
+    def windows(self) -> Windows:
+        """How text is cut, as `data` says or, of sampled text, the experiment."""
+        if self.data is not None:
+            data = self.data
+            counts = data.calibration_windows, data.choosing_windows, data.reported_windows
+            return Windows(data.sequence_length, *counts)
+        half = self.validation_windows // 2
+        return Windows(self.sequence_length, self.calibration_windows, half, half)
 
     @property
     def rows(self) -> tuple[Variant, ...]:
@@ -170,7 +215,7 @@ class Experiment(Settings):
         """The model and its compressions in a few words."""
         plain = list(self.compressions.values()) == [{}]
         compressed = self.compression.summary if plain else ", ".join(self.compressions)
-        return f"{self.model}, {compressed}"
+        return f"{self.model}, {compressed or 'dense'}"
 
     def reference(self, variant: Variant) -> Variant | None:
         """What a variant is compared with: its model without adapter, or that uncompressed.

@@ -5,14 +5,14 @@ A recipe is what differs from the defaults of `train`. The invariant: what a com
 recipe can change it.
 """
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from idp_jax.config.choices import LEARNING_RATES
 from idp_jax.config.commands import Compress, Train
-from idp_jax.config.experiment import PLACED, Recipes, check_recipes, taught
+from idp_jax.config.corpora import Corpora
+from idp_jax.config.experiment import PLACED, Recipes, check_names, check_recipes, taught
 from idp_jax.config.groups import Compression, ConfigError, Settings, at_least
 from idp_jax.config.marks import Suppress
 from idp_jax.config.places import check_apart
@@ -22,36 +22,6 @@ _SHARED = (
     *("model", "out", "tokens", "batch_size", "data", "seed"),
     *("evaluate_every", "checkpoint_every", "keep_checkpoints", "plan", "profile"),
 )
-_NAME = re.compile(r"\w[\w.+-]*")  # what may be a folder's name everywhere
-
-
-@dataclass(frozen=True)
-class Corpora(Settings):
-    """The text of a sweep. No document serves two purposes."""
-
-    section: ClassVar[str] = "data."
-
-    train: str
-    """What everything is calibrated and trained on: a .txt or .jsonl file, or hub:NAME[:CONFIG]."""
-    held_out: Path
-    """A .jsonl file; some of its documents choose learning rates and steps, others are reported."""
-    second: Path | None = None
-    """Text of another kind (.txt, .raw, .jsonl), such as WikiText-2; what it loses is forgotten."""
-    sequence_length: int = 256
-    """Tokens of every window."""
-    calibration_windows: int = 64
-    """Windows that a compression is calibrated on."""
-    choosing_windows: int = 16
-    """Windows whose loss chooses the learning rate of a recipe, and the best step of a training."""
-    reported_windows: int = 64
-    """Windows that perplexities are reported on; as many of the second text."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        at_least("data.sequence-length", self.sequence_length, 2)
-        for name in ("calibration_windows", "choosing_windows"):
-            at_least(f"data.{name.replace('_', '-')}", getattr(self, name), 1)
-        at_least("data.reported-windows", self.reported_windows, 2)  # one has no interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,11 +119,7 @@ class Sweep(Settings):
 
     def _check_names(self) -> None:
         for what, known in (("compressions", self.compressions), ("recipes", self.recipes)):
-            for name in known:
-                if not _NAME.fullmatch(name):
-                    raise ConfigError(
-                        f"{what}: {name!r} cannot name a folder; use letters, digits, . + - and _"
-                    )
+            check_names(what, known)
         if "dense" in self.compressions:
             raise ConfigError("compressions: 'dense' is the uncompressed model; give another name")
         check_recipes("recipes", self.recipes, Train, _SHARED)

@@ -74,7 +74,7 @@ def compare(
         _overall(right, cluster, seed),
         _ratio(before, after, seed),
         tests,
-        _pooled({name: pairs[name].blocks for name in _tested(pairs, tests)}, margin, seed),
+        pooled({name: pairs[name].blocks for name in _tested(pairs, tests)}, margin, seed),
         margin,
         cluster,
     )
@@ -228,7 +228,8 @@ def _tested(pairs: dict[str, _Pair], tests: dict[str, TaskTest]) -> list[str]:
     return [name for name in pairs if pairs[name].is_accuracy and not tests[name].at_chance]
 
 
-def _pooled(tasks: dict[str, Blocks], margin: float, seed: int) -> PooledTest | None:
+def pooled(tasks: dict[str, Blocks], margin: float, seed: int) -> PooledTest | None:
+    """The test of the mean difference over tasks; None where there are none."""
     if not tasks:
         return None
     blocks = list(tasks.values())

@@ -103,7 +103,7 @@ def count_items(name: str, data_dir: str | Path) -> dict[str, int]:
     for matched in _matched([name]):
         for part in _load(matched, data):
             for task in part.get_all_tasks() if isinstance(part, Group) else [part]:
-                found[task.task_name] = len(task.task_docs)
+                found[task.task_name] = len(task.task_docs)  # type: ignore[attr-defined]
     return found
 
 

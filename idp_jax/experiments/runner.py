@@ -13,11 +13,17 @@ from idp_jax.config.files import to_dict
 from idp_jax.evaluation.comparison import compare
 from idp_jax.evaluation.results import Comparison, Results, VariantResult, write
 from idp_jax.experiments import stages
+from idp_jax.experiments.measured import measured
 from idp_jax.jobs.folder import check_writable, run_folder
 from idp_jax.jobs.machine import describe
 from idp_jax.jobs.progress import SILENT, Progress
 
 _CHANCE = {"knowledge": 0.25}  # of tasks whose questions all have as many answers
+# An experiment may grow: every folder below holds its own settings, and refuses others.
+_FREE = (
+    *("out", "cache_teacher", "compressions", "adapters", "variants"),
+    *("tasks", "task_data", "items", "latency", "timing"),
+)
 
 
 def run(
@@ -41,7 +47,7 @@ def run(
     stages.check(settings)
     inputs = stages.inputs(settings)  # a model that is not there leaves no folder behind
     check_writable(settings.out, stages.needed(settings))
-    with run_folder(settings.out, settings, free=("out", "cache_teacher"), inputs=inputs):
+    with run_folder(settings.out, settings, free=_FREE, inputs=inputs):
         return _run(settings, progress, begin)
 
 
@@ -60,15 +66,17 @@ def _run(settings: Experiment, progress: Progress, begin: Callable[[str], None])
         begin(f"adapter: {name} on {compression or 'dense'}")
         stages.trained(settings, variant, progress)
     tokenizer = formats.load_tokenizer(settings.model)
-    variants = []
+    variants, second = [], []
     for variant in settings.rows:
         begin(f"evaluation: {variant.name}")
         model = lambda variant=variant: load(variant.compression)
-        variants.append(stages.measured(settings, variant, model, tokenizer, progress))
+        found, *others = measured(settings, variant, model, tokenizer, progress)
+        variants.append(found)
+        second += others
     results = Results(
         config=to_dict(settings),
         environment=describe(),
-        variants=variants,
+        variants=variants + second,
         comparisons=_comparisons(settings, variants),
     )
     write(results, settings.out / "results.json")

@@ -1,38 +1,25 @@
-"""The stages of an experiment: text, compressed models, adapters, measurements.
+"""The stages of an experiment up to what is measured: text, compressed models, adapters.
 
 Each stage leaves files in the experiment's folder. The invariant: a stage whose result is there is
 not run again, and its result does not depend on how often the experiment was stopped.
 """
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from idp_jax import formats, training
 from idp_jax.compression.job import Job
-from idp_jax.config import (
-    Compress,
-    Data,
-    Experiment,
-    Measurement,
-    Train,
-    Variant,
-)
-from idp_jax.config.experiment import taught
+from idp_jax.config import Compress, ConfigError, Data, Experiment, Train, Variant
+from idp_jax.config.experiment import BEST, ORACLE, taught
 from idp_jax.config.files import from_dict, to_dict
 from idp_jax.data.self_text import sample_documents
-from idp_jax.evaluation.job import measure
-from idp_jax.evaluation.results import VariantResult
-from idp_jax.experiments.once import check_unchanged, compress_once, measure_once
-from idp_jax.formats.adapters import read_adapter
+from idp_jax.experiments.held_out import check_corpora, held_out_files, write_held_out
+from idp_jax.experiments.once import check_unchanged, compress_once
 from idp_jax.jobs.files import contents, fingerprint, write_text
 from idp_jax.jobs.marker import mark
 from idp_jax.jobs.progress import Progress
 from idp_jax.models import Decoder
-from idp_jax.recover import Repaired
-from idp_jax.recover.methods import parameter_count
 from idp_jax.recover.selection import find_selector
 
 PARTS = ("train", "validation", "test")
@@ -42,22 +29,44 @@ _CALIBRATION_BATCH = 16  # windows
 def inputs(settings: Experiment) -> dict[str, dict[str, str]]:
     """The fingerprints of what an experiment reads."""
     found = {"model": fingerprint(formats.resolve(settings.model))}
+    data = settings.data
+    texts = {} if data is None else {"train": data.train, "held-out": data.held_out}
+    if data is not None and data.second is not None:
+        texts["second"] = data.second
+    found |= {f"data.{name}": fingerprint(text) for name, text in texts.items()}
     if settings.task_data is not None:
         found["task-data"] = contents(settings.task_data)
     return found
 
 
 def needed(settings: Experiment) -> int:
-    """Bytes that an experiment takes at least: of its text."""
-    return 0 if (settings.out / "text").is_dir() else 3 * settings.train_tokens
+    """Bytes that an experiment takes at least: of text that it samples."""
+    sampled = settings.data is None and not (settings.out / "text").is_dir()
+    return 3 * settings.train_tokens if sampled else 0
 
 
 def text_files(settings: Experiment) -> dict[str, Path]:
     """Where the parts of the text are."""
+    if settings.data is not None:
+        held_out = held_out_files(settings.out)
+        return {"validation": held_out["choosing"], "test": held_out["reported"]}
     return {part: settings.out / "text" / f"{part}.jsonl" for part in PARTS}
 
 
+def training_text(settings: Experiment) -> str:
+    """What is calibrated and trained on: a file or a text of the hub."""
+    return str(text_files(settings)["train"]) if settings.data is None else settings.data.train
+
+
 def write_texts(settings: Experiment, model: Callable[[], Decoder], progress: Progress) -> None:
+    """Splits the held-out text; without texts, samples all from the uncompressed model."""
+    if settings.data is None:
+        _sample_texts(settings, model, progress)
+    else:
+        write_held_out(settings.data, formats.load_tokenizer(settings.model), settings.out)
+
+
+def _sample_texts(settings: Experiment, model: Callable[[], Decoder], progress: Progress) -> None:
     """Samples text from the uncompressed model, and splits it by documents into its parts."""
     files, kept = text_files(settings), settings.out / "text" / "sampled.jsonl"
     if all(file.is_file() for file in files.values()):
@@ -104,10 +113,11 @@ def _compress(settings: Experiment, name: str) -> Compress:
         **to_dict(settings.compression),
         "model": settings.model,
         "out": settings.out / "models" / name,
-        "calibration": str(text_files(settings)["train"]),
-        "samples": settings.calibration_windows,
-        "sequence_length": settings.sequence_length,
+        "calibration": training_text(settings),
+        "samples": settings.windows.calibration,
+        "sequence_length": settings.windows.length,
         "batch_size": _CALIBRATION_BATCH,
+        "seed": settings.seed,
     }
     return from_dict(Compress, common | settings.compressions[name], f"compressions.{name}")
 
@@ -123,7 +133,7 @@ def adapters(settings: Experiment) -> dict[tuple[str | None, str], Variant]:
 
 def trained(settings: Experiment, variant: Variant, progress: Progress) -> None:
     """Trains a variant's adapter beside its model."""
-    training.train(_train(settings, variant), progress=progress)
+    training.train(training_of(settings, variant), progress=progress)
 
 
 def adapter_of(settings: Experiment, variant: Variant) -> Path | None:
@@ -131,18 +141,20 @@ def adapter_of(settings: Experiment, variant: Variant) -> Path | None:
     if variant.adapter is None:
         return None
     _, _, part = variant.adapter.partition("/")
-    return _train(settings, variant).out / "adapter" / part
+    return training_of(settings, variant).out / "adapter" / part
 
 
-def _train(settings: Experiment, variant: Variant) -> Train:
-    """Adapters of one recipe and several models lie in folders of their models' names."""
+def training_of(settings: Experiment, variant: Variant) -> Train:
+    """How a variant's adapter is trained.
+
+    Adapters of one recipe and several models lie in folders of their models' names.
+    """
     name = str(variant.adapter).partition("/")[0]
-    files = text_files(settings)
     data = Data(
-        train=str(files["train"]),
-        validation=str(files["validation"]),
-        validation_windows=settings.validation_windows // 2,
-        sequence_length=settings.sequence_length,
+        train=training_text(settings),
+        validation=str(text_files(settings)["validation"]),
+        validation_windows=settings.windows.choosing,
+        sequence_length=settings.windows.length,
     )
     common = {
         "model": model_of(settings, variant.compression),
@@ -158,70 +170,6 @@ def _train(settings: Experiment, variant: Variant) -> Train:
     return taught(common | settings.adapters[name], settings.model, f"adapters.{name}", cache)
 
 
-def result_file(settings: Experiment, variant: Variant) -> Path:
-    """Where a variant's measurements are."""
-    name = re.sub(r"[^\w.+-]+", "_", variant.name)
-    return settings.out / "evaluation" / f"{name}.json"
-
-
-def measured(
-    settings: Experiment,
-    variant: Variant,
-    model: Callable[[], Decoder],
-    tokenizer: Any,
-    progress: Progress,
-) -> VariantResult:
-    """Measures a variant, into a file of results that holds it alone."""
-    folder, measurement = adapter_of(settings, variant), _measurement(settings)
-
-    def measure_it() -> list[VariantResult]:
-        repaired, added = Repaired.of(model()), 0
-        if folder is not None:
-            adapter = read_adapter(repaired.decoder, folder)
-            repaired, added = adapter.repair(repaired.decoder), parameter_count(adapter)
-        if variant.selector is not None:
-            repaired = repaired.with_selector(variant.selector)
-        found = measure(
-            repaired,
-            tokenizer,
-            measurement,
-            progress=progress,
-            name=variant.name,
-            role=variant.role,
-            model=model_of(settings, variant.compression),
-            adapter=None if folder is None else str(folder),
-            selector=variant.selector,
-            extra_parameters=added,
-        )
-        return [found]
-
-    asked = {**to_dict(measurement), "inputs": _measured_inputs(settings, variant)}
-    return measure_once(result_file(settings, variant), asked, measure_it)[0]
-
-
-def _measured_inputs(settings: Experiment, variant: Variant) -> dict[str, dict[str, str]]:
-    """The fingerprints of what a variant's numbers are of."""
-    folder = adapter_of(settings, variant)
-    return {
-        "model": fingerprint(formats.resolve(model_of(settings, variant.compression))),
-        "adapter": {} if folder is None else contents(folder),
-        "text": fingerprint(text_files(settings)["test"]),
-    }
-
-
-def _measurement(settings: Experiment) -> Measurement:
-    return Measurement(
-        tasks=settings.tasks,
-        task_data=settings.task_data,
-        limit=settings.items,
-        perplexity=text_files(settings)["test"],
-        sequence_length=settings.sequence_length,
-        windows=settings.validation_windows // 2,
-        latency=True,
-        timing=settings.timing,
-    )
-
-
 def check(settings: Experiment) -> None:
     """Refuses recipes and selectors that cannot be used, before anything is done.
 
@@ -229,11 +177,20 @@ def check(settings: Experiment) -> None:
         ConfigError: a recipe has a setting that is none, or that is out of range.
         ValueError: there is no such selector.
     """
+    if settings.data is not None:
+        check_corpora(settings.data)
     jobs = [_compress(settings, name) for name in settings.compressions]
-    for variant in adapters(settings).values():
-        _train(settings, variant)
+    trainings = {key: training_of(settings, row) for key, row in adapters(settings).items()}
     for variant in settings.rows:
-        if variant.selector is not None:
+        if variant.selector in (BEST, ORACLE):
+            name = str(variant.adapter)
+            config = trainings.get((variant.compression, name))
+            if config is None or config.method != "idp" or config.pool.training == "joint":
+                raise ConfigError(
+                    f"variant {variant.name!r}: {variant.selector} is of a pool whose prompts "
+                    f"were trained apart, which {name} is not"
+                )
+        elif variant.selector is not None:
             find_selector(variant.selector)
     for job in jobs:
         Job(job)  # reads configurations alone

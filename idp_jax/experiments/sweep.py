@@ -17,17 +17,17 @@ from idp_jax.config import Compress, ConfigError, Sweep, Train
 from idp_jax.config.files import from_dict, to_dict
 from idp_jax.evaluation.job import read_inputs
 from idp_jax.evaluation.sweep_results import RecipeResult, SweepResults, write_sweep
-from idp_jax.experiments.once import compress_once
-from idp_jax.experiments.sweep_measure import Measurements, Row
-from idp_jax.experiments.sweep_rows import Measured, Scores, baseline, control_of, measured_recipe
-from idp_jax.experiments.sweep_table import markdown
-from idp_jax.experiments.sweep_texts import (
+from idp_jax.experiments.held_out import (
     check_corpora,
     check_enough,
     held_out_files,
     is_split,
     write_held_out,
 )
+from idp_jax.experiments.once import compress_once
+from idp_jax.experiments.sweep_measure import Measurements, Row
+from idp_jax.experiments.sweep_rows import Measured, Scores, baseline, control_of, measured_recipe
+from idp_jax.experiments.sweep_table import markdown
 from idp_jax.experiments.sweep_trainings import Trained, Trainings, plan
 from idp_jax.jobs.files import contents, fingerprint, write_text
 from idp_jax.jobs.folder import check_writable, run_folder

@@ -11,9 +11,9 @@ from idp_jax.config.choices import Role
 from idp_jax.config.files import to_dict
 from idp_jax.evaluation.job import measure, read_inputs
 from idp_jax.evaluation.results import VariantResult
+from idp_jax.experiments.held_out import held_out_files
 from idp_jax.experiments.once import measure_once
 from idp_jax.experiments.sweep_rows import Measured
-from idp_jax.experiments.sweep_texts import held_out_files
 from idp_jax.formats.adapters import read_adapter
 from idp_jax.jobs.files import contents, fingerprint
 from idp_jax.jobs.progress import Progress

@@ -7,8 +7,9 @@ learning rate lies at the edge of the grid, and where a seed or a trial diverged
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from idp_jax.evaluation.statistics import Estimate
+from idp_jax.analysis.tables import Cells, written
 from idp_jax.evaluation.sweep_results import Baseline, RecipeResult, SweepResults
+from idp_jax.experiments import cells
 from idp_jax.jobs.progress import counted
 
 _EDGE = "*"
@@ -35,31 +36,31 @@ def columns_of(results: SweepResults) -> list[Column]:
     found = [
         Column("recipe", lambda row: row.recipe, lambda row: row.name),
         Column("learning rate", _rate),
-        Column("share, seeds", lambda row: _share(row.share)),
-        Column("share, windows", lambda row: _share(row.share_windows)),
-        Column(f"against {results.reference}", lambda row: _share(row.against, sign=True)),
-        Column("perplexity", lambda row: _perplexity(row.perplexity), _own("perplexity")),
+        Column("share, seeds", lambda row: cells.share(row.share)),
+        Column("share, windows", lambda row: cells.share(row.share_windows)),
+        Column(f"against {results.reference}", lambda row: cells.share(row.against, sign=True)),
+        Column("perplexity", lambda row: cells.perplexity(row.perplexity), _own("perplexity")),
     ]
     if first.second_perplexity is not None:
         found += [
             Column(
                 "second text",
-                lambda row: _perplexity(row.second_perplexity),
+                lambda row: cells.perplexity(row.second_perplexity),
                 _own("second_perplexity"),
             ),
-            Column("second, times", lambda row: _times(row.second_ratio)),
+            Column("second, times", lambda row: cells.times(row.second_ratio)),
         ]
     for task in first.accuracy:
         found += [
             Column(
                 f"{task} %",
-                lambda row, task=task: _percent(row.accuracy.get(task)),
-                lambda row, task=task: _percent(row.accuracy.get(task)),
+                lambda row, task=task: cells.percent(row.accuracy.get(task)),
+                lambda row, task=task: cells.percent(row.accuracy.get(task)),
                 "cost",
             ),
             Column(
                 "change",
-                lambda row, task=task: _percent(row.accuracy_change.get(task), sign=True),
+                lambda row, task=task: cells.percent(row.accuracy_change.get(task), sign=True),
                 about="cost",
             ),
         ]
@@ -86,10 +87,8 @@ def markdown(results: SweepResults) -> str:
     columns, parts = columns_of(results), [legend(results)]
     for compression in dict.fromkeys(row.compression for row in results.recipes):
         rows = rows_of(results, compression, columns)
-        marks = ["---"] + ["---:"] * (len(columns) - 1)
-        lines = [[column.heading for column in columns], marks, *rows]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        parts.append(f"### {compression}\n\n{table}")
+        table = written(Cells([column.heading for column in columns], rows), ".md")
+        parts.append(f"### {compression}\n\n{table.rstrip()}")
     return "\n\n".join([*parts, _trials(results)]) + "\n"
 
 
@@ -129,36 +128,11 @@ def _rate(row: RecipeResult) -> str:
     return f"{row.chosen:g}{_EDGE if row.edge else ''}{failed}"
 
 
-def _share(found: Estimate | None, sign: bool = False) -> str:
-    return _between(found, 1, "+.3f" if sign else ".3f")
-
-
-def _percent(found: Estimate | None, sign: bool = False) -> str:
-    return _between(found, 100, "+.1f" if sign else ".1f")
-
-
-def _times(found: Estimate | None) -> str:
-    return _between(found, 1, ".3f")
-
-
-def _between(found: Estimate | None, scale: float, form: str) -> str:
-    """A number with its interval, where it has one."""
-    if found is None:
-        return ""
-    value, low, high = (format(scale * x, form) for x in (found.value, found.low, found.high))
-    bounded = abs(found.low) < float("inf") > abs(found.high)
-    return f"{value} [{low}, {high}]" if bounded else value
-
-
-def _perplexity(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
-
-
 def _own(name: str) -> Callable[[Any], str]:
-    return lambda row: _perplexity(getattr(row, name))
+    return lambda row: cells.perplexity(getattr(row, name))
 
 
 def _control(row: RecipeResult) -> str:
     if row.control is None:
         return "diverged" if row.chosen is not None else ""
-    return _times(row.control.perplexity)
+    return cells.times(row.control.perplexity)

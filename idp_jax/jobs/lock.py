@@ -17,6 +17,10 @@ from idp_jax.config import ConfigError, refuse_url
 _log = logging.getLogger(__name__)
 
 
+class Busy(ConfigError):
+    """Another job writes there."""
+
+
 @contextmanager
 def locked(out: str | Path, *, inside: bool = False) -> Iterator[None]:
     """Keeps other jobs, of this machine and of those that share the disk, away from `out`.
@@ -27,7 +31,8 @@ def locked(out: str | Path, *, inside: bool = False) -> Iterator[None]:
             beside what appears when it is complete.
 
     Raises:
-        ConfigError: another job writes there (it says which), or it is a URL.
+        Busy: another job writes there (it says which).
+        ConfigError: it is a URL.
     """
     refuse_url("the place", out)
     out = Path(out)
@@ -61,7 +66,7 @@ def _hold(file: Path, out: Path) -> int:
         except BlockingIOError:
             holder = os.read(handle, 1000).decode(errors="replace") or "another process"
             os.close(handle)
-            raise ConfigError(
+            raise Busy(
                 f"{out} is being written by {holder}; wait for it, or give another --out"
             ) from None
         except OSError as error:  # a network disk without locks

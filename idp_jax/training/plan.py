@@ -161,9 +161,28 @@ def planned(
         held=held,
         work=work,
         room=room,
-        step=config.batch_size * window * (2 + _makes_again(config) + teacher),
+        step=_step(config, window),
         validations=times * config.data.validation_windows * window,
     )
+
+
+def seconds_of(config: Train, model: ModelConfig, rate: float) -> float:
+    """The time of one training of a run by its products alone; nothing is compiled.
+
+    Args:
+        rate: operations a second, of `measured_rate`.
+    """
+    window = forward(model, config.data.sequence_length)
+    times = 1 + config.steps // config.evaluate_every
+    operations = config.steps * _step(config, window)
+    operations += times * config.data.validation_windows * window
+    return operations * _BESIDE_PRODUCTS / rate
+
+
+def _step(config: Train, window: float) -> float:
+    """Operations of a step, given those of a window's way forward."""
+    teacher = config.teacher.model is not None
+    return config.batch_size * window * (2 + _makes_again(config) + teacher)
 
 
 def forward(model: ModelConfig, length: int) -> float:

@@ -17,6 +17,7 @@ from idp_jax.config import (
     Lora,
     Optimizer,
     PoolStudy,
+    Reproduce,
     Sweep,
     Train,
 )
@@ -24,7 +25,7 @@ from idp_jax.config.files import from_dict, from_yaml, to_dict
 
 ROOT = Path(__file__).parents[2]
 KINDS = {"pods": Train, "compress": Compress, "train": Train, "configs": Demo, "eval": Evaluate}
-KINDS |= {"sweep": Sweep}
+KINDS |= {"sweep": Sweep, "reproduce": Reproduce}
 PRESETS = ROOT / "configs" / "presets"  # settings of a recipe alone, see test_presets.py
 FILES = sorted(
     str(path.relative_to(ROOT))

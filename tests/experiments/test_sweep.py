@@ -14,7 +14,7 @@ from idp_jax.config.files import from_dict
 from idp_jax.data.text import read_documents
 from idp_jax.evaluation.sweep_results import read_sweep
 from idp_jax.experiments import run_sweep, sweep
-from idp_jax.experiments.sweep_texts import held_out_files, write_held_out
+from idp_jax.experiments.held_out import held_out_files, write_held_out
 from idp_jax.experiments.sweep_trainings import Trainings, plan
 from idp_jax.jobs.progress import SILENT, Progress
 from idp_jax.jobs.signals import Interrupted

@@ -1,4 +1,4 @@
-"""The held-out text of a sweep: documents that choose, and others that are reported.
+"""Held-out text of an experiment or a sweep: documents that choose, and others that are reported.
 
 The invariant: no document that training sees is held out, and none that chooses a learning rate or
 a step is reported. Documents are told apart by their words, so a copy elsewhere counts as well.
@@ -36,7 +36,7 @@ def check_corpora(data: Corpora) -> None:
         if file is not None and not file.is_file():
             raise ConfigError(f"--data.{name} {file} is no file; check the path")
     if data.train == SELF:
-        raise ConfigError("--data.train self is no text that a sweep can hold others apart from")
+        raise ConfigError("--data.train self is no text that others can be held apart from")
     files = {"train": data.train, "held-out": data.held_out, "second": data.second}
     known: dict[Path, str] = {}
     for name, file in files.items():
@@ -56,7 +56,7 @@ def write_held_out(data: Corpora, tokenizer: Any, out: Path) -> None:
 
     Args:
         tokenizer: a transformers tokenizer.
-        out: the sweep's folder.
+        out: the folder of the experiment or sweep.
 
     Raises:
         ConfigError: there is too little text, or the second text has documents of the others.
