@@ -88,7 +88,13 @@ def _draw_overview(axes, rows: list[Row], colours: dict[str, str], title: str) -
     axes[1].set_xscale("log")
     axes[0].set(title=title, xlabel="extra parameters", ylabel="accuracy, % (bars: 95 % of items)")
     axes[1].set(title="crosses: controls", xlabel="perplexity of the reported text")
-    axes[1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    _name(axes[1])
+
+
+def _name(axis) -> None:
+    """A legend beside the axis; where nothing was drawn there is nothing to name."""
+    if axis.get_legend_handles_labels()[1]:
+        axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
 
 
 def _repairs(rows: list[Row]) -> list[Row]:
@@ -122,7 +128,7 @@ def _draw_recovery(axes, rows: list[Row], colours: dict[str, str], title: str) -
     axis.set_ylim(len(tasks) - 0.5, -0.5)
     axis.axvline(0, linestyle=":", color="grey")
     axis.set(title=title, xlabel="points over the compressed model (bars: 95 % of items)")
-    axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    _name(axis)
 
 
 def _pools(rows: list[Row]) -> list[Row]:
