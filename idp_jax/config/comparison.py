@@ -13,9 +13,9 @@ TABLES = (".md", ".tex", ".csv")
 
 @dataclass(frozen=True, kw_only=True)
 class Compare(Settings):
-    """Test whether runs differ on the same items, or say beforehand what they could show.
+    """Test whether runs differ on the same items, or plan a test.
 
-    Runs are results of eval, demo or the like, and samples of lm_eval --log_samples.
+    Runs are results of eval, demo or the like, and samples of lm_eval.
     """
 
     words: ClassVar[tuple[str, ...]] = ("power", "metric", "cluster", "tasks")

@@ -61,7 +61,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Reproduce(Settings):
-    """Compare repairs of models and compressions over seeds, with controls.
+    """Compare repairs of compressed models over seeds, with controls.
 
     The grid is cut into cells:
 

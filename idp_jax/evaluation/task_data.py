@@ -99,9 +99,9 @@ def count_items(name: str, data_dir: str | Path) -> dict[str, int]:
         ValueError: as `local_tasks`; no item is looked at.
     """
     _quiet()
-    data, found = _LocalData(Path(data_dir)), {}
-    for matched in _matched([name]):
-        for part in _load(matched, data):
+    data, manager, found = _LocalData(Path(data_dir), None), task_manager(), {}
+    for matched in _matched([name], manager):
+        for part in _load(matched, data, manager):
             for task in part.get_all_tasks() if isinstance(part, Group) else [part]:
                 found[task.task_name] = len(task.task_docs)  # type: ignore[attr-defined]
     return found

@@ -153,7 +153,7 @@ def plan(settings: Reproduce, cells: list[Cell]) -> Plan:
     for cell in cells:
         raw = open_config(cell.model)
         for config in _trainings(cell):
-            key = cell.model, dtype_of(raw, config)
+            key = cell.model, dtype_of(raw, config.dtype)
             step = settings.batch_size * settings.data.sequence_length
             if key not in rates:
                 rates[key] = measured_rate(from_hf(raw), key[1], step)
