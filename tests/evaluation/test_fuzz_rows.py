@@ -7,6 +7,7 @@ import copy
 import json
 import random
 import re
+from functools import partial
 
 import pytest
 
@@ -34,6 +35,9 @@ VALUES = [
     {},
 ]
 VALUES += [[[]], [None], {"text": []}, float("nan"), "{{ question }}", "é" * 3]
+
+# Log-probabilities of whole sentences, in float32.
+approx = partial(pytest.approx, rel=1e-5, abs=1e-4)
 
 
 def arc(i):
@@ -149,8 +153,8 @@ def test_damage_is_told_or_harms_no_other_row(tmp_path, task):
         left = [i for i in range(ROWS) if i not in found.refused]
         for metric, values in found.samples.items():
             for i, value in zip(left, values, strict=True):
-                # Batches are the same, so only a row that was touched may differ at all.
-                assert i == place or value == pytest.approx(whole.samples[metric][i]), (
+                # Batches are the same but for a row that was touched; sums may round otherwise.
+                assert i == place or value == approx(whole.samples[metric][i]), (
                     line,
                     metric,
                 )
