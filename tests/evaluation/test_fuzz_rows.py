@@ -102,7 +102,7 @@ def damaged(draw: random.Random, row: dict) -> bytes:
         del row[name]
     elif how == 3:
         row[draw.choice(["extra", "label", "text"])] = draw.choice(VALUES)
-    elif how == 4 and isinstance(row[name], list | dict):
+    elif how == 4 and isinstance(row[name], list | dict) and row[name]:
         inside = row[name]
         inside[draw.choice(list(inside) if isinstance(inside, dict) else range(len(inside)))] = (
             draw.choice(VALUES)
