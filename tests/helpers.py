@@ -9,6 +9,7 @@ shows in the logits.
     folder = tiny_folder(tmp_path / "model", "llama") # a Hugging Face folder, tokenizer included
 """
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -239,3 +240,13 @@ def another_machine(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
 
     monkeypatch.setenv("IDP_JAX_CACHE", str(cache))
     remote._copied.cache_clear()
+
+
+def check_same_scores(first, second):
+    """The same answers and choices; log-probabilities to the order of their sums."""
+    for name in {**first.metrics, **second.metrics}:
+        found, wanted = ((each.metrics[name], *each.samples[name]) for each in (first, second))
+        np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    unlike = {"metrics": {}, "samples": {}}
+    assert dataclasses.replace(first, **unlike) == dataclasses.replace(second, **unlike)
+    assert first.samples["acc"] == second.samples["acc"]

@@ -10,7 +10,7 @@ from idp_jax.evaluation import read
 from idp_jax.evaluation.job import score
 from idp_jax.formats import load_model, save_adapter
 from idp_jax.recover import Pool, SoftPrompt
-from tests.helpers import tiny_folder
+from tests.helpers import check_same_scores, tiny_folder
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,8 @@ def test_scores_on_a_mesh_are_those_without(files, tmp_path, mesh):
     )
     losses = plain.perplexity.per_window_nll
     np.testing.assert_allclose(cut.perplexity.per_window_nll, losses, rtol=2e-6)
-    assert cut.tasks == plain.tasks and cut.prompt_lengths == plain.prompt_lengths
+    check_same_scores(cut.tasks["knowledge_arts"], plain.tasks["knowledge_arts"])
+    assert cut.prompt_lengths == plain.prompt_lengths
 
 
 def test_latency_is_measured_when_asked_for(files, tmp_path):

@@ -9,7 +9,7 @@ from idp_jax.cli import main
 from idp_jax.config import ConfigError, Demo, Experiment, Variant
 from idp_jax.config.files import from_dict
 from idp_jax.evaluation import compare, read
-from idp_jax.experiments import run, stages
+from idp_jax.experiments import measured, run, stages
 from tests.evaluation.test_results import results, task, text, variant
 from tests.helpers import tiny_folder
 
@@ -84,8 +84,8 @@ def check_going_on(settings, results, monkeypatch):
     """Nothing that is there is made again; what is missing is, alike."""
     again = lambda *args, **options: pytest.fail("a finished stage ran again")
     with monkeypatch.context() as patched:
-        for name in ("sample_documents", "measure"):
-            patched.setattr(stages, name, again)
+        for place, name in ((stages, "sample_documents"), (measured, "measure")):
+            patched.setattr(place, name, again)
         patched.setattr("idp_jax.experiments.once.compress", again)
         patched.setattr("idp_jax.formats.load_model", again)
         assert run(settings).variants == results.variants

@@ -1,7 +1,6 @@
 """Two processes of four devices each work as one: a job over a network, on one machine."""
 
 import json
-from dataclasses import replace
 
 import jax
 import numpy as np
@@ -13,7 +12,7 @@ from idp_jax.evaluation import read
 from idp_jax.formats import save_adapter
 from idp_jax.jobs.files import contents
 from idp_jax.recover import Pool, SoftPrompt
-from tests.helpers import tiny_folder
+from tests.helpers import check_same_scores, tiny_folder
 from tests.sharding.processes import finish, start, start_together
 
 # A model on all devices; prints the bytes of its matrices that this process read.
@@ -86,16 +85,6 @@ def test_the_word_that_two_processes_keep_serves_one(files, tmp_path):
     check_alike(one, two)
 
 
-def check_tasks(first, second):
-    """The same answers and choices; log-probabilities to the order of their sums."""
-    for name in {**first.metrics, **second.metrics}:
-        found, wanted = ((each.metrics[name], *each.samples[name]) for each in (first, second))
-        np.testing.assert_allclose(found, wanted, rtol=1e-5)
-    unlike = {"metrics": {}, "samples": {}}
-    assert replace(first, **unlike) == replace(second, **unlike)
-    assert first.samples["acc"] == second.samples["acc"]
-
-
 def test_two_processes_score_like_one(files, tmp_path):
     """Also where batches do not divide over the mesh; process 0 alone writes and speaks."""
     model = load_model(files / "model")
@@ -112,7 +101,7 @@ def test_two_processes_score_like_one(files, tmp_path):
     losses = [found.perplexity.per_window_nll for found in (alone, together)]
     np.testing.assert_allclose(*losses, atol=1e-5)
     assert together.perplexity.perplexity == pytest.approx(alone.perplexity.perplexity, rel=1e-5)
-    check_tasks(together.tasks["knowledge_arts"], alone.tasks["knowledge_arts"])
+    check_same_scores(together.tasks["knowledge_arts"], alone.tasks["knowledge_arts"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.json", "pool", "two.json"]
 
 
