@@ -89,7 +89,7 @@ def check_going_on(settings, results, monkeypatch):
         patched.setattr("idp_jax.experiments.once.compress", again)
         patched.setattr("idp_jax.formats.load_model", again)
         assert run(settings).variants == results.variants
-    file = stages.result_file(settings, settings.variants[2])
+    file = measured.result_file(settings, settings.variants[2])
     assert file.name == "pool_random.json" and len(read(file).variants) == 1
     file.unlink()
     once_more = run(settings).variants
