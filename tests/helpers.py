@@ -26,6 +26,7 @@ from idp_jax.models.abstract import Storage, random, random_layers, random_weigh
 from idp_jax.models.block import layer_slice
 from idp_jax.models.config import RopeConfig
 from idp_jax.models.matrices import Matrix
+from idp_jax.recover import Pool, SoftPrompt
 from idp_jax.weights import Quantized
 
 # Of every fuzzer; IDP_JAX_FUZZ_TRIES=2000 make test-slow takes some minutes more.
@@ -232,6 +233,11 @@ def tiny_folder(folder: Path, architecture: str = "llama", *, seed: int = 0, **o
     write_folder(tiny_decoder(architecture, seed=seed, **overrides), folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def tiny_pool(model: Decoder, *lengths: int) -> Pool:
+    """A pool of prompts of these lengths, each begun by a key of its own."""
+    return Pool([SoftPrompt.init(model, n, jax.random.key(n)) for n in lengths])
 
 
 def another_machine(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:

@@ -1,13 +1,10 @@
 """`idp-jax demo`: an experiment on a small model; prints its tables and what they say."""
 
-import sys
 import time
 
-from rich.console import Console
-
 from idp_jax import config, experiments
-from idp_jax.commands.tables import change_table, chosen, comparison_table, show, task_table
-from idp_jax.jobs.progress import WIDTH, Bars, console
+from idp_jax.commands.tables import change_table, chosen, comparison_table, output, show, task_table
+from idp_jax.jobs.progress import Bars, console
 
 
 def run(settings: config.Experiment) -> None:
@@ -15,7 +12,7 @@ def run(settings: config.Experiment) -> None:
     started = time.perf_counter()
     say = lambda stage: console.print(stage, highlight=False)
     results = experiments.run(settings, progress=Bars(), begin=say)
-    out = Console(width=None if sys.stdout.isatty() else WIDTH, markup=False)
+    out = output()
     budget = f"{settings.train_tokens:,} training tokens per adapter"
     show(comparison_table(results.variants, f"{settings.title}; {budget}"), out)
     show(task_table(results.variants, f"{settings.tasks}, % [95 %]"), out)

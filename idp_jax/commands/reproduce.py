@@ -1,13 +1,9 @@
 """`idp-jax reproduce`: a grid of models, compressions, repairs and seeds; prints its tables."""
 
-import sys
-
-from rich.console import Console
-
 from idp_jax import config, experiments
-from idp_jax.commands.tables import columns, show
+from idp_jax.commands.tables import columns, output, show
 from idp_jax.experiments.grid_table import legend, printed
-from idp_jax.jobs.progress import WIDTH, Bars, console
+from idp_jax.jobs.progress import Bars, console
 
 
 def run(settings: config.Reproduce) -> None:
@@ -16,7 +12,7 @@ def run(settings: config.Reproduce) -> None:
     grid = experiments.run_grid(settings, progress=Bars(), say=say)
     if grid is None:
         return
-    out = Console(width=None if sys.stdout.isatty() else WIDTH, markup=False)
+    out = output()
     for title, cells in printed(grid):
         table = columns(title, cells.columns[0], cells.columns[1:])
         for row in cells.rows:

@@ -1,13 +1,9 @@
 """`idp-jax sweep`: methods of recovery compared; prints a table for each compressed model."""
 
-import sys
-
-from rich.console import Console
-
 from idp_jax import config, experiments
-from idp_jax.commands.tables import columns, show
+from idp_jax.commands.tables import columns, output, show
 from idp_jax.experiments.sweep_table import columns_of, legend, rows_of
-from idp_jax.jobs.progress import WIDTH, Bars, console
+from idp_jax.jobs.progress import Bars, console
 
 
 def run(settings: config.Sweep) -> None:
@@ -16,7 +12,7 @@ def run(settings: config.Sweep) -> None:
     results = experiments.run_sweep(settings, progress=Bars(), say=say)
     if results is None:
         return
-    out = Console(width=None if sys.stdout.isatty() else WIDTH, markup=False)
+    out = output()
     names = dict.fromkeys(row.compression for row in results.recipes)
     for name in names:
         for about in ("recovery", "cost"):

@@ -1,5 +1,6 @@
 """Tables that commands print: what was measured, what was compressed, what a job would take."""
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +37,11 @@ _SHOWN = {
     "dead_columns": np.sum,
 }
 _SUMMARIES = {np.mean: "mean", np.max: "largest", np.sum: "sum"}
+
+
+def output() -> Console:
+    """Standard output, as wide as the terminal; into a file, as wide as people read."""
+    return Console(width=None if sys.stdout.isatty() else WIDTH, markup=False)
 
 
 def show(table: Table, console: Console) -> None:

@@ -11,26 +11,30 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from idp_jax.config import ConfigError, Reproduce
+from idp_jax.config import Reproduce
 from idp_jax.config.choices import Role
-from idp_jax.config.experiment import SECOND
 from idp_jax.config.reproduce import DENSE, row_name
 from idp_jax.evaluation import paired
 from idp_jax.evaluation.comparison import MARGIN, pooled
+from idp_jax.evaluation.grid_scores import (
+    Key,
+    Scores,
+    at_chance_of,
+    check_same,
+    mean_of,
+    scores_of,
+)
 from idp_jax.evaluation.paired import PooledTest
-from idp_jax.evaluation.results import Results, VariantResult
+from idp_jax.evaluation.results import Results
 from idp_jax.evaluation.statistics import (
     Blocks,
     Estimate,
-    accuracy_interval,
     exponential,
     mean_interval,
     paired_blocks,
     paired_ratio,
     perplexity_ratio,
 )
-
-Key = tuple[str, str | None, int]  # model, compression or None, seed
 
 
 @dataclass(frozen=True)
@@ -128,15 +132,15 @@ def aggregate(settings: Reproduce, found: dict[Key, Results]) -> Grid:
 
 def _add_model(settings: Reproduce, found: dict[Key, Results], model: str, grid: Grid) -> None:
     """The rows and contrasts of a model's cells."""
-    beside = _scores(settings, found, model, None)
+    beside = scores_of(settings, found, model, None)
     dense = beside.get(DENSE)
-    grid.at_chance[model] = [] if dense is None else _at_chance(dense)
+    grid.at_chance[model] = [] if dense is None else at_chance_of(dense)
     view = _View(model, dense, set(grid.at_chance[model]), settings.seed)
     grid.rows.extend(
         view.row(None, own, None if name == DENSE else dense) for name, own in beside.items()
     )
     for compression in settings.compressions:
-        cells = _scores(settings, found, model, compression)
+        cells = scores_of(settings, found, model, compression)
         if not cells:
             continue
         bare = cells[compression]
@@ -171,106 +175,6 @@ def _holm(contrasts: list[Contrast]) -> list[Contrast]:
 
 
 @dataclass(frozen=True)
-class Scores:
-    """One variant over its seeds.
-
-    Attributes:
-        variants: by seed, as it was measured.
-        tasks: by task that was asked for and seed, one score per item.
-        items: by task the harness's hash of every item.
-        chance: by task the share of right answers of guessing, where it is known.
-        texts: of the reported and of the second text by seed, the losses of its windows.
-        windows: the digests of both texts.
-    """
-
-    variants: dict[int, VariantResult]
-    tasks: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)
-    items: dict[str, list[str]] = field(default_factory=dict)
-    chance: dict[str, float] = field(default_factory=dict)
-    texts: tuple[dict[int, np.ndarray], dict[int, np.ndarray]] = field(
-        default_factory=lambda: ({}, {})
-    )
-    windows: tuple[list[str], list[str]] = field(default_factory=lambda: ([], []))
-
-    @property
-    def first(self) -> VariantResult:
-        """The variant of the first seed, for what all have in common."""
-        return next(iter(self.variants.values()))
-
-    def seeds(self, other: "Scores") -> list[int]:
-        """The seeds that both have."""
-        return [seed for seed in self.variants if seed in other.variants]
-
-
-def _scores(
-    settings: Reproduce, found: dict[Key, Results], model: str, compression: str | None
-) -> dict[str, Scores]:
-    """The variants of a model's cells by name, in their order."""
-    made: dict[str, Scores] = {}
-    for seed in settings.seeds:
-        results = found.get((model, compression, seed))
-        variants = {} if results is None else {each.name: each for each in results.variants}
-        for name, variant in variants.items():
-            main = name.removesuffix(SECOND)
-            scores = made.setdefault(main, Scores({}))
-            number = int(main != name)
-            if not number:
-                scores.variants[seed] = variant
-                _add_tasks(scores, settings, seed, variant)
-            if variant.perplexity is not None:
-                scores.texts[number][seed] = np.asarray(variant.perplexity.per_window_nll)
-                _same(scores.windows[number], [variant.perplexity.digest], name)
-    return made
-
-
-def _add_tasks(scores: Scores, settings: Reproduce, seed: int, variant: VariantResult) -> None:
-    """The items of each task that was asked for; of a group those of all its parts."""
-    for asked in filter(None, (name.strip() for name in settings.tasks.split(","))):
-        parts = [
-            task
-            for name, task in sorted(variant.tasks.items())
-            if name == asked or name.startswith(f"{asked}_")
-        ]
-        values: list[float] = []
-        hashes: list[str] = []
-        for task in parts:
-            if task.accuracy is not None:
-                values += task.samples[task.accuracy]
-                hashes += task.documents
-        guessed = [task.chance for task in parts if task.chance is not None]
-        if values and len(guessed) == len(parts):
-            weights = [len(task.documents) for task in parts]
-            scores.chance[asked] = float(np.average(guessed, weights=weights))
-        if values:
-            scores.tasks.setdefault(asked, {})[seed] = np.asarray(values)
-            _same(scores.items.setdefault(asked, []), hashes, variant.name)
-
-
-def _same(known: list[str], found: list[str], name: str) -> None:
-    """Notes what was scored, and refuses anything else of the same name."""
-    if known and known != found:
-        raise ConfigError(
-            f"{name!r} was scored on different items or windows in two cells; remove the older "
-            "cell, and the same command makes it again"
-        )
-    known[:] = found
-
-
-def _mean(by_seed: dict[int, np.ndarray], seeds: list[int]) -> list[float]:
-    """Of every item or window the mean over seeds."""
-    return np.mean([by_seed[seed] for seed in seeds], 0).tolist()
-
-
-def _at_chance(dense: Scores) -> list[str]:
-    """The tasks where the uncompressed model's interval does not lie above guessing."""
-    return [
-        name
-        for name, chance in dense.chance.items()
-        if accuracy_interval(next(iter(dense.tasks[name].values())).tolist()).low <= chance
-    ]
-
-
-@dataclass(frozen=True)
 class _View:
     """How a model's variants become rows and contrasts.
 
@@ -288,10 +192,10 @@ class _View:
     def row(self, compression: str | None, own: Scores, first: Scores | None) -> Row:
         """A row; `first` is what it is compared with."""
         seeds = list(own.variants)
-        texts = [float(np.mean(_mean(text, seeds))) if text else None for text in own.texts]
+        texts = [float(np.mean(mean_of(text, seeds))) if text else None for text in own.texts]
         perplexities = [None if nll is None else exponential(nll) for nll in texts]
         chosen = [variant.choices for variant in own.variants.values() if variant.choices]
-        blocks = {name: _blocks(_mean(values, seeds)) for name, values in own.tasks.items()}
+        blocks = {name: _blocks(mean_of(values, seeds)) for name, values in own.tasks.items()}
         tested = self._tested(own)
         return Row(
             model=self.model,
@@ -319,16 +223,16 @@ class _View:
         """What the second gains over the first."""
         seeds, names = first.seeds(second), [name for name in first.tasks if name in second.tasks]
         for number in (0, 1):
-            _same(list(first.windows[number]), second.windows[number], second.first.name)
+            check_same(list(first.windows[number]), second.windows[number], second.first.name)
         gains: dict[str, dict[int, np.ndarray]] = {}
         for name in names if seeds else []:
-            _same(list(first.items[name]), second.items[name], second.first.name)
+            check_same(list(first.items[name]), second.items[name], second.first.name)
             before, after = first.tasks[name], second.tasks[name]
             gains[name] = {each: after[each] - before[each] for each in seeds}
-        blocks = {name: _blocks(_mean(by_seed, seeds)) for name, by_seed in gains.items()}
+        blocks = {name: _blocks(mean_of(by_seed, seeds)) for name, by_seed in gains.items()}
         tested = [name for name in blocks if name not in self.at_chance]
         ratios = [
-            perplexity_ratio(_mean(before, seeds), _mean(after, seeds), seed=self.seed)
+            perplexity_ratio(mean_of(before, seeds), mean_of(after, seeds), seed=self.seed)
             if seeds and before and after
             else None
             for before, after in zip(first.texts, second.texts, strict=True)
@@ -367,7 +271,7 @@ class _View:
         seeds = [each for each in losses[0] if all(each in text for text in losses)]
         if not seeds:
             return None
-        after, before, best = (np.asarray(_mean(text, seeds)) for text in losses)
+        after, before, best = (np.asarray(mean_of(text, seeds)) for text in losses)
         return paired_ratio((before - after).tolist(), (before - best).tolist(), seed=self.seed)
 
 

@@ -134,6 +134,12 @@ def complete(
     room, ring = max(ids.shape[1] for ids, _ in arrays), bucket(max_new_tokens)
     state = _empty(repaired, len(rows), room + ring)
     layers, waiting = _apart(repaired.decoder), iter(enumerate(arrays))
+
+    def heard(place: int, row: _Row, token: int) -> tuple[int, str, Completion | None]:
+        new, done = row.hear(token, ends, max_new_tokens)
+        rows[place] = row if done is None else None
+        return row.number, new, done
+
     for step in itertools.count():
         for place in range(len(rows)):
             while rows[place] is None and (found := next(waiting, None)) is not None:
@@ -141,19 +147,14 @@ def complete(
                 key = _key(seed, ids[mask > 0])
                 state, token, choice = _admit(repaired, state, ids, mask, key, place, pick)
                 chosen = None if choice is None else int(choice[0])
-                row = _Row(number, GrowingText(tokenizer, stop), chosen)
-                new, done = row.hear(int(token), ends, max_new_tokens)
-                yield number, new, done
-                rows[place] = row if done is None else None
+                yield heard(place, _Row(number, GrowingText(tokenizer, stop), chosen), int(token))
         if not any(rows):
             return
         slot = np.int32(state.cache.length - ring + step % ring)
         state, tokens = _step(repaired.decoder, layers, state, slot, pick)
         for place, token in enumerate(np.asarray(tokens).tolist()):
             if (row := rows[place]) is not None:
-                new, done = row.hear(token, ends, max_new_tokens)
-                yield row.number, new, done
-                rows[place] = row if done is None else None
+                yield heard(place, row, token)
 
 
 def _array(repaired: Repaired, number: int, prompt: Sequence[int], max_new_tokens: int):

@@ -2,15 +2,13 @@
 
 import json
 
-import jax
 import pytest
 
 from idp_jax import load_model
 from idp_jax.cli import main
 from idp_jax.formats import save_adapter
 from idp_jax.inference import generate
-from idp_jax.recover import Pool, SoftPrompt
-from tests.helpers import tiny_folder, tiny_tokenizer
+from tests.helpers import tiny_folder, tiny_pool, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +17,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generate")
     tiny_folder(folder / "model", num_layers=1)
     model = load_model(folder / "model")
-    prompts = [SoftPrompt.init(model, n, jax.random.key(n)) for n in (2, 3)]
-    save_adapter(Pool(prompts), folder / "pool", decoder=model)
+    save_adapter(tiny_pool(model, 2, 3), folder / "pool", decoder=model)
     (folder / "prompts.txt").write_text("tide\nthe keeper\na lamp\n")
     (folder / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "hello"}]}\n')
     return folder

@@ -17,8 +17,8 @@ from idp_jax.evaluation.bench_table import markdown, sentences, sheets
 from idp_jax.evaluation.roofline import Bound, Peak, bound, weight_bytes
 from idp_jax.evaluation.statistics import median_ratio
 from idp_jax.formats import load_model, save_adapter
-from idp_jax.recover import LoraAdapter, Pool, Repaired, SoftPrompt
-from tests.helpers import quantize_decoder, tiny_decoder, tiny_folder, write_folder
+from idp_jax.recover import LoraAdapter, Repaired
+from tests.helpers import quantize_decoder, tiny_decoder, tiny_folder, tiny_pool, write_folder
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
 SMALL = {
@@ -189,8 +189,7 @@ def test_bounds_are_counted_by_hand():
 def test_adapters_from_folders_and_the_command(files, tmp_path, capsys):
     """From the command line to the files, once for real."""
     model = load_model(files / "model")
-    prompts = [SoftPrompt.init(model, n, jax.random.key(n)) for n in (2, 3)]
-    save_adapter(Pool(prompts), tmp_path / "pool", decoder=model)
+    save_adapter(tiny_pool(model, 2, 3), tmp_path / "pool", decoder=model)
     lora = LoraAdapter.init(model, 2, jax.random.key(0))
     save_adapter(lora, tmp_path / "lora", decoder=model)
     out, table = tmp_path / "bench.json", tmp_path / "bench.md"

@@ -9,8 +9,8 @@ from idp_jax.config import ConfigError, Evaluate, Mesh, Timing
 from idp_jax.evaluation import read
 from idp_jax.evaluation.job import score
 from idp_jax.formats import load_model, save_adapter
-from idp_jax.recover import Pool, SoftPrompt
-from tests.helpers import check_same_scores, tiny_folder
+from idp_jax.recover import SoftPrompt
+from tests.helpers import check_same_scores, tiny_folder, tiny_pool
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +19,9 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     tiny_folder(folder / "model", max_positions=512)
     model = load_model(folder / "model")
-    prompts = [SoftPrompt.init(model, n, jax.random.key(n)) for n in (3, 5)]
-    save_adapter(Pool(prompts), folder / "pool", decoder=model)
-    save_adapter(prompts[0], folder / "prompt", decoder=model)
+    pool = tiny_pool(model, 3, 5)
+    save_adapter(pool, folder / "pool", decoder=model)
+    save_adapter(pool.prompts[0], folder / "prompt", decoder=model)
     words = np.random.default_rng(0).choice(["tide ", "ship ", "lamp ", "storm. "], 400)
     (folder / "text.txt").write_text("".join(words))
     return folder

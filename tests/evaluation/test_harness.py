@@ -9,15 +9,15 @@ from lm_eval.api.instance import Instance
 from idp_jax.evaluation import requests as scoring
 from idp_jax.evaluation.harness import HarnessLM
 from idp_jax.evaluation.requests import Request, plan_rows, score_requests
-from idp_jax.recover import LoraAdapter, Pool, PrefixAdapter, Repaired, SoftPrompt
-from tests.helpers import quantize_decoder, tiny_decoder, tiny_tokenizer
+from idp_jax.recover import LoraAdapter, PrefixAdapter, Repaired, SoftPrompt
+from tests.helpers import quantize_decoder, tiny_decoder, tiny_pool, tiny_tokenizer
 
 SIZE = {"vocab_size": 259}
 TOKENS = tiny_tokenizer()
 
 
 def pool(model):
-    return Pool([SoftPrompt.init(model, n, jax.random.key(n)) for n in (3, 5)]).repair(model)
+    return tiny_pool(model, 3, 5).repair(model)
 
 
 def prompt(model):

@@ -6,7 +6,6 @@ import tomllib
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
-import jax
 import lm_eval
 import pytest
 from lm_eval.__main__ import cli_evaluate
@@ -17,9 +16,8 @@ from idp_jax.config import ConfigError, Evaluate
 from idp_jax.evaluation.job import score
 from idp_jax.evaluation.lm_eval_model import IdpJaxLM
 from idp_jax.formats import load_model, save_adapter
-from idp_jax.recover import Pool, SoftPrompt
 from tests.evaluation.test_bear import write_facts
-from tests.helpers import tiny_folder
+from tests.helpers import tiny_folder, tiny_pool
 
 QUIZ = """
 task: quiz
@@ -57,8 +55,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     tiny_folder(folder / "model", max_positions=512, num_layers=1)
     model = load_model(folder / "model")
-    prompts = [SoftPrompt.init(model, n, jax.random.key(n)) for n in (3, 5)]
-    save_adapter(Pool(prompts), folder / "pool", decoder=model)
+    save_adapter(tiny_pool(model, 3, 5), folder / "pool", decoder=model)
     rows = folder / "rows.jsonl"
     asked = [{"question": f"Is it {n}?", "right": n % 2} for n in range(4)]
     rows.write_text("".join(json.dumps(row) + "\n" for row in asked))

@@ -4,13 +4,13 @@ import jax
 import pytest
 
 from idp_jax.evaluation.latency import latency
-from idp_jax.recover import LoraAdapter, Pool, SoftPrompt
-from tests.helpers import tiny_decoder
+from idp_jax.recover import LoraAdapter
+from tests.helpers import tiny_decoder, tiny_pool
 
 
 def test_report_holds_the_protocol():
     model = tiny_decoder("llama")
-    pool = Pool([SoftPrompt.init(model, n, jax.random.key(n)) for n in (3, 5)]).repair(model)
+    pool = tiny_pool(model, 3, 5).repair(model)
     found = latency(pool, batch_size=2, prompt_length=6, new_tokens=4, repeats=3)
     protocol = {"batch_size": 2, "prompt_length": 6, "new_tokens": 4, "repeats": 3}
     facts = {**protocol, "soft_prompt_tokens": 5, "lora": "none", "dtype": "float32"}

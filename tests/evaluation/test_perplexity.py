@@ -1,14 +1,12 @@
 """Perplexity against the plain definition, and the published protocol on a real model."""
 
-import jax
 import numpy as np
 import pytest
 
 from idp_jax.evaluation.perplexity import _window_losses, perplexity, windows_from_text
 from idp_jax.models import likelihood as scoring
-from idp_jax.recover import Pool, SoftPrompt
 from tests.datasets import DATA, needs_data
-from tests.helpers import needs_smollm2, tiny_decoder, tiny_ids, tiny_tokenizer
+from tests.helpers import needs_smollm2, tiny_decoder, tiny_ids, tiny_pool, tiny_tokenizer
 
 
 def plain_losses(model, windows):
@@ -32,8 +30,7 @@ def test_equals_the_definition(architecture, monkeypatch):
 
 def test_batch_size_has_no_effect_and_compiles_once():
     model = tiny_decoder("llama")
-    prompts = [SoftPrompt.init(model, n, jax.random.key(n)) for n in (3, 5)]
-    repaired = Pool(prompts).repair(model)
+    repaired = tiny_pool(model, 3, 5).repair(model)
     windows = tiny_ids(model, 5, 12)
     whole = perplexity(repaired, windows, 5)
     before = _window_losses._cache_size()

@@ -7,8 +7,8 @@ import pytest
 
 from idp_jax.inference import complete, generate
 from idp_jax.inference.continuous import _admit, _step
-from idp_jax.recover import Pool, PrefixAdapter, SoftPrompt
-from tests.helpers import tiny_decoder, tiny_tokenizer
+from idp_jax.recover import PrefixAdapter
+from tests.helpers import tiny_decoder, tiny_pool, tiny_tokenizer
 
 TEXTS = ["tide", "the keeper of the lamp", "a", "storm and rock", "ship"]
 TOKENIZER = tiny_tokenizer()
@@ -20,7 +20,7 @@ def speaking(architecture="llama", **overrides):
 
 
 def pool(model):
-    return Pool([SoftPrompt.init(model, n, jax.random.key(n)) for n in (3, 5)]).repair(model)
+    return tiny_pool(model, 3, 5).repair(model)
 
 
 MODELS = {

@@ -10,12 +10,12 @@ from idp_jax.inference.generation import _generate, decode_step, generate, prefi
 from idp_jax.models import storage
 from idp_jax.models.config import RopeConfig
 from idp_jax.models.storage import layers_apart
-from idp_jax.recover import LoraAdapter, Pool, Repaired, SoftPrompt
-from tests.helpers import close, quantize_decoder, tiny_decoder, tiny_ids, tiny_tokenizer
+from idp_jax.recover import LoraAdapter, Repaired, SoftPrompt
+from tests.helpers import close, quantize_decoder, tiny_decoder, tiny_ids, tiny_pool, tiny_tokenizer
 
 
 def pool(model, lengths=(3, 5)):
-    return Pool([SoftPrompt.init(model, n, jax.random.key(n)) for n in lengths]).repair(model)
+    return tiny_pool(model, *lengths).repair(model)
 
 
 VARIANTS = {

@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -11,8 +10,7 @@ from idp_jax import load_model
 from idp_jax.evaluation import read
 from idp_jax.formats import save_adapter
 from idp_jax.jobs.files import contents
-from idp_jax.recover import Pool, SoftPrompt
-from tests.helpers import check_same_scores, tiny_folder
+from tests.helpers import check_same_scores, tiny_folder, tiny_pool
 from tests.sharding.processes import finish, start, start_together
 
 # A model on all devices; prints the bytes of its matrices that this process read.
@@ -88,8 +86,7 @@ def test_the_word_that_two_processes_keep_serves_one(files, tmp_path):
 def test_two_processes_score_like_one(files, tmp_path):
     """Also where batches do not divide over the mesh; process 0 alone writes and speaks."""
     model = load_model(files / "model")
-    prompts = [SoftPrompt.init(model, n, jax.random.key(n)) for n in (3, 5)]
-    save_adapter(Pool(prompts), tmp_path / "pool", decoder=model)
+    save_adapter(tiny_pool(model, 3, 5), tmp_path / "pool", decoder=model)
     call = ["eval", "--model", files / "model", "--adapter", tmp_path / "pool", "--batch-size", 3]
     call += ["--perplexity", files / "text.txt", "--sequence-length", 16, "--windows", 5]
     call += ["--tasks", "knowledge_arts", "--limit", 2, "--max-length", 128]
